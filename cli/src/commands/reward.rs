@@ -1,0 +1,50 @@
+//! `aha reward`: scores completions from standard input.
+
+use std::io::{BufRead, Write};
+use std::process::ExitCode;
+
+use aha_core::dataset::Row;
+use aha_core::reward::{Outcome, RewardFunction};
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+/// Score completions with a reward function: one JSON object a line in, one a line out.
+///
+/// A line holds `completion` and the columns that the function reads.
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Example:\n  echo '{\"completion\": \"2*3 </think>\\n<answer>2*3</answer>\", \"target\": 6, \"nums\": [2, 3]}' | aha reward --function equation"
+)]
+pub(crate) struct Args {
+    /// Reward function: format or equation
+    #[arg(long)]
+    function: RewardFunction,
+    /// Accepted for uniformity: the answer is JSON either way
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    let mut output = std::io::stdout().lock();
+    for (index, line) in std::io::stdin().lock().lines().enumerate() {
+        let line = line.context("reading standard input")?;
+        if line.trim().is_empty() {
+            continue;
+        }
+        let outcome = score(args.function, &line).with_context(|| format!("line {}", index + 1))?;
+        writeln!(output, "{}", json!({"score": outcome.score(), "outcome": outcome.name()}))?;
+        output.flush()?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn score(function: RewardFunction, line: &str) -> Result<Outcome> {
+    let mut columns: Row = serde_json::from_str(line).context("not a JSON object")?;
+    let completion = match columns.remove("completion") {
+        Some(Value::String(completion)) => completion,
+        Some(other) => anyhow::bail!("completion must be a string, got {other}"),
+        None => anyhow::bail!("completion is missing"),
+    };
+    function.check_columns(&columns)?;
+    Ok(function.score(&completion, &columns))
+}

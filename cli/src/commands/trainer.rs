@@ -1,0 +1,69 @@
+//! `aha trainer`: one trainer rank.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use aha_trainer::publish::Publisher;
+use aha_trainer::rollouts::GeneratorPool;
+use aha_trainer::run::{self, Summary};
+use aha_trainer::world::World;
+use anyhow::{Result, ensure};
+use owo_colors::OwoColorize;
+
+use super::{ConfigArgs, network_runtime};
+use crate::launch::supervised;
+
+/// Run one trainer rank; RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT say which.
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Example:\n  aha trainer configs/countdown-tiny.yaml --set generator.addresses=['127.0.0.1:50051']"
+)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    config: ConfigArgs,
+}
+
+pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    supervised::follow_parent()?;
+    let config = args.config.load()?;
+    ensure!(
+        !config.generator.addresses.is_empty(),
+        "generator.addresses: none; start `aha generator` and name its address, or use `aha launch`"
+    );
+    let world = World::from_variables(std::env::vars())?;
+    let runtime = Arc::new(network_runtime()?);
+    let summary = run::run(&config, &world, |session| {
+        let pool = GeneratorPool::connect(&config, Arc::clone(&runtime))?;
+        let weights = session.learner.zero().weights();
+        let publisher = Publisher::join(session.group(), weights, &config, &pool.clients(), runtime)?;
+        Ok((pool, publisher))
+    })?;
+    if world.is_main() {
+        print_summary(&config.run_dir(), &summary);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print_summary(run_dir: &std::path::Path, summary: &Summary) {
+    println!();
+    if let (Some(before), Some(after)) = (summary.accuracy_before, summary.accuracy_after) {
+        let after = format!("{:.1} %", 100.0 * after);
+        println!(
+            "held-out accuracy on {} prompts: {:.1} % before, {} after",
+            summary.puzzles,
+            100.0 * before,
+            after.if_supports_color(owo_colors::Stream::Stdout, |text| text.green())
+        );
+    }
+    println!("{} steps in {:.0} s", summary.steps, summary.seconds);
+    for (what, name) in [
+        ("model", "model"),
+        ("metrics", "metrics.jsonl"),
+        ("curves", "tensorboard"),
+        ("completions", "completions"),
+        ("checkpoints", "checkpoints"),
+        ("summary", "summary.json"),
+    ] {
+        println!("  {what:<12} {}", run_dir.join(name).display());
+    }
+}

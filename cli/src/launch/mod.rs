@@ -1,0 +1,91 @@
+//! `aha launch`: every role of a run on this machine.
+
+mod role;
+pub(crate) mod supervised;
+mod supervisor;
+
+use std::net::TcpListener;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use aha_core::config::{DeviceKind, RunConfig};
+use anyhow::{Context, Result, bail};
+
+use crate::commands::ConfigArgs;
+use role::{Role, RoleKind};
+use supervisor::Supervisor;
+
+/// Run trainer ranks and generators on this machine: one process each, stopped together.
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Example:\n  aha launch configs/countdown-tiny.yaml --set train.max_steps=20\n\nStarted again, a run goes on from its last checkpoint."
+)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Trainer ranks (launch.trainers)
+    #[arg(long)]
+    trainers: Option<usize>,
+    /// Generators (launch.generators)
+    #[arg(long)]
+    generators: Option<usize>,
+}
+
+pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    let mut config_args = args.config.clone();
+    for (key, value) in [("trainers", args.trainers), ("generators", args.generators)] {
+        config_args.overrides.extend(value.map(|value| format!("launch.{key}={value}")));
+    }
+    let config = config_args.load()?;
+    let num_trainers = num_trainers(&config)?;
+    let addresses: Vec<String> = (0..config.launch.generators).map(|_| free_address()).collect::<Result<_>>()?;
+    let master = free_address()?;
+    let listed = format!("generator.addresses={}", serde_json::to_string(&addresses)?);
+
+    let mut roles = Vec::new();
+    for (index, address) in addresses.iter().enumerate() {
+        let mut arguments = vec!["generator".to_owned()];
+        arguments.extend(config_args.to_arguments());
+        arguments.extend(["--listen".to_owned(), address.clone()]);
+        roles.push(Role::new(RoleKind::Generator, index, arguments));
+    }
+    for rank in 0..num_trainers {
+        let mut arguments = vec!["trainer".to_owned()];
+        arguments.extend(config_args.to_arguments());
+        arguments.extend(["--set".to_owned(), listed.clone()]);
+        let role = Role::new(RoleKind::Trainer, rank, arguments);
+        roles.push(if num_trainers > 1 { role.with_world(rank, num_trainers, &master) } else { role });
+    }
+    println!(
+        "{}: {num_trainers} trainer rank(s) and {} generator(s), logs in {}",
+        config.run.name,
+        addresses.len(),
+        config.run_dir().join("logs").display()
+    );
+    let grace = Duration::from_secs_f64(config.launch.grace_seconds);
+    Supervisor::start(roles, config.run_dir().join("logs"), grace)?.supervise()
+}
+
+/// Trainer ranks to start: as configured, or one for each GPU that the generators leave.
+fn num_trainers(config: &RunConfig) -> Result<usize> {
+    if config.launch.trainers > 0 {
+        return Ok(config.launch.trainers);
+    }
+    let num_gpus = if config.model.device == DeviceKind::Cpu { 0 } else { aha_nn::runtime::num_cuda_devices() };
+    if num_gpus == 0 {
+        return Ok(1);
+    }
+    if num_gpus <= config.launch.generators {
+        bail!(
+            "launch.generators: {} generators leave no GPU of {num_gpus} for a trainer; set launch.trainers and launch.generators",
+            config.launch.generators
+        );
+    }
+    Ok(num_gpus - config.launch.generators)
+}
+
+/// A loopback address that was free a moment ago.
+fn free_address() -> Result<String> {
+    let listener = TcpListener::bind("127.0.0.1:0").context("finding a free port")?;
+    Ok(listener.local_addr().context("finding a free port")?.to_string())
+}

@@ -1,0 +1,187 @@
+//! Starts the roles, waits, and stops all of them when one fails or the user asks.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ExitCode, ExitStatus};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use rustix::process::{Pid, Signal, kill_process_group};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use super::role::{Role, RoleKind};
+
+const EVENT_CAPACITY: usize = 64;
+
+/// The running roles of a launch.
+pub(super) struct Supervisor {
+    roles: Vec<Role>,
+    pids: Vec<Pid>,
+    /// Roles that have not exited.
+    alive: Vec<bool>,
+    events: Receiver<Event>,
+    grace: Duration,
+}
+
+enum Event {
+    Exited { index: usize, status: std::io::Result<ExitStatus> },
+    Signal(i32),
+}
+
+/// Why a launch ended.
+enum End {
+    AllDone,
+    Failed { index: usize, code: u8, reason: String },
+    Interrupted(i32),
+}
+
+impl Supervisor {
+    /// Starts every role; its output goes to `logs/ROLE.log`, and prefixed to the terminal.
+    pub(super) fn start(roles: Vec<Role>, logs: PathBuf, grace: Duration) -> Result<Self> {
+        std::fs::create_dir_all(&logs).with_context(|| format!("creating {}", logs.display()))?;
+        let (sender, events) = sync_channel(EVENT_CAPACITY);
+        forward_signals(sender.clone())?;
+        let mut supervisor = Self { roles: Vec::new(), pids: Vec::new(), alive: Vec::new(), events, grace };
+        for role in roles {
+            if let Err(error) = supervisor.spawn(&role, &logs, &sender) {
+                supervisor.stop_all();
+                return Err(error.context(format!("starting {role}")));
+            }
+        }
+        Ok(supervisor)
+    }
+
+    /// Waits for the run's end: trainers that all succeed, the first failure, or a signal. Leaves no process behind.
+    pub(super) fn supervise(mut self) -> Result<ExitCode> {
+        let end = self.wait_for_end();
+        self.stop_all();
+        Ok(match end {
+            End::AllDone => ExitCode::SUCCESS,
+            End::Failed { index, code, reason } => {
+                eprintln!("launch failed: {} {reason}; all roles are stopped", self.roles[index]);
+                ExitCode::from(code)
+            }
+            End::Interrupted(signal) => {
+                eprintln!(
+                    "launch interrupted; all roles are stopped. Start it again to go on from the last checkpoint."
+                );
+                ExitCode::from(128_u8.saturating_add(u8::try_from(signal).unwrap_or(0)))
+            }
+        })
+    }
+
+    fn spawn(&mut self, role: &Role, logs: &Path, sender: &SyncSender<Event>) -> Result<()> {
+        let mut child = role.command()?.spawn()?;
+        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).context("the child has no process id")?;
+        let index = self.roles.len();
+        self.roles.push(role.clone());
+        self.pids.push(pid);
+        self.alive.push(true);
+        let readers = [
+            child.stdout.take().map(|output| Box::new(output) as Box<dyn Read + Send>),
+            child.stderr.take().map(|output| Box::new(output) as Box<dyn Read + Send>),
+        ];
+        let path = logs.join(format!("{role}.log"));
+        for output in readers.into_iter().flatten() {
+            let log = File::options().create(true).append(true).open(&path).context(path.display().to_string())?;
+            let prefix = role.to_string();
+            thread::Builder::new().name(format!("{role} output")).spawn(move || tee(output, log, &prefix))?;
+        }
+        let sender = sender.clone();
+        thread::Builder::new().name(format!("{role} exit")).spawn(move || wait_for(child, index, &sender))?;
+        Ok(())
+    }
+
+    fn wait_for_end(&mut self) -> End {
+        loop {
+            match self.events.recv() {
+                Ok(Event::Exited { index, status }) => {
+                    self.alive[index] = false;
+                    if let Some(end) = self.after_exit(index, status) {
+                        return end;
+                    }
+                }
+                Ok(Event::Signal(signal)) => return End::Interrupted(signal),
+                Err(_) => return End::Failed { index: 0, code: 1, reason: "is no longer watched".to_owned() },
+            }
+        }
+    }
+
+    fn after_exit(&self, index: usize, status: std::io::Result<ExitStatus>) -> Option<End> {
+        use std::os::unix::process::ExitStatusExt;
+        let failed = |code: u8, reason: String| Some(End::Failed { index, code, reason });
+        let status = match status {
+            Ok(status) => status,
+            Err(error) => return failed(1, format!("cannot be waited for: {error}")),
+        };
+        match (status.code(), status.signal()) {
+            (Some(0), _) if self.roles[index].kind == RoleKind::Trainer => {
+                let trainer_left =
+                    self.roles.iter().zip(&self.alive).any(|(role, alive)| role.kind == RoleKind::Trainer && *alive);
+                (!trainer_left).then_some(End::AllDone)
+            }
+            (Some(0), _) => failed(1, "stopped before the trainers were done".to_owned()),
+            (Some(code), _) => failed(u8::try_from(code).unwrap_or(1), format!("exited with code {code}")),
+            (None, Some(signal)) => failed(1, format!("was killed by signal {signal}")),
+            (None, None) => failed(1, "ended for no known reason".to_owned()),
+        }
+    }
+
+    /// SIGTERM to every group, SIGKILL to those still there after the grace or at a second signal.
+    fn stop_all(&mut self) {
+        self.signal_all(Signal::TERM);
+        let deadline = Instant::now() + self.grace;
+        while self.alive.contains(&true) {
+            match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(Event::Exited { index, .. }) => self.alive[index] = false,
+                Ok(Event::Signal(_)) | Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        // Also the groups of roles that are gone: what they started must not stay either.
+        self.signal_all(Signal::KILL);
+    }
+
+    fn signal_all(&self, signal: Signal) {
+        for (role, &pid) in self.roles.iter().zip(&self.pids) {
+            match kill_process_group(pid, signal) {
+                Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+                Err(error) => eprintln!("cannot signal {role}: {error}"),
+            }
+        }
+    }
+}
+
+fn forward_signals(sender: SyncSender<Event>) -> Result<()> {
+    let mut signals = Signals::new([SIGINT, SIGTERM]).context("listening for signals")?;
+    thread::Builder::new().name("signals".to_owned()).spawn(move || {
+        for signal in signals.forever() {
+            if sender.send(Event::Signal(signal)).is_err() {
+                return;
+            }
+        }
+    })?;
+    Ok(())
+}
+
+fn wait_for(mut child: Child, index: usize, sender: &SyncSender<Event>) {
+    let status = child.wait();
+    // The supervisor is gone when the launch has ended, and then nobody needs to know.
+    drop(sender.send(Event::Exited { index, status }));
+}
+
+/// Copies lines to the log and, prefixed, to standard error.
+fn tee(output: impl Read, mut log: File, prefix: &str) {
+    for line in BufReader::new(output).split(b'\n') {
+        let Ok(line) = line else { return };
+        let line = String::from_utf8_lossy(&line);
+        if let Err(error) = writeln!(log, "{line}") {
+            eprintln!("[{prefix}] its log cannot be written: {error}");
+            return;
+        }
+        eprintln!("[{prefix}] {line}");
+    }
+}

@@ -1,0 +1,240 @@
+//! Layers of configuration: defaults < file < `AHA__section__key` environment < `--set section.key=value`.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+
+use super::RunConfig;
+
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("cannot read the configuration {path}: {reason}", path = path.display())]
+    Unreadable { path: PathBuf, reason: String },
+    #[error("--set {text:?} is not of the form section.key=value")]
+    BadOverride { text: String },
+    #[error("{count} problem(s) in {origin}:\n  - {list}", count = problems.len(), list = problems.join("\n  - "))]
+    Invalid { origin: String, problems: Vec<String> },
+}
+
+/// Reads, layers and validates a configuration.
+///
+/// `environment` holds the process's variables; only `AHA__section__key` ones count.
+///
+/// # Errors
+/// Reports every unknown key (with the nearest known one), every value of a wrong type and every failed check at once.
+pub fn load(
+    path: &Path,
+    environment: impl IntoIterator<Item = (String, String)>,
+    overrides: &[String],
+) -> Result<RunConfig, ConfigError> {
+    let unreadable = |reason: String| ConfigError::Unreadable { path: path.to_owned(), reason };
+    if !path.is_file() {
+        return Err(unreadable("no such file".to_owned()));
+    }
+    let environment = environment.into_iter().filter(|(name, _)| name.starts_with("AHA__")).collect();
+    let mut builder =
+        config::Config::builder().add_source(config::File::from(path).format(config::FileFormat::Yaml)).add_source(
+            config::Environment::with_prefix("AHA").prefix_separator("__").separator("__").source(Some(environment)),
+        );
+    for text in overrides {
+        let (key, value) = parse_override(text)?;
+        builder = builder.set_override(key, to_config_value(value)).map_err(|error| unreadable(error.to_string()))?;
+    }
+    let layered = builder.build().map_err(|error| unreadable(error.to_string()))?;
+    let layered: Value = layered.try_deserialize().map_err(|error| unreadable(error.to_string()))?;
+    from_value(layered, &path.display().to_string())
+}
+
+/// Splits `section.key=value`; the value is read as YAML.
+///
+/// # Errors
+/// If there is no `=`, no key, or the value is no YAML.
+pub fn parse_override(text: &str) -> Result<(String, Value), ConfigError> {
+    let bad = || ConfigError::BadOverride { text: text.to_owned() };
+    let (key, value) = text.split_once('=').ok_or_else(bad)?;
+    if key.is_empty() || key.split('.').any(str::is_empty) {
+        return Err(bad());
+    }
+    let value = if value.is_empty() { Value::String(String::new()) } else { parse_yaml(value).ok_or_else(bad)? };
+    Ok((key.to_owned(), value))
+}
+
+fn parse_yaml(text: &str) -> Option<Value> {
+    serde_saphyr::from_str(text).ok()
+}
+
+fn to_config_value(value: Value) -> config::Value {
+    let kind = match value {
+        Value::Null => config::ValueKind::Nil,
+        Value::Bool(value) => value.into(),
+        Value::Number(number) => match (number.as_i64(), number.as_f64()) {
+            (Some(integer), _) => integer.into(),
+            (None, Some(float)) => float.into(),
+            (None, None) => number.to_string().into(),
+        },
+        Value::String(text) => text.into(),
+        Value::Array(values) => config::ValueKind::Array(values.into_iter().map(to_config_value).collect()),
+        Value::Object(map) => {
+            config::ValueKind::Table(map.into_iter().map(|(key, value)| (key, to_config_value(value))).collect())
+        }
+    };
+    config::Value::new(None, kind)
+}
+
+/// Turns a tree of values into a validated configuration; `origin` is where it came from, for messages.
+fn from_value(mut value: Value, origin: &str) -> Result<RunConfig, ConfigError> {
+    let mut problems = Vec::new();
+    let mut unknown = Vec::new();
+    // A value of a wrong type hides the ones after it, so it is reported, taken out, and the rest read again.
+    let config = loop {
+        unknown.clear();
+        let mut collect = |path: serde_ignored::Path<'_>| unknown.push(path.to_string());
+        let mut track = serde_path_to_error::Track::new();
+        let tracked = serde_path_to_error::Deserializer::new(&value, &mut track);
+        match serde_ignored::deserialize::<_, _, RunConfig>(tracked, &mut collect) {
+            Ok(config) => break config,
+            Err(error) => {
+                let path = track.path().to_string();
+                problems.push(format!("{path}: {error}"));
+                if !remove(&mut value, &path) {
+                    return Err(ConfigError::Invalid { origin: origin.to_owned(), problems });
+                }
+            }
+        }
+    };
+    let known = known_keys();
+    problems.extend(unknown.iter().map(|key| unknown_key(key, &known)));
+    problems.extend(config.problems());
+    if problems.is_empty() { Ok(config) } else { Err(ConfigError::Invalid { origin: origin.to_owned(), problems }) }
+}
+
+/// Takes out what `path` (`a.b[0].c`) names; false if there is no such thing.
+fn remove(value: &mut Value, path: &str) -> bool {
+    let path = path.replace('[', ".").replace(']', "");
+    let keys: Vec<&str> = path.split('.').filter(|key| !key.is_empty()).collect();
+    let Some((last, parents)) = keys.split_last() else { return false };
+    let parent = parents.iter().try_fold(value, |value, key| match value {
+        Value::Object(map) => map.get_mut(*key),
+        Value::Array(items) => key.parse::<usize>().ok().and_then(|index| items.get_mut(index)),
+        _ => None,
+    });
+    match parent {
+        Some(Value::Object(map)) => map.shift_remove(*last).is_some(),
+        Some(Value::Array(items)) => {
+            let index = last.parse().ok().filter(|&index: &usize| index < items.len());
+            index.map(|index| items.remove(index)).is_some()
+        }
+        _ => false,
+    }
+}
+
+fn unknown_key(key: &str, known: &[String]) -> String {
+    let last = key.rsplit('.').next().unwrap_or(key);
+    // The whole path counts, but a right key in a wrong section is worth finding too.
+    let distance = |candidate: &&String| {
+        let candidate_last = candidate.rsplit('.').next().unwrap_or(candidate);
+        strsim::damerau_levenshtein(key, candidate).min(1 + strsim::damerau_levenshtein(last, candidate_last))
+    };
+    match known.iter().min_by_key(distance) {
+        Some(nearest) if distance(&nearest) <= 2 + last.len() / 4 => {
+            format!("{key}: no such key; did you mean {nearest}?")
+        }
+        _ => format!("{key}: no such key; see configs/ for every key"),
+    }
+}
+
+/// Every key of the configuration, dotted.
+fn known_keys() -> Vec<String> {
+    fn walk(prefix: &str, map: &Map<String, Value>, keys: &mut Vec<String>) {
+        for (key, value) in map {
+            let path = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
+            match value {
+                Value::Object(map) if !map.is_empty() => walk(&path, map, keys),
+                _ => keys.push(path.clone()),
+            }
+            keys.push(path);
+        }
+    }
+    let mut keys = Vec::new();
+    if let Ok(Value::Object(map)) = serde_json::to_value(RunConfig::default()) {
+        walk("", &map, &mut keys);
+    }
+    keys
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MINIMAL: &str = "
+run: {name: test}
+model: {path: models/x}
+data: {prompt: {user: 'make {{ target }} of {{ nums }}'}}
+rewards: [{function: equation}]
+";
+
+    fn load_text(text: &str, environment: &[(&str, &str)], overrides: &[&str]) -> Result<RunConfig, ConfigError> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.yaml");
+        std::fs::write(&path, text).unwrap();
+        let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        let overrides: Vec<String> = overrides.iter().map(|text| (*text).to_owned()).collect();
+        load(&path, environment, &overrides)
+    }
+
+    #[track_caller]
+    fn check_problems(extra: &str, expect: &[&str]) {
+        let error = load_text(&format!("{MINIMAL}{extra}"), &[], &[]).unwrap_err().to_string();
+        for expect in expect {
+            assert!(error.contains(expect), "no {expect:?} in: {error}");
+        }
+    }
+
+    #[test]
+    fn later_layers_win() {
+        let config = load_text(
+            &format!("{MINIMAL}train: {{learning_rate: 1.0e-3, max_steps: 7, zero_stage: 1}}\n"),
+            &[("AHA__train__max_steps", "8"), ("AHA__train__zero_stage", "0"), ("PATH", "/bin")],
+            &["train.zero_stage=2", "rollout.stop=['</answer>']", "train.epsilon_high=0.28"],
+        )
+        .unwrap();
+        assert_eq!(config.train.learning_rate, 1e-3);
+        assert_eq!((config.train.max_steps, config.train.zero_stage), (8, 2));
+        assert_eq!(config.rollout.stop, ["</answer>"]);
+        assert_eq!(config.train.epsilon_high, Some(0.28));
+    }
+
+    #[test]
+    fn every_problem_is_reported_at_once() {
+        check_problems(
+            "train: {learning_rat: 1.0, zero_stage: 9, max_steps: many}\nrollout: {num_generations: 1}\nlerning: 1\n",
+            &[
+                "train.learning_rat: no such key; did you mean train.learning_rate?",
+                "train.max_steps: ",
+                "train.zero_stage",
+                "num_generations",
+                "lerning: no such key",
+            ],
+        );
+    }
+
+    #[test]
+    fn batch_arithmetic_that_cannot_work_is_refused() {
+        check_problems("rollout: {generation_batch_size: 30, num_generations: 8}\n", &["30", "8", "multiple"]);
+    }
+
+    #[test]
+    fn the_resolved_configuration_reads_back_equal() {
+        let config = load_text(MINIMAL, &[], &[]).unwrap();
+        let text = serde_saphyr::to_string(&config).unwrap();
+        assert_eq!(load_text(&text, &[], &[]).unwrap(), config);
+    }
+
+    #[test]
+    fn overrides_need_a_key_and_a_value() {
+        for text in ["train", "=1", "train.=1", ".x=1"] {
+            assert!(parse_override(text).is_err(), "{text}");
+        }
+        assert_eq!(parse_override("a.b=1e-3").unwrap(), ("a.b".to_owned(), Value::from(1e-3)));
+    }
+}

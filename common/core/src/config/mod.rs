@@ -1,0 +1,457 @@
+//! The configuration of a run: one YAML file, plain structs, validated once.
+//!
+//! Keys that TRL's `GRPOConfig` has keep its names and meanings. Defaults that differ from TRL's say so.
+
+mod load;
+mod validate;
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+pub use load::{ConfigError, load, parse_override};
+
+use crate::advantage::ScaleRewards;
+use crate::batch::LossType;
+use crate::rollout::Sampling;
+use crate::schedule::LrSchedulerType;
+
+/// Everything a run is made of.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RunConfig {
+    pub run: Run,
+    pub model: Model,
+    pub data: Data,
+    /// Reward functions; a completion's reward is the weighted sum of their scores.
+    pub rewards: Vec<RewardSpec>,
+    pub rollout: Rollout,
+    pub train: Train,
+    pub sft: Sft,
+    pub eval: Eval,
+    pub generator: Generator,
+    pub logging: Logging,
+    pub launch: Launch,
+}
+
+/// Where the run lives and what makes it repeatable.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Run {
+    /// Folder of the run below `output_dir`.
+    pub name: String,
+    pub output_dir: PathBuf,
+    pub seed: u64,
+}
+
+/// The model that is trained.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Model {
+    /// A Hugging Face folder: config.json, safetensors, tokenizer files.
+    pub path: PathBuf,
+    /// Start from random weights of config.json's shape instead of reading any.
+    pub random_init: bool,
+    /// Type of the weights in the forward and backward pass; masters and moments are fp32.
+    pub dtype: Dtype,
+    pub device: DeviceKind,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Dtype {
+    /// float32 on CPU, bfloat16 on GPU.
+    #[default]
+    Auto,
+    Float32,
+    Bfloat16,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DeviceKind {
+    /// A GPU where there is one.
+    #[default]
+    Auto,
+    Cpu,
+    Cuda,
+}
+
+/// Where prompts come from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Data {
+    pub source: DataSource,
+    /// The file of a `jsonl` or `parquet` source.
+    pub path: Option<PathBuf>,
+    /// Our column name to the data set's, where they differ.
+    pub columns: std::collections::BTreeMap<String, String>,
+    /// The puzzles of the built-in `countdown` source.
+    pub countdown: Countdown,
+    /// Share of the rows held out for evaluation, chosen by a hash of the row.
+    pub held_out: f64,
+    pub prompt: PromptTemplate,
+    /// Longest prompt in tokens; a longer one is an error that names the row.
+    pub max_prompt_length: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DataSource {
+    /// Seeded Countdown puzzles, made on the spot and solvable by construction.
+    #[default]
+    Countdown,
+    /// A file with one JSON object a line.
+    Jsonl,
+    Parquet,
+}
+
+/// Shape of the built-in Countdown puzzles.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Countdown {
+    /// Puzzles in the source.
+    pub size: usize,
+    /// Numbers of a puzzle, each used exactly once.
+    pub numbers: usize,
+    pub min_number: u32,
+    pub max_number: u32,
+    pub max_target: u32,
+    /// Allowed operations, of `+-*/`.
+    pub operations: String,
+}
+
+/// How a row becomes a prompt. Texts are minijinja templates over the row's columns.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PromptTemplate {
+    /// Wrap the texts in the model's chat template; otherwise they are joined as they are.
+    pub chat: bool,
+    pub system: Option<String>,
+    pub user: String,
+    /// Start of the assistant's turn, which the completion continues.
+    pub assistant_prefill: Option<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RewardSpec {
+    /// `format` or `equation`.
+    pub function: String,
+    pub weight: f32,
+}
+
+/// How completions are sampled.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Rollout {
+    /// Completions of a step over all ranks; a multiple of `num_generations`.
+    pub generation_batch_size: usize,
+    /// Completions of a prompt, G.
+    pub num_generations: usize,
+    pub max_completion_length: u32,
+    /// Nothing ends a completion before this many tokens.
+    pub min_completion_length: u32,
+    pub temperature: f32,
+    pub top_k: u32,
+    pub top_p: f32,
+    pub min_p: f32,
+    pub stop: Vec<String>,
+    pub stop_token_ids: Vec<u32>,
+    /// A step whose completions take longer fails, naming the generator it waited for.
+    pub deadline_seconds: f64,
+}
+
+/// The optimizer's side of a step.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Train {
+    pub max_steps: u64,
+    pub learning_rate: f64,
+    pub lr_scheduler_type: LrSchedulerType,
+    /// Share of the peak rate where `cosine_with_min_lr` ends.
+    pub min_lr_rate: f64,
+    pub warmup_ratio: f64,
+    /// Wins over `warmup_ratio` where it is not 0.
+    pub warmup_steps: u64,
+    pub weight_decay: f64,
+    pub adam_beta1: f64,
+    pub adam_beta2: f64,
+    pub adam_epsilon: f64,
+    /// Gradients are scaled to this global norm where they exceed it; 0 leaves them.
+    pub max_grad_norm: f64,
+    /// KL penalty to the initial policy; 0 loads no reference model.
+    pub beta: f32,
+    pub epsilon: f32,
+    /// Upper clip range where it differs from `epsilon` (DAPO's clip-higher).
+    pub epsilon_high: Option<f32>,
+    pub loss_type: LossType,
+    pub scale_rewards: ScaleRewards,
+    /// Optimizer steps on each batch of rollouts.
+    pub num_iterations: u32,
+    /// 0 replicates everything, 1 shards optimizer state, 2 gradients as well.
+    pub zero_stage: u8,
+    /// Most tokens of a micro-batch; gradients accumulate over as many as the step needs.
+    pub micro_batch_tokens: usize,
+    /// Keep only the inputs of layers and compute their activations again in the backward pass.
+    pub gradient_checkpointing: bool,
+    pub save_steps: u64,
+    /// Checkpoints kept; 0 keeps all.
+    pub save_total_limit: usize,
+    /// A collective that takes longer fails, naming its group and rank.
+    pub collective_timeout_seconds: f64,
+    /// A weight push that takes longer fails, naming whom it waited for.
+    pub push_timeout_seconds: f64,
+    /// Intra-op threads of a rank; 0 shares the cores among the ranks.
+    pub threads: usize,
+}
+
+/// Supervised fine-tuning (`aha sft`): its own batch and length; the optimizer is `train`'s.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Sft {
+    /// Sequences of a step.
+    pub batch_size: usize,
+    /// The completion, a minijinja template over the row's columns; the loss is on its tokens.
+    pub completion: String,
+    /// Longest sequence in tokens.
+    pub max_length: usize,
+}
+
+/// Accuracy on held-out rows, through the generators.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Eval {
+    /// Held-out prompts that are asked; 0 switches evaluation off.
+    pub num_prompts: usize,
+    /// Steps between evaluations; 0 evaluates before the first and after the last step only.
+    pub eval_steps: u64,
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// A completion counts as right when this reward function scores 1.
+    pub reward: String,
+}
+
+/// The rollout engine.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Generator {
+    /// Addresses (`host:port`) of running generators; `aha launch` fills them in.
+    pub addresses: Vec<String>,
+    /// Tokens of a KV block.
+    pub block_size: usize,
+    /// Memory of the KV cache.
+    pub kv_cache_mib: usize,
+    /// Sequences decoded at once.
+    pub max_num_seqs: usize,
+    /// Tokens of one engine step, prefill and decode together.
+    pub max_num_batched_tokens: usize,
+    /// Longest sequence; 0 takes the model's own limit.
+    pub max_model_len: usize,
+    /// What happens to the cache of running sequences when weights change.
+    pub kv: KvPolicy,
+    /// Threads of the engine; 0 takes all cores.
+    pub threads: usize,
+    /// A client waits this long for a generator that does not answer yet.
+    pub connect_timeout_seconds: f64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KvPolicy {
+    /// Running sequences go on with the keys and values of the older weights.
+    Keep,
+    /// Running sequences are computed again under the new weights.
+    #[default]
+    Recompute,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Logging {
+    /// Steps between lines on the terminal; metrics.jsonl has every step.
+    pub logging_steps: u64,
+    pub tensorboard: bool,
+    /// Completions shown on the terminal now and then; 0 shows none.
+    pub num_completions_to_print: usize,
+}
+
+/// What `aha launch` starts on this machine.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Launch {
+    /// Trainer ranks; 0 takes one for each GPU but the generators', or 1 on a CPU.
+    pub trainers: usize,
+    pub generators: usize,
+    /// A role that has not stopped this long after SIGTERM is killed.
+    pub grace_seconds: f64,
+}
+
+impl Default for Run {
+    fn default() -> Self {
+        Self { name: String::new(), output_dir: "runs".into(), seed: 42 }
+    }
+}
+
+impl Default for Model {
+    fn default() -> Self {
+        Self { path: PathBuf::new(), random_init: false, dtype: Dtype::Auto, device: DeviceKind::Auto }
+    }
+}
+
+impl Default for Data {
+    fn default() -> Self {
+        Self {
+            source: DataSource::Countdown,
+            path: None,
+            columns: std::collections::BTreeMap::new(),
+            countdown: Countdown::default(),
+            held_out: 0.1,
+            prompt: PromptTemplate::default(),
+            max_prompt_length: 512,
+        }
+    }
+}
+
+impl Default for Countdown {
+    fn default() -> Self {
+        Self { size: 50_000, numbers: 4, min_number: 1, max_number: 99, max_target: 999, operations: "+-*/".to_owned() }
+    }
+}
+
+impl Default for PromptTemplate {
+    fn default() -> Self {
+        Self { chat: true, system: None, user: String::new(), assistant_prefill: None }
+    }
+}
+
+impl Default for RewardSpec {
+    fn default() -> Self {
+        Self { function: String::new(), weight: 1.0 }
+    }
+}
+
+impl Default for Rollout {
+    fn default() -> Self {
+        Self {
+            generation_batch_size: 64,
+            num_generations: 8,
+            max_completion_length: 512,
+            min_completion_length: 0,
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            stop: Vec::new(),
+            stop_token_ids: Vec::new(),
+            deadline_seconds: 1800.0,
+        }
+    }
+}
+
+impl Rollout {
+    /// Prompts of a step over all ranks.
+    #[must_use]
+    pub fn prompts_per_step(&self) -> usize {
+        self.generation_batch_size / self.num_generations.max(1)
+    }
+
+    #[must_use]
+    pub fn sampling(&self) -> Sampling {
+        Sampling {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            max_tokens: self.max_completion_length,
+            min_tokens: self.min_completion_length,
+            stop: self.stop.clone(),
+            stop_token_ids: self.stop_token_ids.clone(),
+            ..Sampling::default()
+        }
+    }
+}
+
+impl Default for Train {
+    fn default() -> Self {
+        Self {
+            max_steps: 100,
+            learning_rate: 1e-6,
+            lr_scheduler_type: LrSchedulerType::Linear,
+            min_lr_rate: 0.1,
+            warmup_ratio: 0.0,
+            warmup_steps: 0,
+            weight_decay: 0.0,
+            adam_beta1: 0.9,
+            adam_beta2: 0.999,
+            adam_epsilon: 1e-8,
+            max_grad_norm: 1.0,
+            beta: 0.0,
+            epsilon: 0.2,
+            epsilon_high: None,
+            loss_type: LossType::Dapo,
+            scale_rewards: ScaleRewards::Group,
+            num_iterations: 1,
+            zero_stage: 2,
+            micro_batch_tokens: 8192,
+            gradient_checkpointing: false,
+            save_steps: 50,
+            save_total_limit: 2,
+            collective_timeout_seconds: 600.0,
+            push_timeout_seconds: 300.0,
+            threads: 0,
+        }
+    }
+}
+
+impl Train {
+    /// Steps over which the learning rate rises, as transformers counts them.
+    #[must_use]
+    pub fn num_warmup_steps(&self) -> u64 {
+        if self.warmup_steps > 0 {
+            self.warmup_steps
+        } else {
+            (self.max_steps as f64 * self.warmup_ratio).ceil() as u64
+        }
+    }
+}
+
+impl Default for Sft {
+    fn default() -> Self {
+        Self { batch_size: 32, completion: String::new(), max_length: 1024 }
+    }
+}
+
+impl Default for Eval {
+    fn default() -> Self {
+        Self { num_prompts: 0, eval_steps: 0, temperature: 0.0, reward: "equation".to_owned() }
+    }
+}
+
+impl Default for Generator {
+    fn default() -> Self {
+        Self {
+            addresses: Vec::new(),
+            block_size: 16,
+            kv_cache_mib: 1024,
+            max_num_seqs: 256,
+            max_num_batched_tokens: 2048,
+            max_model_len: 0,
+            kv: KvPolicy::Recompute,
+            threads: 0,
+            connect_timeout_seconds: 60.0,
+        }
+    }
+}
+
+impl Default for Logging {
+    fn default() -> Self {
+        Self { logging_steps: 1, tensorboard: true, num_completions_to_print: 2 }
+    }
+}
+
+impl Default for Launch {
+    fn default() -> Self {
+        Self { trainers: 0, generators: 1, grace_seconds: 10.0 }
+    }
+}

@@ -1,0 +1,188 @@
+//! What a configuration must satisfy beyond its types.
+
+use std::path::Component;
+
+use super::{DataSource, RunConfig};
+use crate::reward::RewardFunction;
+
+impl RunConfig {
+    /// Everything that is wrong, each with its key, the value and what to do.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems = Problems::default();
+        self.check_run(&mut problems);
+        self.check_data(&mut problems);
+        self.check_rewards(&mut problems);
+        self.check_rollout(&mut problems);
+        self.check_train(&mut problems);
+        self.check_services(&mut problems);
+        problems.0
+    }
+
+    /// Folder of the run.
+    #[must_use]
+    pub fn run_dir(&self) -> std::path::PathBuf {
+        self.run.output_dir.join(&self.run.name)
+    }
+
+    fn check_run(&self, problems: &mut Problems) {
+        let name = std::path::Path::new(&self.run.name);
+        let plain = name.components().count() == 1 && matches!(name.components().next(), Some(Component::Normal(_)));
+        problems.unless(plain, || {
+            format!("run.name: {:?} must be one plain folder name, since it names the run's folder", self.run.name)
+        });
+        problems.unless(!self.model.path.as_os_str().is_empty(), || {
+            "model.path: missing; name a Hugging Face model folder".to_owned()
+        });
+    }
+
+    fn check_data(&self, problems: &mut Problems) {
+        let data = &self.data;
+        let needs_path = data.source != DataSource::Countdown;
+        problems.unless(!needs_path || data.path.is_some(), || {
+            format!("data.path: missing; a {:?} source reads a file", data.source).to_lowercase()
+        });
+        problems.unless((0.0..1.0).contains(&data.held_out), || {
+            format!("data.held_out: must be in [0, 1), got {}", data.held_out)
+        });
+        problems.unless(!data.prompt.user.is_empty(), || {
+            "data.prompt.user: missing; write the question as a template over the row's columns".to_owned()
+        });
+        problems.unless(data.max_prompt_length > 0, || "data.max_prompt_length: must be at least 1".to_owned());
+        let puzzle = &data.countdown;
+        problems.unless((1..=6).contains(&puzzle.numbers), || {
+            format!("data.countdown.numbers: must be 1 to 6, got {}", puzzle.numbers)
+        });
+        problems.unless(puzzle.min_number >= 1 && puzzle.min_number <= puzzle.max_number, || {
+            format!("data.countdown: numbers from {} to {} are none", puzzle.min_number, puzzle.max_number)
+        });
+        let operations = !puzzle.operations.is_empty() && puzzle.operations.chars().all(|c| "+-*/".contains(c));
+        problems.unless(operations, || {
+            format!("data.countdown.operations: must be some of +-*/, got {:?}", puzzle.operations)
+        });
+        problems.unless(puzzle.size > 0, || "data.countdown.size: must be at least 1".to_owned());
+    }
+
+    fn check_rewards(&self, problems: &mut Problems) {
+        for (index, reward) in self.rewards.iter().enumerate() {
+            if let Err(error) = reward.function.parse::<RewardFunction>() {
+                problems.0.push(format!("rewards[{index}].function: {error}"));
+            }
+            problems.unless(reward.weight.is_finite(), || format!("rewards[{index}].weight: must be finite"));
+        }
+        if self.eval.num_prompts > 0 {
+            let named = self.rewards.iter().any(|reward| reward.function == self.eval.reward);
+            problems.unless(named, || {
+                format!("eval.reward: {:?} is not among rewards; evaluation counts its scores", self.eval.reward)
+            });
+            problems.unless(self.data.held_out > 0.0, || {
+                "eval.num_prompts: nothing to ask, since data.held_out is 0".to_owned()
+            });
+        }
+    }
+
+    fn check_rollout(&self, problems: &mut Problems) {
+        let rollout = &self.rollout;
+        problems.unless(rollout.num_generations >= 2, || {
+            format!(
+                "rollout.num_generations: must be at least 2, got {}: a group of one has no one to compare with",
+                rollout.num_generations
+            )
+        });
+        let whole = rollout.num_generations > 0
+            && rollout.generation_batch_size > 0
+            && rollout.generation_batch_size.is_multiple_of(rollout.num_generations);
+        problems.unless(whole, || {
+            format!(
+                "rollout.generation_batch_size: {} is not a multiple of rollout.num_generations {}: a step takes whole groups",
+                rollout.generation_batch_size, rollout.num_generations
+            )
+        });
+        problems.0.extend(
+            rollout
+                .sampling()
+                .problems()
+                .into_iter()
+                .map(|problem| format!("rollout: {}", problem.replace("_tokens", "_completion_length"))),
+        );
+        problems.unless(rollout.temperature > 0.0, || {
+            "rollout.temperature: must be over 0, or the completions of a group are all equal".to_owned()
+        });
+        problems.positive("rollout.deadline_seconds", rollout.deadline_seconds);
+        let longest = self.data.max_prompt_length + rollout.max_completion_length as usize;
+        problems.unless(longest <= self.train.micro_batch_tokens, || {
+            format!(
+                "train.micro_batch_tokens: {} cannot hold one sequence of data.max_prompt_length + \
+                 rollout.max_completion_length = {longest} tokens",
+                self.train.micro_batch_tokens
+            )
+        });
+    }
+
+    fn check_train(&self, problems: &mut Problems) {
+        let train = &self.train;
+        problems
+            .unless(train.zero_stage <= 2, || format!("train.zero_stage: must be 0, 1 or 2, got {}", train.zero_stage));
+        problems.unless(train.max_steps > 0, || "train.max_steps: must be at least 1".to_owned());
+        problems.unless(train.num_iterations > 0, || "train.num_iterations: must be at least 1".to_owned());
+        problems.unless(train.save_steps > 0, || "train.save_steps: must be at least 1".to_owned());
+        for (key, value) in [
+            ("learning_rate", train.learning_rate),
+            ("weight_decay", train.weight_decay),
+            ("max_grad_norm", train.max_grad_norm),
+            ("beta", f64::from(train.beta)),
+            ("epsilon", f64::from(train.epsilon)),
+            ("epsilon_high", f64::from(train.epsilon_high.unwrap_or(train.epsilon))),
+        ] {
+            problems.unless(value.is_finite() && value >= 0.0, || format!("train.{key}: must be >= 0, got {value}"));
+        }
+        for (key, value) in [
+            ("warmup_ratio", train.warmup_ratio),
+            ("min_lr_rate", train.min_lr_rate),
+            ("adam_beta1", train.adam_beta1),
+            ("adam_beta2", train.adam_beta2),
+        ] {
+            problems.unless((0.0..=1.0).contains(&value), || format!("train.{key}: must be in [0, 1], got {value}"));
+        }
+        problems.positive("train.adam_epsilon", train.adam_epsilon);
+        problems.positive("train.collective_timeout_seconds", train.collective_timeout_seconds);
+        problems.positive("train.push_timeout_seconds", train.push_timeout_seconds);
+        problems.unless(self.sft.batch_size > 0, || "sft.batch_size: must be at least 1".to_owned());
+    }
+
+    fn check_services(&self, problems: &mut Problems) {
+        let generator = &self.generator;
+        for (key, value) in [
+            ("block_size", generator.block_size),
+            ("kv_cache_mib", generator.kv_cache_mib),
+            ("max_num_seqs", generator.max_num_seqs),
+            ("max_num_batched_tokens", generator.max_num_batched_tokens),
+        ] {
+            problems.unless(value > 0, || format!("generator.{key}: must be at least 1"));
+        }
+        problems.unless(generator.max_num_batched_tokens >= generator.max_num_seqs, || {
+            format!(
+                "generator.max_num_batched_tokens: {} is under generator.max_num_seqs {}: a decode step needs a token for each",
+                generator.max_num_batched_tokens, generator.max_num_seqs
+            )
+        });
+        problems.positive("generator.connect_timeout_seconds", generator.connect_timeout_seconds);
+        problems.positive("launch.grace_seconds", self.launch.grace_seconds);
+        problems.unless(self.launch.generators > 0, || "launch.generators: must be at least 1".to_owned());
+        problems.unless(self.logging.logging_steps > 0, || "logging.logging_steps: must be at least 1".to_owned());
+    }
+}
+
+#[derive(Default)]
+struct Problems(Vec<String>);
+
+impl Problems {
+    fn unless(&mut self, ok: bool, problem: impl FnOnce() -> String) {
+        if !ok {
+            self.0.push(problem());
+        }
+    }
+
+    fn positive(&mut self, key: &str, value: f64) {
+        self.unless(value.is_finite() && value > 0.0, || format!("{key}: must be over 0, got {value}"));
+    }
+}

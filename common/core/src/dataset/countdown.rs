@@ -1,0 +1,284 @@
+//! Countdown puzzles, made on the spot: reach `target` with every number of `nums` used once.
+//!
+//! A puzzle is made backwards, from a random expression over random numbers, so every one has a solution. The columns
+//! are those of Jiayi-Pan/Countdown-Tasks-3to4, `target` and `nums`, and the expression as `solution`.
+
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::{Dataset, Row, SplitMix64};
+
+/// Most numbers of a puzzle.
+const MAX_NUMBERS: usize = 8;
+
+/// Tries at one puzzle. Ordinary settings need a few; settings that need this many allow next to none.
+const MAX_TRIES: usize = 100_000;
+
+/// A family of puzzles. Equal settings make equal puzzles on every platform.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CountdownSource {
+    /// Puzzles to make. The first puzzles do not depend on it.
+    pub size: usize,
+    /// Numbers of a puzzle, each used once.
+    pub numbers: usize,
+    /// Smallest number, at least 1.
+    pub min_number: u32,
+    pub max_number: u32,
+    /// Largest target; the smallest is 1.
+    pub max_target: u32,
+    /// Operations that solutions use, of `+-*/`.
+    pub operations: String,
+    pub seed: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CountdownError {
+    #[error("a puzzle has 1 to {MAX_NUMBERS} numbers, got {0}")]
+    Numbers(usize),
+    #[error("numbers must be at least 1 and their range not empty, got {min} to {max}")]
+    Range { min: u32, max: u32 },
+    #[error("operations must be some of \"+-*/\", got {0:?}")]
+    Operations(String),
+    #[error(
+        "found no puzzle with {numbers} numbers from {min} to {max} whose target is 1 to {max_target} in {MAX_TRIES} tries; \
+         raise max_target or allow more operations"
+    )]
+    NoPuzzle { numbers: usize, min: u32, max: u32, max_target: u32 },
+}
+
+impl CountdownSource {
+    /// Makes the puzzles, with columns `nums`, `target` and `solution`. All intermediate results of a solution are
+    /// whole numbers above 0. The same puzzle can come up twice.
+    ///
+    /// # Errors
+    /// Settings that no puzzle satisfies.
+    pub fn generate(&self) -> Result<Dataset, CountdownError> {
+        let operations = self.validated_operations()?;
+        let mut random = SplitMix64::new(self.seed);
+        let rows = (0..self.size).map(|_| self.puzzle(&operations, &mut random)).collect::<Result<_, _>>()?;
+        Ok(Dataset::new(rows))
+    }
+
+    fn validated_operations(&self) -> Result<Vec<Operation>, CountdownError> {
+        if !(1..=MAX_NUMBERS).contains(&self.numbers) {
+            return Err(CountdownError::Numbers(self.numbers));
+        }
+        if self.min_number == 0 || self.min_number > self.max_number {
+            return Err(CountdownError::Range { min: self.min_number, max: self.max_number });
+        }
+        let operations: Option<Vec<_>> = self.operations.chars().map(Operation::from_char).collect();
+        operations
+            .filter(|operations| !operations.is_empty())
+            .ok_or_else(|| CountdownError::Operations(self.operations.clone()))
+    }
+
+    fn puzzle(&self, operations: &[Operation], random: &mut SplitMix64) -> Result<Row, CountdownError> {
+        let choices = u64::from(self.max_number - self.min_number) + 1;
+        for _ in 0..MAX_TRIES {
+            let nums: Vec<u64> =
+                (0..self.numbers).map(|_| u64::from(self.min_number) + random.below(choices)).collect();
+            let Some(solution) = random_expression(&nums, operations, random) else { continue };
+            if solution.value <= u64::from(self.max_target) {
+                let columns = [
+                    ("nums".to_owned(), json!(nums)),
+                    ("target".to_owned(), json!(solution.value)),
+                    ("solution".to_owned(), json!(solution.text)),
+                ];
+                return Ok(columns.into_iter().collect());
+            }
+        }
+        let Self { numbers, min_number: min, max_number: max, max_target, .. } = *self;
+        Err(CountdownError::NoPuzzle { numbers, min, max, max_target })
+    }
+}
+
+/// Joins two random parts by a random operation until one is left; `None` where a result would not be a whole number
+/// above 0.
+fn random_expression(nums: &[u64], operations: &[Operation], random: &mut SplitMix64) -> Option<Expression> {
+    let mut parts: Vec<_> = nums.iter().map(|&value| Expression::number(value)).collect();
+    while parts.len() > 1 {
+        let mut take = || parts.swap_remove(random.below(parts.len() as u64) as usize);
+        let (left, right) = (take(), take());
+        let operation = operations[random.below(operations.len() as u64) as usize];
+        parts.push(Expression::join(left, operation, right)?);
+    }
+    parts.pop()
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Operation {
+    Add,
+    Subtract,
+    Multiply,
+    Divide,
+}
+
+impl Operation {
+    fn from_char(symbol: char) -> Option<Self> {
+        [Self::Add, Self::Subtract, Self::Multiply, Self::Divide].into_iter().find(|op| op.symbol() == symbol)
+    }
+
+    fn symbol(self) -> char {
+        match self {
+            Self::Add => '+',
+            Self::Subtract => '-',
+            Self::Multiply => '*',
+            Self::Divide => '/',
+        }
+    }
+
+    fn apply(self, left: u64, right: u64) -> Option<u64> {
+        match self {
+            Self::Add => left.checked_add(right),
+            Self::Subtract => left.checked_sub(right).filter(|&difference| difference > 0),
+            Self::Multiply => left.checked_mul(right),
+            Self::Divide => left.is_multiple_of(right).then(|| left / right),
+        }
+    }
+
+    fn is_additive(self) -> bool {
+        matches!(self, Self::Add | Self::Subtract)
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Expression {
+    /// Above 0.
+    value: u64,
+    text: String,
+    /// The operation that is applied last; `None` for a number.
+    outermost: Option<Operation>,
+}
+
+impl Expression {
+    fn number(value: u64) -> Self {
+        Self { value, text: value.to_string(), outermost: None }
+    }
+
+    fn join(left: Self, operation: Operation, right: Self) -> Option<Self> {
+        let value = operation.apply(left.value, right.value)?;
+        let left_text = left.parenthesised_if(|inner| inner.is_additive() && !operation.is_additive());
+        let right_text = right.parenthesised_if(|inner| match operation {
+            Operation::Add => false,
+            Operation::Subtract | Operation::Multiply => inner.is_additive(),
+            Operation::Divide => true,
+        });
+        let text = format!("{left_text} {} {right_text}", operation.symbol());
+        Some(Self { value, text, outermost: Some(operation) })
+    }
+
+    fn parenthesised_if(&self, needed: impl Fn(Operation) -> bool) -> String {
+        if self.outermost.is_some_and(needed) { format!("({})", self.text) } else { self.text.clone() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::reward::{Outcome, RewardFunction};
+
+    use super::*;
+
+    fn source() -> CountdownSource {
+        CountdownSource {
+            size: 200,
+            numbers: 4,
+            min_number: 1,
+            max_number: 99,
+            max_target: 99,
+            operations: "+-*/".to_owned(),
+            seed: 1,
+        }
+    }
+
+    fn check_solved(source: &CountdownSource) {
+        for row in source.generate().unwrap().rows() {
+            let completion = format!("<answer>{}</answer>", row["solution"].as_str().unwrap());
+            assert_eq!(RewardFunction::Equation.score(&completion, row), Outcome::Score(1.0), "{row:?}");
+            let target = row["target"].as_u64().unwrap();
+            assert!((1..=u64::from(source.max_target)).contains(&target), "{row:?}");
+            let nums = row["nums"].as_array().unwrap();
+            assert_eq!(nums.len(), source.numbers);
+            let range = u64::from(source.min_number)..=u64::from(source.max_number);
+            assert!(nums.iter().all(|number| range.contains(&number.as_u64().unwrap())), "{row:?}");
+        }
+    }
+
+    #[test]
+    fn every_puzzle_is_solved_by_its_solution() {
+        for numbers in 1..=6 {
+            for operations in ["+-*/", "+-", "*/", "-", "+"] {
+                let max_target = if operations == "+" { 600 } else { 99 };
+                let operations = operations.to_owned();
+                check_solved(&CountdownSource { size: 50, numbers, operations, max_target, ..source() });
+            }
+        }
+    }
+
+    /// `left` and `right` are `a operation b`, or a number where the operation is a space.
+    #[track_caller]
+    fn check_joined(left: char, operation: char, right: char, expect: &str) {
+        let part = |a, inner, b| match Operation::from_char(inner) {
+            Some(inner) => Expression::join(Expression::number(a), inner, Expression::number(b)).unwrap(),
+            None => Expression::number(a),
+        };
+        let operation = Operation::from_char(operation).unwrap();
+        let joined = Expression::join(part(60, left, 30), operation, part(2, right, 1)).unwrap();
+        assert_eq!(joined.text, expect);
+    }
+
+    #[test]
+    fn parentheses_are_only_where_they_are_needed() {
+        check_joined(' ', '+', ' ', "60 + 2");
+        check_joined('+', '+', '-', "60 + 30 + 2 - 1");
+        check_joined('-', '-', '+', "60 - 30 - (2 + 1)");
+        check_joined('+', '-', '-', "60 + 30 - (2 - 1)");
+        check_joined('*', '-', '*', "60 * 30 - 2 * 1");
+        check_joined('/', '+', '/', "60 / 30 + 2 / 1");
+        check_joined('-', '*', '+', "(60 - 30) * (2 + 1)");
+        check_joined('*', '*', '/', "60 * 30 * 2 / 1");
+        check_joined('*', '/', '*', "60 * 30 / (2 * 1)");
+        check_joined('+', '/', '/', "(60 + 30) / (2 / 1)");
+        check_joined('+', '/', '-', "(60 + 30) / (2 - 1)");
+        check_joined('/', '/', ' ', "60 / 30 / 2");
+    }
+
+    #[test]
+    fn puzzles_depend_on_the_seed_and_not_on_the_size() {
+        let make = |size, seed| CountdownSource { size, seed, ..source() }.generate().unwrap();
+        assert_eq!(make(50, 1), make(50, 1));
+        assert_eq!(make(50, 1).rows(), &make(80, 1).rows()[..50]);
+        assert_ne!(make(50, 1), make(50, 2));
+    }
+
+    /// Puzzles are data that results refer to: the same seed must make them in every version.
+    #[test]
+    fn puzzles_are_fixed_for_ever() {
+        let rows = CountdownSource { size: 2, numbers: 3, max_number: 20, ..source() }.generate().unwrap();
+        assert_eq!(
+            json!(rows.rows()),
+            json!([
+                {"nums": [4, 13, 17], "target": 34, "solution": "4 + 17 + 13"},
+                {"nums": [12, 12, 8], "target": 18, "solution": "12 * 12 / 8"},
+            ])
+        );
+    }
+
+    #[track_caller]
+    fn check_refused(source: CountdownSource, message: &str) {
+        let error = source.generate().unwrap_err().to_string();
+        assert!(error.contains(message), "{error}");
+    }
+
+    #[test]
+    fn impossible_settings_are_refused() {
+        check_refused(CountdownSource { numbers: 0, ..source() }, "1 to 8 numbers, got 0");
+        check_refused(CountdownSource { numbers: 9, ..source() }, "1 to 8 numbers, got 9");
+        check_refused(CountdownSource { min_number: 0, ..source() }, "got 0 to 99");
+        check_refused(CountdownSource { min_number: 100, ..source() }, "got 100 to 99");
+        check_refused(CountdownSource { operations: String::new(), ..source() }, "got \"\"");
+        check_refused(CountdownSource { operations: "+^".to_owned(), ..source() }, "got \"+^\"");
+        let sums = CountdownSource { min_number: 50, operations: "+".to_owned(), ..source() };
+        check_refused(sums, "found no puzzle with 4 numbers from 50 to 99");
+    }
+}

@@ -1,0 +1,21 @@
+//! The part of aha that is plain data and arithmetic: no torch, no I/O runtime, no clock, no environment.
+#![forbid(unsafe_code)]
+
+pub mod advantage;
+pub mod batch;
+pub mod chat_template;
+pub mod config;
+pub mod dataset;
+pub mod ids;
+mod jinja;
+pub mod manifest;
+mod nearest;
+pub mod packing;
+pub mod partition;
+pub mod prompt;
+pub mod random;
+pub mod reward;
+pub mod rollout;
+pub mod schedule;
+mod text;
+pub mod tokenizer;

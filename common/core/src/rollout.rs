@@ -1,0 +1,146 @@
+//! Prompts, completions and groups: what the generator and the trainer exchange.
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{PolicyVersion, PromptId, TokenId};
+
+/// A prompt ready for generation.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Prompt {
+    pub id: PromptId,
+    /// The rendered text, for people and logs only: generation starts from `token_ids`.
+    pub text: String,
+    pub token_ids: Vec<TokenId>,
+    /// What reward functions may read: the data set's columns.
+    pub columns: serde_json::Map<String, serde_json::Value>,
+}
+
+/// How tokens are chosen.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Sampling {
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// Keep the k most likely tokens; 0 keeps all.
+    pub top_k: u32,
+    /// Keep the smallest set of tokens whose probability reaches this; 1 keeps all.
+    pub top_p: f32,
+    /// Keep tokens at least this likely relative to the most likely one; 0 keeps all.
+    pub min_p: f32,
+    /// Most tokens of a completion.
+    pub max_tokens: u32,
+    /// No end-of-sequence, stop token or stop string counts before this many tokens.
+    pub min_tokens: u32,
+    /// A completion ends with the token that completes one of these; the text keeps it.
+    pub stop: Vec<String>,
+    /// A completion ends with one of these tokens, beside the model's own end-of-sequence tokens.
+    pub stop_token_ids: Vec<TokenId>,
+    /// Generate to `max_tokens` whatever the model says; for measurements.
+    pub ignore_eos: bool,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            max_tokens: 512,
+            min_tokens: 0,
+            stop: Vec::new(),
+            stop_token_ids: Vec::new(),
+            ignore_eos: false,
+        }
+    }
+}
+
+impl Sampling {
+    /// Every value that is out of range, by field name.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        let mut check = |ok: bool, problem: String| {
+            if !ok {
+                problems.push(problem);
+            }
+        };
+        let Self { temperature, top_p, min_p, max_tokens, min_tokens, .. } = self;
+        let in_range = temperature.is_finite() && *temperature >= 0.0;
+        check(in_range, format!("temperature must be a finite number >= 0, got {temperature}"));
+        check(*top_p > 0.0 && *top_p <= 1.0, format!("top_p must be in (0, 1], got {top_p}"));
+        check((0.0..=1.0).contains(min_p), format!("min_p must be in [0, 1], got {min_p}"));
+        check(*max_tokens > 0, "max_tokens must be at least 1".to_owned());
+        check(min_tokens <= max_tokens, format!("min_tokens ({min_tokens}) is over max_tokens ({max_tokens})"));
+        check(self.stop.iter().all(|stop| !stop.is_empty()), "a stop string must not be empty".to_owned());
+        check(self.stop.len() <= MAX_STOPS, format!("at most {MAX_STOPS} stop strings, got {}", self.stop.len()));
+        problems
+    }
+}
+
+const MAX_STOPS: usize = 64;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FinishReason {
+    /// An end-of-sequence token, stop token or stop string.
+    Stop,
+    /// `max_tokens` or the model's context ended it: the completion is truncated.
+    Length,
+    /// The request was cancelled.
+    Aborted,
+}
+
+/// A run of tokens sampled under one policy version.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Span {
+    pub version: PolicyVersion,
+    pub num_tokens: u32,
+}
+
+/// What one reward function made of one completion.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Reward {
+    pub function: String,
+    pub score: f32,
+    /// `score`, or why there is none: `wrong`, `unparsable`, `timeout`, `crash`.
+    pub outcome: String,
+}
+
+/// One sampled answer to a prompt.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Completion {
+    pub prompt_id: PromptId,
+    /// Position within its group, `0..G`.
+    pub sample_index: u32,
+    pub token_ids: Vec<TokenId>,
+    /// `[T]`, log-prob of every token under the distribution that it was sampled from.
+    pub logprobs: Vec<f32>,
+    /// Cover `token_ids` in order.
+    pub spans: Vec<Span>,
+    pub finish_reason: FinishReason,
+    /// For rewards and people only.
+    pub text: String,
+    pub rewards: Vec<Reward>,
+}
+
+/// A prompt with its `G` completions, in the order of their sample index.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Group {
+    pub prompt: Prompt,
+    pub completions: Vec<Completion>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_bad_sampling_value_is_named() {
+        assert!(Sampling::default().problems().is_empty());
+        let bad = Sampling { temperature: f32::NAN, top_p: 0.0, min_p: 2.0, max_tokens: 0, ..Sampling::default() };
+        let problems = bad.problems().join("; ");
+        for field in ["temperature", "top_p", "min_p", "max_tokens"] {
+            assert!(problems.contains(field), "{problems}");
+        }
+    }
+}

@@ -1,0 +1,3 @@
+#pragma once
+struct __nv_bfloat16 {};
+struct __nv_bfloat162 {};

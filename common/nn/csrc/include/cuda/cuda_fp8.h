@@ -1,0 +1,3 @@
+#pragma once
+struct __nv_fp8_e4m3 {};
+struct __nv_fp8_e5m2 {};

@@ -1,0 +1,74 @@
+// The C interface to the parts of libtorch that tch leaves out. The Rust declarations are in src/shim.rs; keep the two
+// in step.
+//
+// A function that can fail returns null on success, or a message that the caller owns and frees with `aha_string_free`.
+// No C++ exception leaves it. Tensors are passed as tch passes them: a pointer to an at::Tensor that the caller owns.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace at {
+class Tensor;
+}
+
+struct AhaStore;
+struct AhaGroup;
+struct AhaWork;
+
+struct AhaGroupOptions {
+  int32_t rank;
+  int32_t size;
+  int64_t timeout_ms;
+  // Exactly one of the two is set for Gloo: which address, or which network interface, to listen on.
+  const char* host;
+  const char* interface;
+  // CUDA device index, for NCCL.
+  int32_t device;
+};
+
+struct AhaAdamW {
+  double learning_rate;
+  double beta1;
+  double beta2;
+  double epsilon;
+  double weight_decay;
+};
+
+extern "C" {
+void aha_string_free(char* message);
+
+// Takes over `listen_fd`, a listening socket on `port`, and serves the store from a thread of its own.
+char* aha_store_host(int listen_fd, const char* host, uint16_t port, int64_t timeout_ms, AhaStore** out);
+char* aha_store_connect(const char* host, uint16_t port, int64_t timeout_ms, AhaStore** out);
+// A second connection to the same server whose keys all begin with `prefix`.
+char* aha_store_scoped(const AhaStore* store, const char* prefix, int64_t timeout_ms, AhaStore** out);
+char* aha_store_set(const AhaStore* store, const char* key, const uint8_t* data, size_t len);
+// Waits for the key. The bytes belong to the caller and are freed with `aha_string_free`.
+char* aha_store_get(const AhaStore* store, const char* key, int64_t timeout_ms, uint8_t** data, size_t* len);
+char* aha_store_add(const AhaStore* store, const char* key, int64_t delta, int64_t* sum);
+void aha_store_free(AhaStore* store);
+
+bool aha_nccl_built(void);
+char* aha_gloo_new(const AhaStore* store, const AhaGroupOptions* options, AhaGroup** out);
+char* aha_nccl_new(const AhaStore* store, const AhaGroupOptions* options, AhaGroup** out);
+// `reduce_op`: 0 sum, 1 max, 2 min. Each collective only starts here; `aha_work_wait` finishes it.
+char* aha_group_all_reduce(AhaGroup* group, at::Tensor* tensor, int32_t reduce_op, AhaWork** out);
+char* aha_group_reduce_scatter(AhaGroup* group, at::Tensor* output, at::Tensor* input, int32_t reduce_op, AhaWork** out);
+char* aha_group_all_gather(AhaGroup* group, at::Tensor* output, at::Tensor* input, AhaWork** out);
+char* aha_group_broadcast(AhaGroup* group, at::Tensor* tensor, int64_t root, AhaWork** out);
+char* aha_group_barrier(AhaGroup* group, AhaWork** out);
+// May be called from any thread while others wait.
+char* aha_group_abort(AhaGroup* group);
+void aha_group_free(AhaGroup* group);
+char* aha_work_wait(AhaWork* work, int64_t timeout_ms);
+void aha_work_free(AhaWork* work);
+
+// `grad_outputs[i]` may be null (a scalar output), and so may `grads[i]` become (an unused input). The tensors in `grads`
+// belong to the caller.
+char* aha_autograd_grad(at::Tensor* const* outputs, at::Tensor* const* grad_outputs, size_t num_outputs,
+                        at::Tensor* const* inputs, at::Tensor** grads, size_t num_inputs, bool allow_unused);
+
+char* aha_fused_adamw(at::Tensor* param, at::Tensor* grad, at::Tensor* exp_avg, at::Tensor* exp_avg_sq, double step,
+                      const AhaAdamW* options);
+}

@@ -1,0 +1,56 @@
+//! Byte strings between ranks: small control objects, serialised by the caller.
+
+use super::error::CommError;
+use super::group::ProcessGroup;
+use tch::{Device, Kind, Tensor};
+
+impl ProcessGroup {
+    /// The byte strings of all ranks, in the order of ranks. They may differ in length.
+    ///
+    /// # Errors
+    /// As for the collectives: this is two of them, lengths first, then all padded to the longest.
+    pub fn all_gather_bytes(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CommError> {
+        let length = Tensor::from_slice(&[bytes.len() as i64]).to_device(self.device());
+        let mut lengths = Tensor::zeros([self.size() as i64], (Kind::Int64, self.device()));
+        self.all_gather(&length, &mut lengths)?;
+        let lengths = self.lengths("all_gather_bytes", &lengths)?;
+        let longest = lengths.iter().copied().max().unwrap_or(0);
+
+        let mut padded = bytes.to_vec();
+        padded.resize(longest, 0);
+        let input = Tensor::from_slice(&padded).to_device(self.device());
+        let mut output = Tensor::zeros([(self.size() * longest) as i64], (Kind::Uint8, self.device()));
+        self.all_gather(&input, &mut output)?;
+        let flat = self.to_bytes("all_gather_bytes", &output)?;
+        Ok(lengths.iter().enumerate().map(|(rank, len)| flat[rank * longest..][..*len].to_vec()).collect())
+    }
+
+    /// The byte string of rank `root`. What the others pass is ignored.
+    ///
+    /// # Errors
+    /// As for the collectives: this is two of them, the length first.
+    pub fn broadcast_bytes(&self, bytes: &[u8], root: usize) -> Result<Vec<u8>, CommError> {
+        let mut length = Tensor::from_slice(&[bytes.len() as i64]).to_device(self.device());
+        self.broadcast(&mut length, root)?;
+        let length = self.lengths("broadcast_bytes", &length)?[0];
+        let mut payload = if self.rank() == root {
+            Tensor::from_slice(bytes).to_device(self.device())
+        } else {
+            Tensor::zeros([length as i64], (Kind::Uint8, self.device()))
+        };
+        self.broadcast(&mut payload, root)?;
+        self.to_bytes("broadcast_bytes", &payload)
+    }
+
+    fn lengths(&self, operation: &'static str, lengths: &Tensor) -> Result<Vec<usize>, CommError> {
+        let lengths = Vec::<i64>::try_from(lengths.to_device(Device::Cpu))
+            .map_err(|error| self.invalid(operation, error.to_string()))?;
+        let convert =
+            |length: i64| usize::try_from(length).map_err(|_| self.invalid(operation, format!("length {length}")));
+        lengths.into_iter().map(convert).collect()
+    }
+
+    fn to_bytes(&self, operation: &'static str, tensor: &Tensor) -> Result<Vec<u8>, CommError> {
+        Vec::<u8>::try_from(tensor.to_device(Device::Cpu)).map_err(|error| self.invalid(operation, error.to_string()))
+    }
+}

@@ -1,0 +1,344 @@
+//! A group of ranks that exchange tensors.
+
+use super::collective::{Collective, ReduceOp};
+use super::deadline::within;
+use super::error::CommError;
+use super::store::{RawStore, Store, c_string, millis};
+use super::work::{RawWork, Ticket, Work};
+use crate::shim::{
+    self, AhaGroup, AhaGroupOptions, Message, aha_gloo_new, aha_group_abort, aha_group_free, aha_nccl_built,
+    aha_nccl_new,
+};
+use std::ffi::CString;
+use std::ptr::{self, NonNull};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+use tch::{Device, Tensor};
+
+/// What carries the tensors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Backend {
+    /// TCP between CPU tensors.
+    Gloo,
+    /// NCCL between the tensors of one CUDA device per rank.
+    Nccl { device: usize },
+}
+
+/// Where a rank listens for its peers. NCCL finds its own way.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Address {
+    /// A host name or address of this machine that the peers can reach.
+    Host(String),
+    /// A network interface, such as `eth0`.
+    Interface(String),
+}
+
+/// Which group, and who we are in it.
+#[derive(Debug, Clone)]
+pub struct GroupSpec {
+    /// Names the group in errors and in the store. Used once per store: a group that is made anew takes a new name.
+    pub name: String,
+    /// From 0, less than `size`.
+    pub rank: usize,
+    /// Number of ranks, `W`.
+    pub size: usize,
+    /// For the ranks to come together, and then for every collective.
+    pub timeout: Duration,
+    pub address: Address,
+}
+
+/// A group of ranks.
+///
+/// All ranks must issue the same collectives with tensors of the same size and kind in the same order: that order is
+/// the caller's to agree on, and a rank that departs from it makes all others fail at their deadline. A group of one
+/// behaves alike and communicates nothing.
+#[derive(Debug)]
+pub struct ProcessGroup {
+    shared: Arc<Shared>,
+    /// The number of the last collective. Held while one is issued, so that numbers follow the order on the wire.
+    issued: Mutex<u64>,
+}
+
+/// Whether [`Backend::Nccl`] is part of this build.
+pub fn nccl_built() -> bool {
+    aha_nccl_built()
+}
+
+impl ProcessGroup {
+    /// Meets the other ranks at `store` and connects to them.
+    ///
+    /// # Errors
+    /// [`CommError::Join`] names the ranks that did not come, a rank that is already taken, or what hindered the
+    /// connection; [`CommError::NoNccl`] and [`CommError::Store`] as they say.
+    pub fn new(backend: Backend, store: &Store, spec: &GroupSpec) -> Result<Self, CommError> {
+        if matches!(backend, Backend::Nccl { .. }) && !nccl_built() {
+            return Err(CommError::NoNccl { group: spec.name.clone() });
+        }
+        if spec.rank >= spec.size {
+            return Err(spec.join_error(format!(
+                "ranks of {} go from 0 to {}",
+                spec.name,
+                spec.size.saturating_sub(1)
+            )));
+        }
+        let raw = if spec.size == 1 { None } else { Some(connect(backend, store, spec)?) };
+        let device = match backend {
+            Backend::Gloo => Device::Cpu,
+            Backend::Nccl { device } => Device::Cuda(device),
+        };
+        let shared = Shared { raw, spec: spec.clone(), device, closed: OnceLock::new() };
+        Ok(Self { shared: Arc::new(shared), issued: Mutex::new(0) })
+    }
+
+    /// The group of one that needs no store.
+    pub fn solo(name: &str, device: Device) -> Self {
+        let address = Address::Host("localhost".to_owned());
+        let spec = GroupSpec { name: name.to_owned(), rank: 0, size: 1, timeout: Duration::MAX, address };
+        let shared = Shared { raw: None, spec, device, closed: OnceLock::new() };
+        Self { shared: Arc::new(shared), issued: Mutex::new(0) }
+    }
+
+    pub fn name(&self) -> &str {
+        &self.shared.spec.name
+    }
+
+    pub fn rank(&self) -> usize {
+        self.shared.spec.rank
+    }
+
+    /// Number of ranks, `W`.
+    pub fn size(&self) -> usize {
+        self.shared.spec.size
+    }
+
+    /// Where the tensors of this group live.
+    pub fn device(&self) -> Device {
+        self.shared.device
+    }
+
+    /// Replaces `tensor` by the reduction over all ranks, in place.
+    ///
+    /// # Errors
+    /// [`CommError::Invalid`] when a tensor does not fit, [`CommError::Collective`] when a peer fails or time runs out,
+    /// [`CommError::Closed`] after either an abort or such a failure; so for all collectives.
+    pub fn all_reduce(&self, tensor: &mut Tensor, op: ReduceOp) -> Result<(), CommError> {
+        self.all_reduce_async(tensor, op)?.wait()
+    }
+
+    /// Issues [`ProcessGroup::all_reduce`].
+    pub fn all_reduce_async(&self, tensor: &mut Tensor, op: ReduceOp) -> Result<Work, CommError> {
+        self.issue(Collective::AllReduce { tensor, op })
+    }
+
+    /// Reduces over all ranks and leaves each rank its shard.
+    ///
+    /// # Shapes
+    /// - input: `[W * n]`, output: `[n]`, elements `rank * n ..` of the reduction.
+    pub fn reduce_scatter(&self, input: &Tensor, output: &mut Tensor, op: ReduceOp) -> Result<(), CommError> {
+        self.reduce_scatter_async(input, output, op)?.wait()
+    }
+
+    /// Issues [`ProcessGroup::reduce_scatter`].
+    pub fn reduce_scatter_async(&self, input: &Tensor, output: &mut Tensor, op: ReduceOp) -> Result<Work, CommError> {
+        self.issue(Collective::ReduceScatter { output, input, op })
+    }
+
+    /// Puts the shards of all ranks after each other, in the order of ranks.
+    ///
+    /// # Shapes
+    /// - input: `[n]`, output: `[W * n]`.
+    pub fn all_gather(&self, input: &Tensor, output: &mut Tensor) -> Result<(), CommError> {
+        self.all_gather_async(input, output)?.wait()
+    }
+
+    /// Issues [`ProcessGroup::all_gather`].
+    pub fn all_gather_async(&self, input: &Tensor, output: &mut Tensor) -> Result<Work, CommError> {
+        self.issue(Collective::AllGather { output, input })
+    }
+
+    /// Overwrites `tensor` with that of rank `root`.
+    pub fn broadcast(&self, tensor: &mut Tensor, root: usize) -> Result<(), CommError> {
+        self.broadcast_async(tensor, root)?.wait()
+    }
+
+    /// Issues [`ProcessGroup::broadcast`].
+    pub fn broadcast_async(&self, tensor: &mut Tensor, root: usize) -> Result<Work, CommError> {
+        self.issue(Collective::Broadcast { tensor, root })
+    }
+
+    /// Returns when every rank has called it.
+    pub fn barrier(&self) -> Result<(), CommError> {
+        self.issue(Collective::Barrier)?.wait()
+    }
+
+    /// Closes the group from any thread: whatever is in flight fails, here and at the peers, and so does all that follows.
+    pub fn abort(&self, reason: &str) {
+        self.shared.close(reason);
+    }
+
+    /// What the caller got wrong, as an error.
+    pub(super) fn invalid(&self, operation: &'static str, reason: String) -> CommError {
+        let GroupSpec { name, rank, size, .. } = &self.shared.spec;
+        CommError::Invalid { group: name.clone(), operation, rank: *rank, size: *size, reason }
+    }
+
+    fn issue(&self, collective: Collective<'_>) -> Result<Work, CommError> {
+        let operation = collective.name();
+        if let Some(reason) = self.shared.closed.get() {
+            let GroupSpec { name, rank, size, .. } = &self.shared.spec;
+            let (group, reason) = (name.clone(), reason.clone());
+            return Err(CommError::Closed { group, operation, rank: *rank, size: *size, reason });
+        }
+        collective.check(self.size(), self.device()).map_err(|reason| self.invalid(operation, reason))?;
+        let tensors = collective.keep_alive();
+        // A number is all it guards, and a number cannot be left half-written by a panic.
+        let mut issued = self.issued.lock().unwrap_or_else(PoisonError::into_inner);
+        *issued += 1;
+        let ticket = Ticket { operation, sequence: *issued, issued: Instant::now() };
+        let started = match &self.shared.raw {
+            Some(raw) if !collective.is_empty() => {
+                // SAFETY: the group is alive, the lock on `issued` keeps others out, the check has passed, and the work
+                // holds on to the tensors.
+                unsafe { collective.start(raw.0.as_ptr()).map(|work| RawWork::from_ptr(work)) }
+            }
+            _ => collective.run_alone().map(|()| None),
+        };
+        let work = started.map_err(|reason| self.shared.fail(ticket, reason))?;
+        Ok(Work::new(work, tensors, Arc::clone(&self.shared), ticket))
+    }
+}
+
+impl GroupSpec {
+    fn join_error(&self, reason: String) -> CommError {
+        CommError::Join { group: self.name.clone(), rank: self.rank, size: self.size, reason }
+    }
+}
+
+/// What a group shares with its collectives in flight.
+#[derive(Debug)]
+pub(super) struct Shared {
+    /// `None` in a group of one.
+    raw: Option<RawGroup>,
+    spec: GroupSpec,
+    device: Device,
+    /// Why the group is closed, once it is.
+    closed: OnceLock<String>,
+}
+
+impl Shared {
+    pub(super) fn timeout(&self) -> Duration {
+        self.spec.timeout
+    }
+
+    /// Closes the group because a collective failed.
+    pub(super) fn fail(&self, ticket: Ticket, reason: String) -> CommError {
+        let Ticket { operation, sequence, issued } = ticket;
+        let elapsed = issued.elapsed();
+        // In a group that was closed before, what libtorch says of lost connections is not the cause.
+        let reason = match self.closed.get() {
+            Some(cause) => format!("{cause} ({reason})"),
+            None => reason,
+        };
+        self.close(&format!("{operation} #{sequence} failed: {reason}"));
+        let GroupSpec { name, rank, size, .. } = &self.spec;
+        CommError::Collective { group: name.clone(), operation, sequence, rank: *rank, size: *size, elapsed, reason }
+    }
+
+    fn close(&self, reason: &str) {
+        if self.closed.set(reason.to_owned()).is_err() {
+            return;
+        }
+        if let Some(raw) = &self.raw {
+            // SAFETY: the group is alive, and c10d lets any thread abort it.
+            let aborted = unsafe { shim::check(aha_group_abort(raw.0.as_ptr())) };
+            // A failed abort leaves the deadlines of what is in flight, which end it too.
+            drop(aborted);
+        }
+    }
+}
+
+/// Owns a group of the shim.
+#[derive(Debug)]
+struct RawGroup(NonNull<AhaGroup>);
+
+// SAFETY: c10d's backends are reference-counted and run their work on threads of their own.
+unsafe impl Send for RawGroup {}
+// SAFETY: collectives are issued under the lock of `ProcessGroup::issued`; abort may be called by any thread.
+unsafe impl Sync for RawGroup {}
+
+impl Drop for RawGroup {
+    fn drop(&mut self) {
+        // SAFETY: the group is ours, and its last work is gone, because each holds a reference to us.
+        unsafe { aha_group_free(self.0.as_ptr()) };
+    }
+}
+
+/// Announces this rank, waits for the others, and connects to them.
+fn connect(backend: Backend, store: &Store, spec: &GroupSpec) -> Result<RawGroup, CommError> {
+    let started = Instant::now();
+    let rest = || spec.timeout.saturating_sub(started.elapsed());
+    let store = store.scoped(&spec.name, spec.timeout)?;
+    if store.add(&arrival_key(spec.rank), 1)? > 1 {
+        return Err(spec.join_error("this rank is already taken; a group made anew needs a new name".to_owned()));
+    }
+    let missing: Vec<_> =
+        (0..spec.size).filter(|rank| store.get_within(&arrival_key(*rank), rest()).is_err()).collect();
+    if !missing.is_empty() {
+        return Err(
+            spec.join_error(format!("rank {missing:?} did not come within {:.1} s", spec.timeout.as_secs_f64()))
+        );
+    }
+    let (raw_store, options) = (store.raw(), Options::new(backend, spec)?);
+    within(rest(), move || options.open(backend, &raw_store)).map_err(|reason| spec.join_error(reason))
+}
+
+fn arrival_key(rank: usize) -> String {
+    format!("arrived/{rank}")
+}
+
+/// [`AhaGroupOptions`] with its text.
+struct Options {
+    rank: i32,
+    size: i32,
+    timeout: Duration,
+    host: Option<CString>,
+    interface: Option<CString>,
+    device: i32,
+}
+
+impl Options {
+    fn new(backend: Backend, spec: &GroupSpec) -> Result<Self, CommError> {
+        let fail = |reason: String| spec.join_error(reason);
+        let int = |number: usize| i32::try_from(number).map_err(|_| fail(format!("{number} is too large")));
+        let (host, interface) = match &spec.address {
+            Address::Host(host) => (Some(c_string(host).map_err(fail)?), None),
+            Address::Interface(interface) => (None, Some(c_string(interface).map_err(fail)?)),
+        };
+        let device = match backend {
+            Backend::Gloo => 0,
+            Backend::Nccl { device } => int(device)?,
+        };
+        Ok(Self { rank: int(spec.rank)?, size: int(spec.size)?, timeout: spec.timeout, host, interface, device })
+    }
+
+    fn open(&self, backend: Backend, store: &RawStore) -> Result<RawGroup, Message> {
+        let options = AhaGroupOptions {
+            rank: self.rank,
+            size: self.size,
+            timeout_ms: millis(self.timeout),
+            host: self.host.as_ref().map_or(ptr::null(), |text| text.as_ptr()),
+            interface: self.interface.as_ref().map_or(ptr::null(), |text| text.as_ptr()),
+            device: self.device,
+        };
+        let open = match backend {
+            Backend::Gloo => aha_gloo_new,
+            Backend::Nccl { .. } => aha_nccl_new,
+        };
+        let mut group = ptr::null_mut();
+        // SAFETY: the store is alive, and `options` with its text and `group` outlive the call.
+        let message = unsafe { open(store.as_ptr(), &raw const options, &raw mut group) };
+        // SAFETY: the shim returned `message` just now.
+        unsafe { shim::check(message) }?;
+        NonNull::new(group).map(RawGroup).ok_or_else(|| "the shim returned no group".to_owned())
+    }
+}

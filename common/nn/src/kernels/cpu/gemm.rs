@@ -1,0 +1,297 @@
+//! Dense products with a weight that is packed once and used many times.
+//!
+//! The weight is kept as panels of [`PANEL`] output columns, contiguous over the input dimension, so the inner loop
+//! reads it as one stream. Every output element is the sum, in order, of the bias and of one chain of multiply-adds
+//! per [`TILE_DEPTH`] inputs; nothing about that depends on the other rows.
+
+use super::Pool;
+use super::buffer::{AlignedBuf, RowsMut, SharedRows, with_scratch};
+use super::simd::{Kernel, Simd};
+use super::tile::{RowTile, TILE_DEPTH, TILE_STRIDE, accumulate, row_tiles, with_const_rows};
+
+/// Output columns per panel: two registers of the widest instruction set.
+const PANEL: usize = 32;
+/// Rows of the input that are worked on together: a [`TILE_DEPTH`] deep block of them fits a 1 MB cache thrice.
+const ROW_BLOCK: usize = 240;
+/// Panels that share a pass over such a block when there is more than one tile of rows.
+const PANELS_PER_TASK: usize = 4;
+/// Inputs whose columns are copied together while packing: a cache line of each output.
+const PACK_DEPTH: usize = 16;
+/// Rough speeds by which work is divided among threads.
+const FLOPS_PER_NANO: usize = 50;
+const PACKED_FLOATS_PER_NANO: usize = 2;
+
+/// A weight laid out for [`PackedMatrix::gemm`].
+#[derive(Debug)]
+pub struct PackedMatrix {
+    /// `[panels, in_features, PANEL]`, zeros past `out_features`.
+    panels: AlignedBuf,
+    in_features: usize,
+    out_features: usize,
+}
+
+impl PackedMatrix {
+    /// Packs weights, in the layout of Hugging Face, stacked along their outputs: one for a plain linear layer, query,
+    /// key and value or gate and up for layers that are computed as one product.
+    ///
+    /// # Shapes
+    /// - weights: each `[out_i, in_features]`; the result maps `in_features` to the sum of `out_i`.
+    pub fn pack(pool: &Pool, weights: &[&[f32]], in_features: usize) -> Self {
+        assert!(in_features > 0, "a weight needs inputs");
+        let out_features = weights.iter().map(|w| w.len()).sum::<usize>() / in_features;
+        let panels = AlignedBuf::zeros(out_features.div_ceil(PANEL) * PANEL * in_features);
+        let mut packed = Self { panels, in_features, out_features };
+        packed.repack(pool, weights);
+        packed
+    }
+
+    /// Replaces the values, in place.
+    ///
+    /// # Shapes
+    /// - weights: as given to [`PackedMatrix::pack`].
+    pub fn repack(&mut self, pool: &Pool, weights: &[&[f32]]) {
+        let (k, n) = (self.in_features, self.out_features);
+        assert!(weights.iter().all(|w| w.len() % k == 0), "every weight must have rows of {k} inputs");
+        assert_eq!(weights.iter().map(|w| w.len() / k).sum::<usize>(), n, "the weights must have {n} outputs in all");
+        let num_panels = n.div_ceil(PANEL);
+        let panels = RowsMut::new(self.panels.as_mut_slice(), PANEL * k).share();
+        pool.for_each(num_panels, PANEL * k / PACKED_FLOATS_PER_NANO, |panel| {
+            let outputs = panel * PANEL..(panel * PANEL + PANEL).min(n);
+            // SAFETY: each panel is written by one task.
+            let packed = unsafe { panels.row(panel) };
+            pack_panel(&panel_rows(weights, k, outputs), packed);
+        });
+    }
+
+    pub fn in_features(&self) -> usize {
+        self.in_features
+    }
+
+    pub fn out_features(&self) -> usize {
+        self.out_features
+    }
+
+    /// `out = x * weight^T + bias`.
+    ///
+    /// # Shapes
+    /// - x: `[m, in_features]`, bias: `[out_features]`, out: `[m, out_features]`.
+    pub fn gemm(&self, pool: &Pool, x: &[f32], bias: Option<&[f32]>, out: &mut [f32]) {
+        let (k, n) = (self.in_features, self.out_features);
+        let m = x.len() / k;
+        assert_eq!(x.len(), m * k, "the input must have rows of {k}");
+        assert_eq!(out.len(), m * n, "the output must be {m} rows of {n}");
+        assert!(bias.is_none_or(|b| b.len() == n), "the bias must have {n} elements");
+        for (x, out) in x.chunks(ROW_BLOCK * k).zip(out.chunks_mut(ROW_BLOCK * n)) {
+            let num_rows = x.len() / k;
+            with_scratch(num_rows * k.div_ceil(TILE_DEPTH) * TILE_STRIDE, |blocks| {
+                copy_blocks(x, k, blocks);
+                self.multiply(pool, blocks, bias, RowsMut::new(out, n).share());
+            });
+        }
+    }
+
+    /// One row block, `blocks` being `[depth blocks, rows, TILE_STRIDE]`.
+    fn multiply(&self, pool: &Pool, blocks: &[f32], bias: Option<&[f32]>, out: SharedRows) {
+        let (k, m) = (self.in_features, out.num_rows());
+        let num_panels = self.out_features.div_ceil(PANEL);
+        let panels_per_task = if m <= super::tile::MAX_TILE_ROWS { 1 } else { PANELS_PER_TASK };
+        let task_nanos = 2 * k * PANEL * panels_per_task * m.max(4) / FLOPS_PER_NANO;
+        pool.for_each(num_panels.div_ceil(panels_per_task), task_nanos, |task| {
+            let first = task * panels_per_task;
+            let panels = first..(first + panels_per_task).min(num_panels);
+            pool.isa().run(MultiplyPanels { weight: self, panels, blocks, bias, out });
+        });
+    }
+}
+
+/// The rows of the stacked `weights` that make up one panel.
+fn panel_rows<'a>(weights: &[&'a [f32]], k: usize, outputs: std::ops::Range<usize>) -> [&'a [f32]; PANEL] {
+    let mut rows: [&[f32]; PANEL] = [&[]; PANEL];
+    let mut first_output = 0;
+    for weight in weights {
+        let end_output = first_output + weight.len() / k;
+        for output in outputs.start.max(first_output)..outputs.end.min(end_output) {
+            rows[output - outputs.start] = &weight[(output - first_output) * k..][..k];
+        }
+        first_output = end_output;
+    }
+    rows
+}
+
+/// Cuts rows of `k` into blocks of [`TILE_DEPTH`] columns at [`TILE_STRIDE`].
+fn copy_blocks(x: &[f32], k: usize, blocks: &mut [f32]) {
+    let num_rows = x.len() / k;
+    for (i, row) in x.chunks_exact(k).enumerate() {
+        for (j, piece) in row.chunks(TILE_DEPTH).enumerate() {
+            blocks[(j * num_rows + i) * TILE_STRIDE..][..piece.len()].copy_from_slice(piece);
+        }
+    }
+}
+
+/// Transposes up to [`PANEL`] rows (empty ones are left out) into `packed`.
+///
+/// Compiled for the baseline on purpose: with AVX-512 the compiler turns this into scatters, at half the speed.
+fn pack_panel(rows: &[&[f32]; PANEL], packed: &mut [f32]) {
+    for (j, target) in packed.chunks_mut(PACK_DEPTH * PANEL).enumerate() {
+        for (output, row) in rows.iter().enumerate().filter(|(_, row)| !row.is_empty()) {
+            let piece = &row[j * PACK_DEPTH..row.len().min((j + 1) * PACK_DEPTH)];
+            for (line, value) in target.chunks_exact_mut(PANEL).zip(piece) {
+                line[output] = *value;
+            }
+        }
+    }
+}
+
+struct MultiplyPanels<'a> {
+    weight: &'a PackedMatrix,
+    panels: std::ops::Range<usize>,
+    blocks: &'a [f32],
+    bias: Option<&'a [f32]>,
+    out: SharedRows<'a>,
+}
+
+impl Kernel for MultiplyPanels<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        let m = self.out.num_rows();
+        for block in 0..self.weight.in_features.div_ceil(TILE_DEPTH) {
+            for panel in self.panels.clone() {
+                for rows in row_tiles(m, S::TILE_ROWS) {
+                    for half in 0..PANEL / (2 * S::LANES) {
+                        let column = panel * PANEL + half * 2 * S::LANES;
+                        let place = Place { block, rows, column };
+                        with_const_rows!(rows.len, S, multiply_tile(&self, place));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Which tile of the output, and which part of its sum.
+#[derive(Clone, Copy)]
+struct Place {
+    block: usize,
+    rows: RowTile,
+    column: usize,
+}
+
+/// Adds one depth block to `R` rows of two registers of output.
+#[inline(always)]
+fn multiply_tile<S: Simd, const R: usize>(task: &MultiplyPanels, place: Place) {
+    let Place { block, rows, column } = place;
+    let PackedMatrix { panels, in_features, out_features } = task.weight;
+    let width = (2 * S::LANES).min(out_features.saturating_sub(column));
+    let depth = TILE_DEPTH.min(in_features - block * TILE_DEPTH);
+    let left = &task.blocks[(block * task.out.num_rows() + rows.start) * TILE_STRIDE..][..R * TILE_STRIDE];
+    let first = (column / PANEL * in_features + block * TILE_DEPTH) * PANEL;
+    let right = &panels.as_slice()[first..][..depth * PANEL][column % PANEL..].as_ptr();
+    // SAFETY: `left` holds R rows at TILE_STRIDE, the panel holds `depth` rows of PANEL from `first`, and two
+    // registers from `column % PANEL` do not pass the end of a row.
+    let acc = unsafe {
+        accumulate::<S, R, 2>([[S::splat(0.0); 2]; R], left.as_ptr(), [*right, right.add(S::LANES)], PANEL, depth)
+    };
+    for (r, sums) in acc.into_iter().enumerate() {
+        // SAFETY: the columns of a panel are written by one task, one tile at a time.
+        let target = unsafe { task.out.part(rows.start + r, column.min(*out_features), width) };
+        for (v, (sum, lanes)) in sums.into_iter().zip(target.chunks_mut(S::LANES)).enumerate() {
+            let start = match (block, task.bias) {
+                (0, Some(bias)) => S::load(&bias[column + v * S::LANES..*out_features], 0.0),
+                (0, None) => S::splat(0.0),
+                _ => S::load(lanes, 0.0),
+            };
+            start.add(sum).store(lanes);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{assert_close, assert_same_bits, pools, random};
+    use super::*;
+
+    fn reference(x: &[f32], weight: &[f32], k: usize, bias: Option<&[f32]>) -> Vec<f64> {
+        let mut out = Vec::new();
+        for x in x.chunks(k) {
+            for (j, w) in weight.chunks(k).enumerate() {
+                let dot: f64 = x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum();
+                out.push(dot + bias.map_or(0.0, |b| f64::from(b[j])));
+            }
+        }
+        out
+    }
+
+    #[test]
+    fn products_agree_with_f64_at_odd_shapes() {
+        for pool in pools() {
+            for (m, k, n) in [(1, 1, 1), (3, 5, 33), (13, 256, 31), (7, 257, 64), (25, 600, 100), (241, 40, 70)] {
+                let (x, weight, bias) = (random(m * k, 1), random(n * k, 2), random(n, 3));
+                let packed = PackedMatrix::pack(&pool, &[&weight], k);
+                assert_eq!((packed.in_features(), packed.out_features()), (k, n));
+                let mut out = vec![f32::NAN; m * n];
+                packed.gemm(&pool, &x, Some(&bias), &mut out);
+                assert_close(&out, &reference(&x, &weight, k, Some(&bias)), 2e-5);
+                packed.gemm(&pool, &x, None, &mut out);
+                assert_close(&out, &reference(&x, &weight, k, None), 2e-5);
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_has_the_same_bits_in_every_batch_on_every_thread_count() {
+        let (k, n) = (300, 150);
+        let (x, weight, bias) = (random(300 * k, 1), random(n * k, 2), random(n, 3));
+        for pools in pools().chunks(2) {
+            let packed = PackedMatrix::pack(&pools[0], &[&weight], k);
+            let mut alone = vec![0.0; 300 * n];
+            for (x, out) in x.chunks(k).zip(alone.chunks_mut(n)) {
+                packed.gemm(&pools[0], x, Some(&bias), out);
+            }
+            for pool in pools {
+                for m in (1..=70).chain([239, 240, 241, 300]) {
+                    // Starting at row m % 7 moves rows to other tiles and other alignments.
+                    let rows = (m % 7).min(300 - m)..;
+                    let mut out = vec![0.0; m * n];
+                    packed.gemm(pool, &x[rows.start * k..][..m * k], Some(&bias), &mut out);
+                    assert_same_bits(&out, &alone[rows.start * n..][..m * n], &format!("{:?} batch {m}", pool.isa()));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn stacked_weights_give_stacked_outputs() {
+        for pool in pools() {
+            let (m, k) = (3, 20);
+            let (a, b, c) = (random(50 * k, 1), random(7 * k, 2), random(40 * k, 3));
+            let x = random(m * k, 4);
+            let stacked = PackedMatrix::pack(&pool, &[&a, &b, &c], k);
+            let mut out = vec![0.0; m * 97];
+            stacked.gemm(&pool, &x, None, &mut out);
+            assert_close(&out, &reference(&x, &[a, b, c].concat(), k, None), 1e-5);
+        }
+    }
+
+    #[test]
+    fn repacking_equals_packing() {
+        for pool in pools() {
+            let (old, new) = (random(100 * 70, 1), random(100 * 70, 2));
+            let mut packed = PackedMatrix::pack(&pool, &[&old], 70);
+            packed.repack(&pool, &[&new]);
+            assert_same_bits(
+                packed.panels.as_slice(),
+                PackedMatrix::pack(&pool, &[&new], 70).panels.as_slice(),
+                "repacked weight",
+            );
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "output must be 2 rows of 3")]
+    fn wrong_output_shape_is_refused() {
+        let pool = Pool::new(1).unwrap();
+        PackedMatrix::pack(&pool, &[&[1.0; 6]], 2).gemm(&pool, &[1.0; 4], None, &mut [0.0; 5]);
+    }
+}

@@ -1,0 +1,3 @@
+//! Hand-written kernels for the generator, by device.
+
+pub mod cpu;

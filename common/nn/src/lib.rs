@@ -1,0 +1,18 @@
+//! What generator and trainer share of libtorch: the transformer, weights, kernels and process groups.
+
+pub mod autograd;
+pub mod autograd_ops;
+pub mod comm;
+pub mod forward;
+pub mod kernels;
+pub mod logprob;
+pub mod model_config;
+pub mod model_folder;
+pub mod optim;
+pub mod packed_attention;
+pub mod rotary;
+pub mod runtime;
+mod shim;
+pub mod tensor_data;
+pub mod transformer;
+pub mod weights;

@@ -1,0 +1,260 @@
+//! Weights in Hugging Face folders: one or several safetensors files, read and written.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use memmap2::Mmap;
+use safetensors::tensor::{Dtype, SafeTensors, TensorView, View};
+use tch::{Device, Kind, Tensor};
+
+use crate::model_config::ModelConfig;
+use crate::tensor_data;
+use crate::weights::Weights;
+
+const SINGLE_FILE: &str = "model.safetensors";
+const INDEX_FILE: &str = "model.safetensors.index.json";
+
+#[derive(Debug, thiserror::Error)]
+pub enum ModelFolderError {
+    #[error("no weights in {folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there", folder = folder.display())]
+    NoWeights { folder: PathBuf },
+    #[error("cannot read {path}: {reason}", path = path.display())]
+    Unreadable { path: PathBuf, reason: String },
+    #[error("{path}: tensor {name:?} {problem}", path = path.display())]
+    BadTensor { path: PathBuf, name: String, problem: String },
+    #[error("cannot write {path}: {reason}", path = path.display())]
+    Unwritable { path: PathBuf, reason: String },
+}
+
+/// Reads the weights of a model folder, converted to `kind` on `device`.
+///
+/// # Errors
+/// Names the file or tensor that is missing, truncated, or of another shape or type than `config` says.
+pub fn load_weights(
+    folder: &Path,
+    config: &ModelConfig,
+    world_size: usize,
+    kind: Kind,
+    device: Device,
+) -> Result<Weights, ModelFolderError> {
+    let weights = Weights::zeros(config.manifest(), world_size, kind, device);
+    let files = tensor_files(folder)?;
+    let mut open: BTreeMap<&Path, Mmap> = BTreeMap::new();
+    for path in files.values() {
+        if !open.contains_key(path.as_path()) {
+            open.insert(path, map(path)?);
+        }
+    }
+    let mut parsed = BTreeMap::new();
+    for (path, file) in &open {
+        parsed.insert(*path, SafeTensors::deserialize(file).map_err(|error| unreadable(path, error))?);
+    }
+    for unit_idx in 0..weights.num_units() {
+        for (spec, mut target) in weights.manifest.units[unit_idx].params.iter().zip(weights.views(unit_idx)) {
+            let bad = |path: &Path, problem: String| ModelFolderError::BadTensor {
+                path: path.to_owned(),
+                name: spec.name.clone(),
+                problem,
+            };
+            let path = files.get(&spec.name).ok_or_else(|| bad(folder, "is missing".to_owned()))?;
+            let view = parsed[path.as_path()].tensor(&spec.name).map_err(|error| bad(path, error.to_string()))?;
+            let source = to_tensor(&view, &spec.shape).map_err(|problem| bad(path, problem))?;
+            tch::no_grad(|| target.copy_(&source));
+        }
+    }
+    Ok(weights)
+}
+
+/// Writes `model.safetensors` and `config.json`; the caller adds the tokenizer's files.
+///
+/// # Errors
+/// If a file cannot be written whole.
+pub fn save_weights(folder: &Path, config: &ModelConfig, weights: &Weights) -> Result<(), ModelFolderError> {
+    let path = folder.join(SINGLE_FILE);
+    let mut tensors = Vec::new();
+    for unit_idx in 0..weights.num_units() {
+        for (spec, view) in weights.manifest.units[unit_idx].params.iter().zip(weights.views(unit_idx)) {
+            tensors.push((spec.name.as_str(), SavedTensor::new(&view)));
+        }
+    }
+    let metadata = Some([("format".to_owned(), "pt".to_owned())].into());
+    safetensors::serialize_to_file(tensors, metadata, &path)
+        .map_err(|error| ModelFolderError::Unwritable { path, reason: error.to_string() })?;
+    let path = folder.join("config.json");
+    let dtype = if weights.kind() == Kind::BFloat16 { "bfloat16" } else { "float32" };
+    let text = format!("{:#}\n", config.to_json(dtype));
+    std::fs::write(&path, text).map_err(|error| ModelFolderError::Unwritable { path, reason: error.to_string() })
+}
+
+/// Where each tensor of a folder is.
+fn tensor_files(folder: &Path) -> Result<BTreeMap<String, PathBuf>, ModelFolderError> {
+    let single = folder.join(SINGLE_FILE);
+    if single.is_file() {
+        let file = map(&single)?;
+        let tensors = SafeTensors::deserialize(&file).map_err(|error| unreadable(&single, error))?;
+        return Ok(tensors.names().into_iter().map(|name| (name.to_owned(), single.clone())).collect());
+    }
+    let path = folder.join(INDEX_FILE);
+    if !path.is_file() {
+        return Err(ModelFolderError::NoWeights { folder: folder.to_owned() });
+    }
+    #[derive(serde::Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let text = std::fs::read_to_string(&path).map_err(|error| unreadable(&path, error))?;
+    let index: Index = serde_json::from_str(&text).map_err(|error| unreadable(&path, error))?;
+    index
+        .weight_map
+        .into_iter()
+        .map(|(name, file)| {
+            if Path::new(&file).components().count() == 1 && !file.starts_with('.') {
+                Ok((name, folder.join(file)))
+            } else {
+                Err(unreadable(&path, format!("it places {name:?} in {file:?}, outside the folder")))
+            }
+        })
+        .collect()
+}
+
+fn map(path: &Path) -> Result<Mmap, ModelFolderError> {
+    let file = File::open(path).map_err(|error| unreadable(path, error))?;
+    // SAFETY: the map is read once, here in this module, and dropped; a file that another process truncates
+    // meanwhile would fault, which is how every reader of mapped weights behaves.
+    unsafe { Mmap::map(&file) }.map_err(|error| unreadable(path, error))
+}
+
+fn unreadable(path: &Path, reason: impl ToString) -> ModelFolderError {
+    ModelFolderError::Unreadable { path: path.to_owned(), reason: reason.to_string() }
+}
+
+fn to_tensor(view: &TensorView<'_>, shape: &[usize]) -> Result<Tensor, String> {
+    if view.shape() != shape {
+        return Err(format!("has shape {:?}, but config.json makes it {shape:?}", view.shape()));
+    }
+    let kind = match view.dtype() {
+        Dtype::F32 => Kind::Float,
+        Dtype::F16 => Kind::Half,
+        Dtype::BF16 => Kind::BFloat16,
+        other => return Err(format!("has type {other:?}; supported are F32, F16 and BF16")),
+    };
+    let sizes: Vec<i64> = shape.iter().map(|&size| size as i64).collect();
+    Tensor::f_from_data_size(view.data(), &sizes, kind).map_err(|error| error.to_string())
+}
+
+/// A tensor on its way into a file; keeps a contiguous CPU copy only where it is none already.
+struct SavedTensor {
+    tensor: Tensor,
+    shape: Vec<usize>,
+}
+
+impl SavedTensor {
+    fn new(view: &Tensor) -> Self {
+        let shape = view.size().iter().map(|&size| size as usize).collect();
+        Self { tensor: view.detach().to_device(Device::Cpu).contiguous(), shape }
+    }
+}
+
+impl View for SavedTensor {
+    fn dtype(&self) -> Dtype {
+        if self.tensor.kind() == Kind::BFloat16 { Dtype::BF16 } else { Dtype::F32 }
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        tensor_data::bytes(&self.tensor).into()
+    }
+
+    fn data_len(&self) -> usize {
+        tensor_data::bytes(&self.tensor).len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> ModelConfig {
+        let raw = serde_json::json!({"model_type": "qwen3", "vocab_size": 19, "hidden_size": 16,
+            "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "tie_word_embeddings": false});
+        ModelConfig::from_json(raw.as_object().unwrap().clone()).unwrap()
+    }
+
+    fn saved(kind: Kind) -> (tempfile::TempDir, Weights) {
+        let folder = tempfile::tempdir().unwrap();
+        let weights = Weights::random(&config(), 3, 2, kind, Device::Cpu);
+        save_weights(folder.path(), &config(), &weights).unwrap();
+        (folder, weights)
+    }
+
+    fn load(folder: &Path, config: &ModelConfig) -> Result<Weights, ModelFolderError> {
+        load_weights(folder, config, 1, Kind::Float, Device::Cpu)
+    }
+
+    #[track_caller]
+    fn check_error(folder: &Path, config: &ModelConfig, expect: &[&str]) {
+        let error = load(folder, config).unwrap_err().to_string();
+        for expect in expect {
+            assert!(error.contains(expect), "no {expect:?} in: {error}");
+        }
+    }
+
+    #[test]
+    fn what_is_written_reads_back_equal() {
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let (folder, weights) = saved(kind);
+            assert_eq!(ModelConfig::load(folder.path()).unwrap().manifest(), config().manifest());
+            let read = load(folder.path(), &config()).unwrap();
+            for unit_idx in 0..weights.num_units() {
+                for (read, written) in read.views(unit_idx).iter().zip(weights.views(unit_idx)) {
+                    assert!(read.equal(&written.to_kind(Kind::Float)));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn broken_folders_are_refused_by_file_and_tensor() {
+        let empty = tempfile::tempdir().unwrap();
+        check_error(empty.path(), &config(), &["no weights", "model.safetensors"]);
+
+        let (folder, _) = saved(Kind::Float);
+        let mut wider = config();
+        wider.intermediate_size = 32;
+        check_error(folder.path(), &wider, &["mlp.gate_proj.weight", "[24, 16]", "[32, 16]"]);
+        let mut deeper = config();
+        deeper.num_layers = 2;
+        check_error(folder.path(), &deeper, &["model.layers.1.", "missing"]);
+
+        let path = folder.path().join(SINGLE_FILE);
+        let whole = std::fs::read(&path).unwrap();
+        std::fs::write(&path, &whole[..whole.len() - 100]).unwrap();
+        check_error(folder.path(), &config(), &["model.safetensors"]);
+        std::fs::write(&path, u64::MAX.to_le_bytes()).unwrap();
+        check_error(folder.path(), &config(), &["model.safetensors"]);
+    }
+
+    #[test]
+    fn several_files_are_read_by_their_index() {
+        let (folder, weights) = saved(Kind::Float);
+        std::fs::rename(folder.path().join(SINGLE_FILE), folder.path().join("model-00001-of-00001.safetensors"))
+            .unwrap();
+        let index = |file: &str| {
+            let map: BTreeMap<_, _> =
+                weights.manifest.params().map(|param| (param.name.clone(), file.to_owned())).collect();
+            std::fs::write(folder.path().join(INDEX_FILE), serde_json::json!({"weight_map": map}).to_string()).unwrap();
+        };
+        index("model-00001-of-00001.safetensors");
+        assert!(load(folder.path(), &config()).unwrap().embedding().equal(&weights.embedding()));
+        index("../model-00001-of-00001.safetensors");
+        check_error(folder.path(), &config(), &["outside the folder"]);
+        index("absent.safetensors");
+        check_error(folder.path(), &config(), &["absent.safetensors"]);
+    }
+}

@@ -1,0 +1,147 @@
+//! AdamW on flat memory, in one pass (`_fused_adamw_` of libtorch, on CPU and CUDA).
+//!
+//! Loshchilov & Hutter, "Decoupled Weight Decay Regularization": weight decay shrinks the parameter and stays out of the
+//! moments.
+
+use crate::shim::{self, AhaAdamW, aha_fused_adamw};
+use tch::{Kind, Tensor};
+
+/// The constants of one update.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamW {
+    /// Learning rate of this step.
+    pub lr: f64,
+    /// Decay of the mean of gradients.
+    pub beta1: f64,
+    /// Decay of the mean of squared gradients.
+    pub beta2: f64,
+    /// Added to the root of the second moment, after bias correction.
+    pub eps: f64,
+    /// Share of the parameter that is taken away per unit of learning rate.
+    pub weight_decay: f64,
+}
+
+/// An update that would write outside its tensors, or that libtorch refused.
+#[derive(Debug, thiserror::Error)]
+#[error("adamw step {step}: {reason}")]
+pub struct AdamWError {
+    step: u64,
+    reason: String,
+}
+
+/// Updates `param` and its moments in place.
+///
+/// # Shapes
+/// `param`, `grad`, `exp_avg`, `exp_avg_sq`: `[N]` fp32, contiguous, on one device.
+///
+/// `step` counts updates from 1 and includes this one; it sets the bias correction.
+///
+/// # Errors
+/// Names the tensor whose type, length, device or layout does not fit.
+pub fn fused_adamw(
+    param: &mut Tensor,
+    grad: &Tensor,
+    (exp_avg, exp_avg_sq): (&mut Tensor, &mut Tensor),
+    step: u64,
+    options: &AdamW,
+) -> Result<(), AdamWError> {
+    let fail = |reason: String| AdamWError { step, reason };
+    if step == 0 {
+        return Err(fail("steps count from 1".to_owned()));
+    }
+    for (name, tensor) in [("param", &*param), ("grad", grad), ("exp_avg", &*exp_avg), ("exp_avg_sq", &*exp_avg_sq)] {
+        let fits = tensor.defined()
+            && tensor.kind() == Kind::Float
+            && tensor.size() == [param.numel() as i64]
+            && tensor.device() == param.device()
+            && tensor.is_contiguous();
+        if !fits {
+            return Err(fail(format!("{name} is {tensor:?}, not fp32, flat and contiguous beside param {param:?}")));
+        }
+    }
+    let options = AhaAdamW {
+        learning_rate: options.lr,
+        beta1: options.beta1,
+        beta2: options.beta2,
+        epsilon: options.eps,
+        weight_decay: options.weight_decay,
+    };
+    // SAFETY: the tensors are alive and fit each other, as checked above; the three that are written are borrowed
+    // mutably; `options` outlives the call.
+    let message = unsafe {
+        aha_fused_adamw(
+            param.as_ptr(),
+            grad.as_ptr(),
+            exp_avg.as_ptr(),
+            exp_avg_sq.as_ptr(),
+            step as f64,
+            &raw const options,
+        )
+    };
+    // SAFETY: the shim returned `message` just now.
+    unsafe { shim::check(message) }.map_err(fail)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::Device;
+
+    const OPTIONS: AdamW = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
+    const LEN: i64 = 1037; // no multiple of a vector
+
+    fn random(seed: i64) -> Tensor {
+        tch::manual_seed(seed);
+        Tensor::randn([LEN], (Kind::Float, Device::Cpu))
+    }
+
+    fn zeros() -> Tensor {
+        Tensor::zeros([LEN], (Kind::Float, Device::Cpu))
+    }
+
+    /// Parameters and moments after `steps` updates with seeded gradients.
+    fn run(steps: u64) -> [Tensor; 3] {
+        let (mut param, mut exp_avg, mut exp_avg_sq) = (random(0), zeros(), zeros());
+        for step in 1..=steps {
+            fused_adamw(&mut param, &random(step as i64), (&mut exp_avg, &mut exp_avg_sq), step, &OPTIONS).unwrap();
+        }
+        [param, exp_avg, exp_avg_sq]
+    }
+
+    #[test]
+    fn follows_the_formula() {
+        let AdamW { lr, beta1, beta2, eps, weight_decay } = OPTIONS;
+        let [mut param, mut exp_avg, mut exp_avg_sq] = [random(0), zeros(), zeros()].map(|t| t.to_kind(Kind::Double));
+        for step in 1..=5 {
+            let grad = random(step).to_kind(Kind::Double);
+            exp_avg = exp_avg * beta1 + &grad * (1.0 - beta1);
+            exp_avg_sq = exp_avg_sq * beta2 + &grad * &grad * (1.0 - beta2);
+            let mean = &exp_avg / (1.0 - beta1.powi(step as i32));
+            let root = (&exp_avg_sq / (1.0 - beta2.powi(step as i32))).sqrt() + eps;
+            param = param * (1.0 - lr * weight_decay) - mean / root * lr;
+        }
+        let expect = [param, exp_avg, exp_avg_sq];
+        for (got, expect) in run(5).iter().zip(&expect) {
+            let difference = (got.to_kind(Kind::Double) - expect).abs().max().double_value(&[]);
+            assert!(difference < 2e-6, "{difference}");
+        }
+    }
+
+    #[test]
+    fn two_runs_are_equal_to_the_last_bit() {
+        let bits =
+            || run(4).map(|t| Vec::<f32>::try_from(t).unwrap().into_iter().map(f32::to_bits).collect::<Vec<_>>());
+        assert_eq!(bits(), bits());
+    }
+
+    #[test]
+    fn tensors_that_do_not_fit_are_named() {
+        let [mut param, mut exp_avg, mut exp_avg_sq] = [random(0), zeros(), zeros()];
+        let short = Tensor::zeros([LEN - 1], (Kind::Float, Device::Cpu));
+        let error = fused_adamw(&mut param, &short, (&mut exp_avg, &mut exp_avg_sq), 1, &OPTIONS).unwrap_err();
+        assert!(error.to_string().starts_with("adamw step 1: grad is"), "{error}");
+        let half = random(1).to_kind(Kind::BFloat16);
+        assert!(fused_adamw(&mut param, &half, (&mut exp_avg, &mut exp_avg_sq), 1, &OPTIONS).is_err());
+        assert!(fused_adamw(&mut param, &random(1), (&mut exp_avg, &mut exp_avg_sq), 0, &OPTIONS).is_err());
+    }
+}

@@ -1,0 +1,101 @@
+//! The process: threads, memory and devices.
+
+use std::fs;
+use std::num::NonZeroUsize;
+use tch::{Cuda, Device};
+
+/// Sets how many threads one operator may use. libtorch keeps them in a pool for the whole process.
+pub fn set_num_threads(num_threads: NonZeroUsize) {
+    tch::set_num_threads(i32::try_from(num_threads.get()).unwrap_or(i32::MAX));
+}
+
+/// How many threads one operator may use.
+pub fn num_threads() -> usize {
+    usize::try_from(tch::get_num_threads()).unwrap_or(1)
+}
+
+/// Memory of this process, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Memory {
+    /// Resident now.
+    pub rss: u64,
+    /// The largest `rss` so far.
+    pub peak_rss: u64,
+}
+
+/// Memory of this process, where the system tells (`/proc/self/status`).
+pub fn memory() -> Option<Memory> {
+    parse_status(&fs::read_to_string("/proc/self/status").ok()?)
+}
+
+/// Memory of another process of this machine.
+pub fn memory_of(pid: u32) -> Option<Memory> {
+    parse_status(&fs::read_to_string(format!("/proc/{pid}/status")).ok()?)
+}
+
+/// A device that cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    #[error("unknown device {0:?}: use cpu, cuda, cuda:N or auto")]
+    Unknown(String),
+    #[error("device cuda:{index} is not there: libtorch sees {count} CUDA devices")]
+    Missing { index: usize, count: usize },
+}
+
+/// The device that `name` means: `cpu`, `cuda:N`, `cuda` for `cuda:LOCAL_RANK`, `auto` for that if there is a CUDA device
+/// and `cpu` otherwise.
+///
+/// # Errors
+/// [`DeviceError`] when the name means nothing, or a device that this machine lacks.
+pub fn device(name: &str, local_rank: usize) -> Result<Device, DeviceError> {
+    let index = match name {
+        "cpu" => return Ok(Device::Cpu),
+        "auto" if !Cuda::is_available() => return Ok(Device::Cpu),
+        "auto" | "cuda" => local_rank,
+        _ => name
+            .strip_prefix("cuda:")
+            .and_then(|index| index.parse().ok())
+            .ok_or_else(|| DeviceError::Unknown(name.to_owned()))?,
+    };
+    let count = num_cuda_devices();
+    if index < count { Ok(Device::Cuda(index)) } else { Err(DeviceError::Missing { index, count }) }
+}
+
+/// How many CUDA devices libtorch can use.
+pub fn num_cuda_devices() -> usize {
+    usize::try_from(Cuda::device_count()).unwrap_or(0)
+}
+
+fn parse_status(status: &str) -> Option<Memory> {
+    let bytes = |key: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
+        Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? * 1024)
+    };
+    Some(Memory { rss: bytes("VmRSS")?, peak_rss: bytes("VmHWM")? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_read_from_status() {
+        let status = "Name:\taha\nVmHWM:\t  470452 kB\nVmRSS:\t  113560 kB\n";
+        assert_eq!(parse_status(status), Some(Memory { rss: 113_560 * 1024, peak_rss: 470_452 * 1024 }));
+        assert_eq!(parse_status("VmRSS:\t12 kB\n"), None);
+        let now = memory().unwrap();
+        assert!(now.peak_rss >= now.rss && now.rss > 1 << 20);
+    }
+
+    #[test]
+    fn devices_are_named_or_refused() {
+        assert_eq!(device("cpu", 3).unwrap(), Device::Cpu);
+        assert!(matches!(device("gpu", 0), Err(DeviceError::Unknown(name)) if name == "gpu"));
+        assert!(matches!(device("cuda:-1", 0), Err(DeviceError::Unknown(_))));
+        let count = num_cuda_devices();
+        let error = device(&format!("cuda:{count}"), 0).unwrap_err().to_string();
+        assert_eq!(error, format!("device cuda:{count} is not there: libtorch sees {count} CUDA devices"));
+        let auto = device("auto", 0).unwrap();
+        assert_eq!(auto, if count > 0 { Device::Cuda(0) } else { Device::Cpu });
+    }
+}

@@ -1,0 +1,153 @@
+//! The weights of a model: one flat tensor a unit, with a view for every parameter.
+
+use aha_core::manifest::Manifest;
+use aha_core::random::derive_seed;
+use tch::{Device, Kind, Tensor};
+
+use crate::model_config::ModelConfig;
+
+/// All weights of a model, in the order of its manifest.
+#[derive(Debug)]
+pub struct Weights {
+    pub manifest: Manifest,
+    /// One a unit, `[padded_numel]`; the padding is 0.
+    flats: Vec<Tensor>,
+}
+
+impl Weights {
+    /// Zeros, padded so that `world_size` ranks can hold equal shards of every unit.
+    #[must_use]
+    pub fn zeros(manifest: Manifest, world_size: usize, kind: Kind, device: Device) -> Self {
+        let flats = manifest
+            .units
+            .iter()
+            .map(|unit| Tensor::zeros([unit.padded_numel(world_size) as i64], (kind, device)))
+            .collect();
+        Self { manifest, flats }
+    }
+
+    /// Random weights as transformers initialises them: normal matrices, zero biases, norms of one.
+    ///
+    /// The same seed gives the same weights whatever the world size.
+    #[must_use]
+    pub fn random(config: &ModelConfig, seed: u64, world_size: usize, kind: Kind, device: Device) -> Self {
+        let weights = Self::zeros(config.manifest(), world_size, kind, device);
+        for unit_idx in 0..weights.num_units() {
+            for (param_idx, mut view) in weights.views(unit_idx).into_iter().enumerate() {
+                let spec = &weights.manifest.units[unit_idx].params[param_idx];
+                if spec.name.ends_with("norm.weight") {
+                    tch::no_grad(|| view += 1.0);
+                } else if spec.shape.len() == 2 {
+                    let seed = derive_seed(seed, &[unit_idx as u64, param_idx as u64]);
+                    let values = normal_values(spec.numel(), config.initializer_range, seed);
+                    tch::no_grad(|| view.copy_(&Tensor::from_slice(&values).view_as(&view)));
+                }
+            }
+        }
+        weights
+    }
+
+    #[must_use]
+    pub fn num_units(&self) -> usize {
+        self.flats.len()
+    }
+
+    /// The flat tensor of a unit, `[padded_numel]`.
+    #[must_use]
+    pub fn flat(&self, unit_idx: usize) -> &Tensor {
+        &self.flats[unit_idx]
+    }
+
+    /// The parameters of a unit as views of its flat tensor, in manifest order.
+    #[must_use]
+    pub fn views(&self, unit_idx: usize) -> Vec<Tensor> {
+        split(&self.flats[unit_idx], &self.manifest, unit_idx)
+    }
+
+    /// The embedding matrix, `[V, C]`.
+    #[must_use]
+    pub fn embedding(&self) -> Tensor {
+        self.views(0).remove(0)
+    }
+
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        self.flats[0].kind()
+    }
+
+    #[must_use]
+    pub fn device(&self) -> Device {
+        self.flats[0].device()
+    }
+
+    /// A copy that shares no memory.
+    #[must_use]
+    pub fn copy(&self) -> Self {
+        Self { manifest: self.manifest.clone(), flats: self.flats.iter().map(Tensor::copy).collect() }
+    }
+}
+
+/// Views of the parameters of unit `unit_idx` in any flat tensor laid out like it.
+#[must_use]
+pub fn split(flat: &Tensor, manifest: &Manifest, unit_idx: usize) -> Vec<Tensor> {
+    let mut offset = 0;
+    manifest.units[unit_idx]
+        .params
+        .iter()
+        .map(|param| {
+            let numel = param.numel() as i64;
+            let shape: Vec<i64> = param.shape.iter().map(|&size| size as i64).collect();
+            let view = flat.narrow(0, offset, numel).view(shape.as_slice());
+            offset += numel;
+            view
+        })
+        .collect()
+}
+
+/// Normal numbers by Box and Muller from counter-based uniforms.
+fn normal_values(numel: usize, std: f64, seed: u64) -> Vec<f32> {
+    let key = [seed as u32, (seed >> 32) as u32];
+    let mut values = Vec::with_capacity(numel + 3);
+    for counter in 0..numel.div_ceil(4) as u64 {
+        let words = aha_core::random::philox([counter as u32, (counter >> 32) as u32, 0, 1], key);
+        for pair in words.chunks_exact(2) {
+            let uniform = |word: u32| (f64::from(word) + 0.5) / (f64::from(u32::MAX) + 1.0);
+            let radius = std * (-2.0 * uniform(pair[0]).ln()).sqrt();
+            let (sin, cos) = (std::f64::consts::TAU * uniform(pair[1])).sin_cos();
+            values.extend([(radius * cos) as f32, (radius * sin) as f32]);
+        }
+    }
+    values.truncate(numel);
+    values
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> ModelConfig {
+        let raw = serde_json::json!({"model_type": "qwen2", "vocab_size": 33, "hidden_size": 16,
+            "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2});
+        ModelConfig::from_json(raw.as_object().unwrap().clone()).unwrap()
+    }
+
+    #[test]
+    fn random_weights_do_not_depend_on_the_world_size() {
+        let [one, three] = [1, 3].map(|size| Weights::random(&config(), 7, size, Kind::Float, Device::Cpu));
+        for unit_idx in 0..one.num_units() {
+            for (a, b) in one.views(unit_idx).iter().zip(three.views(unit_idx)) {
+                assert!(a.equal(&b));
+            }
+        }
+        let std = f64::try_from(one.embedding().std(true)).unwrap();
+        assert!((std - 0.02).abs() < 0.002, "{std}");
+    }
+
+    #[test]
+    fn views_share_memory_with_the_flat_tensor() {
+        let weights = Weights::zeros(config().manifest(), 4, Kind::Float, Device::Cpu);
+        let mut first = weights.views(1).remove(0);
+        tch::no_grad(|| first += 2.0);
+        assert_eq!(f64::try_from(weights.flat(1).sum(Kind::Double)).unwrap(), 32.0);
+    }
+}

@@ -1,0 +1,185 @@
+//! One sample of a request: its tokens, and how it goes on.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::sync::Arc;
+
+use aha_core::ids::{PolicyVersion, TokenId};
+use aha_core::random::sampling_uniform;
+use aha_core::rollout::{FinishReason, Sampling};
+
+use super::batch::Choose;
+use super::block_manager::BlockTable;
+use super::request::RequestKey;
+
+/// Names a sequence inside the scheduler, in order of arrival: the smaller, the older.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct SequenceId(pub(super) u64);
+
+/// What the samples of a request have in common.
+#[derive(Debug)]
+pub(super) struct Task {
+    pub(super) key: RequestKey,
+    pub(super) prompt: Vec<TokenId>,
+    pub(super) sampling: Sampling,
+    pub(super) seed: u64,
+    /// Tokens that end a completion, sorted.
+    stop_token_ids: Arc<[TokenId]>,
+    nothing: Arc<[TokenId]>,
+}
+
+impl Task {
+    pub(super) fn new(
+        key: RequestKey,
+        prompt: Vec<TokenId>,
+        sampling: Sampling,
+        seed: u64,
+        eos_token_ids: &[TokenId],
+    ) -> Self {
+        let stop_token_ids: BTreeSet<TokenId> = match sampling.ignore_eos {
+            true => BTreeSet::new(),
+            false => eos_token_ids.iter().chain(&sampling.stop_token_ids).copied().collect(),
+        };
+        let stop_token_ids = stop_token_ids.into_iter().collect();
+        Self { key, prompt, sampling, seed, stop_token_ids, nothing: Arc::new([]) }
+    }
+
+    /// Tokens of the prompt whose keys and values its samples share. The last one is computed by every sample for
+    /// itself: from its row comes the sample's first token.
+    pub(super) fn num_shared_tokens(&self) -> usize {
+        self.prompt.len() - 1
+    }
+}
+
+/// One sample and what has been sampled so far: all that is needed to compute it again from nothing.
+#[derive(Debug)]
+pub(super) struct Sequence {
+    pub(super) task: Arc<Task>,
+    pub(super) sample_index: u32,
+    pub(super) completion: Vec<TokenId>,
+}
+
+impl Sequence {
+    pub(super) fn num_tokens(&self) -> usize {
+        self.task.prompt.len() + self.completion.len()
+    }
+
+    /// Tokens at `positions`, of prompt and completion together.
+    pub(super) fn tokens(&self, positions: Range<usize>) -> Vec<TokenId> {
+        let split = self.task.prompt.len();
+        let prompt = &self.task.prompt[positions.start.min(split)..positions.end.min(split)];
+        let completion = &self.completion[positions.start.max(split) - split..positions.end.max(split) - split];
+        [prompt, completion].concat()
+    }
+
+    /// How the next token is to be sampled.
+    pub(super) fn choose(&self) -> Choose {
+        let Sampling { temperature, top_k, top_p, min_p, min_tokens, .. } = self.task.sampling;
+        let position = self.completion.len() as u32;
+        let suppress = if position < min_tokens { &self.task.stop_token_ids } else { &self.task.nothing };
+        Choose {
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            uniform: sampling_uniform(self.task.seed, self.sample_index, position),
+            suppress: Arc::clone(suppress),
+        }
+    }
+
+    /// Takes the next token; says why if the sequence ends with it.
+    pub(super) fn push(&mut self, token: TokenId) -> Option<FinishReason> {
+        self.completion.push(token);
+        let Sampling { min_tokens, max_tokens, .. } = self.task.sampling;
+        let may_stop = self.completion.len() > min_tokens as usize;
+        if may_stop && self.task.stop_token_ids.binary_search(&token).is_ok() {
+            Some(FinishReason::Stop)
+        } else if self.completion.len() >= max_tokens as usize {
+            Some(FinishReason::Length)
+        } else {
+            None
+        }
+    }
+}
+
+/// A sequence with blocks of the KV cache.
+#[derive(Debug)]
+pub(super) struct Running {
+    pub(super) sequence: Sequence,
+    pub(super) block_table: BlockTable,
+    /// Tokens whose keys and values are in the cache; under the number of tokens.
+    pub(super) num_computed: usize,
+    /// Weights that served when the sequence was admitted: its oldest keys and values may be theirs.
+    pub(super) version: PolicyVersion,
+}
+
+impl Running {
+    pub(super) fn num_uncomputed(&self) -> usize {
+        self.sequence.num_tokens() - self.num_computed
+    }
+
+    /// Whether the prompt's shared tokens are in the cache.
+    pub(super) fn has_prompt(&self) -> bool {
+        self.num_computed >= self.sequence.task.num_shared_tokens()
+    }
+
+    /// Whether only the newest token is to be computed, and it was sampled.
+    pub(super) fn is_decoding(&self) -> bool {
+        self.num_uncomputed() == 1 && !self.sequence.completion.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sequence(sampling: Sampling) -> Sequence {
+        let task = Task::new(RequestKey(1), vec![10, 11, 12], sampling, 7, &[2]);
+        Sequence { task: Arc::new(task), sample_index: 3, completion: Vec::new() }
+    }
+
+    #[track_caller]
+    fn check_end(sampling: Sampling, tokens: &[TokenId], expect: Option<FinishReason>) {
+        let mut sequence = sequence(sampling);
+        for (index, &token) in tokens.iter().enumerate() {
+            let finish = sequence.push(token);
+            assert_eq!(finish, if index + 1 == tokens.len() { expect } else { None }, "after {} tokens", index + 1);
+        }
+    }
+
+    #[test]
+    fn a_completion_ends_by_eos_a_stop_token_or_its_length() {
+        let sampling = Sampling { max_tokens: 3, stop_token_ids: vec![9], ..Sampling::default() };
+        check_end(sampling.clone(), &[5, 2], Some(FinishReason::Stop));
+        check_end(sampling.clone(), &[9], Some(FinishReason::Stop));
+        check_end(sampling.clone(), &[5, 5, 5], Some(FinishReason::Length));
+        check_end(sampling.clone(), &[5, 5, 9], Some(FinishReason::Stop));
+        check_end(sampling.clone(), &[5, 5], None);
+        check_end(Sampling { ignore_eos: true, ..sampling }, &[2, 9, 2], Some(FinishReason::Length));
+    }
+
+    #[test]
+    fn nothing_ends_a_completion_before_min_tokens() {
+        let sampling = Sampling { min_tokens: 2, ..Sampling::default() };
+        check_end(sampling.clone(), &[5, 2, 2], Some(FinishReason::Stop));
+        let mut sequence = sequence(sampling);
+        let mut suppressed = Vec::new();
+        for _ in 0..3 {
+            suppressed.push(sequence.choose().suppress.to_vec());
+            sequence.push(5);
+        }
+        assert_eq!(suppressed, [vec![2], vec![2], vec![]]);
+    }
+
+    #[test]
+    fn tokens_and_randomness_go_by_position() {
+        let mut sequence = sequence(Sampling::default());
+        sequence.push(20);
+        sequence.push(21);
+        assert_eq!(sequence.tokens(0..5), [10, 11, 12, 20, 21]);
+        assert_eq!(sequence.tokens(1..2), [11]);
+        assert_eq!(sequence.tokens(2..4), [12, 20]);
+        assert_eq!(sequence.tokens(4..5), [21]);
+        assert_eq!(sequence.choose().uniform, sampling_uniform(7, 3, 2));
+    }
+}

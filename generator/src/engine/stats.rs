@@ -1,0 +1,46 @@
+//! What the engine says of itself.
+
+use aha_core::ids::PolicyVersion;
+
+/// A moment of the engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EngineStatus {
+    /// Of the serving weights.
+    pub version: PolicyVersion,
+    pub activity: Activity,
+    /// Sequences that hold blocks of the KV cache.
+    pub num_running: usize,
+    /// Sequences that wait for blocks or for a place in the batch.
+    pub num_waiting: usize,
+    pub used_blocks: usize,
+    pub total_blocks: usize,
+    /// Tokens of a block.
+    pub block_size: usize,
+    /// Longest sequence that is taken, in tokens.
+    pub max_model_len: usize,
+    pub counters: Counters,
+}
+
+/// Whether the engine takes steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activity {
+    /// It does, as long as there is work.
+    Serving,
+    Paused,
+    /// Paused, with the KV cache released.
+    Asleep,
+}
+
+/// Since the start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Counters {
+    pub steps: u64,
+    /// Sequences that lost their blocks and were computed again: for want of blocks, by a swap or by sleep.
+    pub preemptions: u64,
+    /// Tokens prefilled; what is computed again after a preemption counts again.
+    pub prompt_tokens: u64,
+    /// Tokens sampled.
+    pub generation_tokens: u64,
+    /// Of those, dropped because a stop string had been completed before them.
+    pub dropped_tokens: u64,
+}

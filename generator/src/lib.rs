@@ -1,0 +1,23 @@
+//! The rollout service: an engine that batches continuously over a paged KV cache, served by gRPC.
+#![forbid(unsafe_code)]
+
+mod deadline;
+pub mod engine;
+mod error;
+mod instance;
+mod local;
+mod outputs;
+mod request;
+mod server;
+mod service;
+mod stop;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+pub mod torch;
+
+pub use error::GeneratorError;
+pub use instance::GeneratorOptions;
+pub use local::LocalGenerator;
+pub use server::GeneratorServer;

@@ -1,0 +1,122 @@
+//! The engine without a network: for the command line, and for measuring.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use aha_core::dataset::Row;
+use aha_core::ids::{PromptId, TokenId};
+use aha_core::rollout::{Completion, Sampling};
+use aha_core::tokenizer::Tokenizer;
+use tokio::sync::mpsc;
+
+use crate::engine::{EngineStatus, Request, RequestKey, TokenEvent};
+use crate::error::GeneratorError;
+use crate::instance::{GeneratorOptions, Instance};
+use crate::request::GenerateRequest;
+
+/// Nobody is at the other end who could lose patience sooner.
+const DEADLINE: Duration = Duration::from_secs(24 * 3600);
+
+/// A model in this process.
+#[derive(Debug)]
+pub struct LocalGenerator {
+    instance: Instance,
+    next_key: AtomicU64,
+}
+
+impl LocalGenerator {
+    /// Reads the model and starts its engine.
+    ///
+    /// # Errors
+    /// Names the file that cannot be used, or the setting that cannot be met.
+    pub fn load(options: &GeneratorOptions) -> anyhow::Result<Self> {
+        Ok(Self { instance: Instance::start(options)?, next_key: AtomicU64::new(0) })
+    }
+
+    #[must_use]
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.instance.tokenizer
+    }
+
+    /// `num_samples` completions of one prompt, in the order of their sample index. Needs a tokio runtime.
+    ///
+    /// # Errors
+    /// Names what is wrong with the request, or why the engine is gone.
+    pub async fn generate(
+        &self,
+        prompt: &[TokenId],
+        sampling: &Sampling,
+        seed: u64,
+        num_samples: u32,
+    ) -> Result<Vec<Completion>, GeneratorError> {
+        let request = self.request(prompt, sampling, seed, num_samples)?;
+        let mut finished = self.instance.outputs.start(self.key(), request, Instant::now() + DEADLINE, ()).await?;
+        let mut completions = Vec::new();
+        while let Some(completion) = finished.recv().await {
+            completions.push(completion?);
+        }
+        completions.sort_by_key(|completion| completion.sample_index);
+        Ok(completions)
+    }
+
+    /// One completion, token by token. Stop strings are not looked for.
+    ///
+    /// # Errors
+    /// As for [`LocalGenerator::generate`].
+    pub async fn stream(
+        &self,
+        prompt: &[TokenId],
+        sampling: &Sampling,
+        seed: u64,
+    ) -> Result<mpsc::Receiver<TokenEvent>, GeneratorError> {
+        let checked = self.request(prompt, sampling, seed, 1)?;
+        let GenerateRequest { prompt_id, prompt, sample_indices, sampling, seed, .. } = checked;
+        let (events, incoming) = mpsc::channel(Request::events_capacity(1, sampling.max_tokens));
+        let deadline = Instant::now() + DEADLINE;
+        let key = self.key();
+        let request = Request { key, prompt_id, prompt, sample_indices, sampling, seed, deadline, events };
+        self.instance.engine.add(request).await?;
+        Ok(incoming)
+    }
+
+    /// Log-prob of each of `tokens[1..]` given those before, through the engine's path.
+    ///
+    /// # Errors
+    /// As for [`LocalGenerator::generate`].
+    pub async fn score(&self, tokens: &[TokenId]) -> Result<Vec<f32>, GeneratorError> {
+        self.instance.limits.check_tokens(tokens)?;
+        Ok(self.instance.engine.score(tokens.to_vec()).await?.logprobs)
+    }
+
+    /// What the engine is doing.
+    ///
+    /// # Errors
+    /// If the engine is gone.
+    pub async fn status(&self) -> Result<EngineStatus, GeneratorError> {
+        Ok(self.instance.engine.status().await?)
+    }
+
+    fn request(
+        &self,
+        prompt: &[TokenId],
+        sampling: &Sampling,
+        seed: u64,
+        num_samples: u32,
+    ) -> Result<GenerateRequest, GeneratorError> {
+        let request = GenerateRequest {
+            prompt_id: PromptId(0),
+            prompt: prompt.to_vec(),
+            sample_indices: (0..num_samples).collect(),
+            sampling: sampling.clone(),
+            seed,
+            rewards: Vec::new(),
+            columns: Row::new(),
+        };
+        self.instance.limits.check_request(&request)?;
+        Ok(request)
+    }
+
+    fn key(&self) -> RequestKey {
+        RequestKey(self.next_key.fetch_add(1, Ordering::Relaxed))
+    }
+}

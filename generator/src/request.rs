@@ -1,0 +1,216 @@
+//! Requests as they come in, checked once, here at the edge.
+
+use std::collections::HashSet;
+
+use aha_core::dataset::Row;
+use aha_core::ids::{PromptId, TokenId};
+use aha_core::reward::RewardFunction;
+use aha_core::rollout::Sampling;
+use aha_proto::v1;
+
+use crate::error::{GeneratorError, invalid};
+
+/// Most samples of one request.
+const MAX_SAMPLES: usize = 1024;
+/// Longest request id, in bytes.
+const MAX_REQUEST_ID: usize = 256;
+
+/// What the serving model can take.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    pub vocab_size: usize,
+    /// Longest sequence, prompt and completion together.
+    pub max_model_len: usize,
+}
+
+/// A request that makes sense.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct GenerateRequest {
+    pub prompt_id: PromptId,
+    pub prompt: Vec<TokenId>,
+    pub sample_indices: Vec<u32>,
+    pub sampling: Sampling,
+    pub seed: u64,
+    pub rewards: Vec<RewardFunction>,
+    pub columns: Row,
+}
+
+/// Checks the name that a client gives its request.
+///
+/// # Errors
+/// If there is none, or it is a book.
+pub(crate) fn check_request_id(request_id: &str) -> Result<(), GeneratorError> {
+    if request_id.is_empty() || request_id.len() > MAX_REQUEST_ID {
+        let problem = format!("must have 1 to {MAX_REQUEST_ID} bytes, got {}", request_id.len());
+        return Err(invalid("request_id", problem));
+    }
+    Ok(())
+}
+
+impl Limits {
+    /// # Errors
+    /// Names the first field that is wrong, and says what it must be.
+    pub(crate) fn check(self, wire: v1::GenerateRequest) -> Result<GenerateRequest, GeneratorError> {
+        let sampling = wire.sampling.ok_or_else(|| invalid("sampling", "is missing"))?.try_into()?;
+        let columns = parse_columns(&wire.columns)?;
+        let rewards = parse_rewards(&wire.rewards, &columns)?;
+        let prompt_id = PromptId(wire.prompt_id);
+        let (prompt, sample_indices) = (wire.token_ids, wire.sample_indices);
+        let request =
+            GenerateRequest { prompt_id, prompt, sample_indices, sampling, seed: wire.seed, rewards, columns };
+        self.check_request(&request)?;
+        Ok(request)
+    }
+
+    /// The part of [`Limits::check`] that callers within this process need too.
+    pub(crate) fn check_request(self, request: &GenerateRequest) -> Result<(), GeneratorError> {
+        self.check_sequence(&request.prompt, &request.sampling)?;
+        check_samples(&request.sample_indices)
+    }
+
+    /// Tokens to be scored.
+    pub(crate) fn check_tokens(self, tokens: &[TokenId]) -> Result<(), GeneratorError> {
+        self.check_ids("token_ids", tokens)?;
+        if tokens.is_empty() || tokens.len() > self.max_model_len {
+            let problem = format!("must have 1 to {} tokens, got {}", self.max_model_len, tokens.len());
+            return Err(invalid("token_ids", problem));
+        }
+        Ok(())
+    }
+
+    fn check_sequence(self, prompt: &[TokenId], sampling: &Sampling) -> Result<(), GeneratorError> {
+        let problems = sampling.problems();
+        if !problems.is_empty() {
+            return Err(invalid("sampling", problems.join("; ")));
+        }
+        if prompt.is_empty() {
+            return Err(invalid("token_ids", "the prompt must have at least 1 token"));
+        }
+        self.check_ids("token_ids", prompt)?;
+        self.check_ids("sampling.stop_token_ids", &sampling.stop_token_ids)?;
+        let (len, max_tokens) = (prompt.len(), sampling.max_tokens as usize);
+        if len + max_tokens > self.max_model_len {
+            let most = self.max_model_len;
+            let problem =
+                format!("{len} tokens of prompt and {max_tokens} of completion are over max_model_len {most}");
+            return Err(invalid("sampling.max_tokens", problem));
+        }
+        Ok(())
+    }
+
+    fn check_ids(self, field: &'static str, tokens: &[TokenId]) -> Result<(), GeneratorError> {
+        match tokens.iter().position(|&token| token as usize >= self.vocab_size) {
+            None => Ok(()),
+            Some(index) => {
+                let (token, vocab_size) = (tokens[index], self.vocab_size);
+                Err(invalid(
+                    field,
+                    format!("token {token} at index {index} is not below the vocabulary's {vocab_size}"),
+                ))
+            }
+        }
+    }
+}
+
+fn check_samples(indices: &[u32]) -> Result<(), GeneratorError> {
+    if indices.is_empty() || indices.len() > MAX_SAMPLES {
+        return Err(invalid("sample_indices", format!("must name 1 to {MAX_SAMPLES} samples, got {}", indices.len())));
+    }
+    let mut seen = HashSet::new();
+    match indices.iter().find(|index| !seen.insert(**index)) {
+        Some(index) => Err(invalid("sample_indices", format!("{index} is named twice"))),
+        None => Ok(()),
+    }
+}
+
+fn parse_columns(json: &str) -> Result<Row, GeneratorError> {
+    if json.is_empty() {
+        return Ok(Row::new());
+    }
+    serde_json::from_str(json).map_err(|error| invalid("columns", format!("must be a JSON object: {error}")))
+}
+
+fn parse_rewards(names: &[String], columns: &Row) -> Result<Vec<RewardFunction>, GeneratorError> {
+    let mut functions = Vec::new();
+    for name in names {
+        let function: RewardFunction =
+            name.parse().map_err(|error: aha_core::reward::RewardError| invalid("rewards", error.to_string()))?;
+        if functions.contains(&function) {
+            return Err(invalid("rewards", format!("{name} is named twice")));
+        }
+        function.check_columns(columns).map_err(|error| invalid("columns", error.to_string()))?;
+        functions.push(function);
+    }
+    Ok(functions)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: Limits = Limits { vocab_size: 100, max_model_len: 64 };
+
+    fn good() -> v1::GenerateRequest {
+        v1::GenerateRequest {
+            request_id: "r".to_owned(),
+            prompt_id: 7,
+            token_ids: vec![1, 99],
+            sample_indices: vec![4, 0],
+            sampling: Some(v1::Sampling::from(&Sampling { max_tokens: 62, ..Sampling::default() })),
+            seed: 3,
+            rewards: vec!["equation".to_owned(), "format".to_owned()],
+            columns: r#"{"target": 3, "nums": [1, 2]}"#.to_owned(),
+        }
+    }
+
+    #[test]
+    fn a_good_request_passes_whole() {
+        let request = LIMITS.check(good()).unwrap();
+        assert_eq!((request.prompt_id, request.prompt, request.sample_indices), (PromptId(7), vec![1, 99], vec![4, 0]));
+        assert_eq!(request.rewards, [RewardFunction::Equation, RewardFunction::Format]);
+        let bare = v1::GenerateRequest { rewards: Vec::new(), columns: String::new(), ..good() };
+        assert!(LIMITS.check(bare).unwrap().columns.is_empty());
+    }
+
+    #[test]
+    fn every_bad_field_is_named() {
+        type Damage = fn(&mut v1::GenerateRequest);
+        let cases: [(&str, &str, Damage); 13] = [
+            ("token_ids", "at least 1", |r| r.token_ids.clear()),
+            ("token_ids", "token 100 at index 1", |r| r.token_ids[1] = 100),
+            ("sample_indices", "got 0", |r| r.sample_indices.clear()),
+            ("sample_indices", "got 1025", |r| r.sample_indices = (0..1025).collect()),
+            ("sample_indices", "4 is named twice", |r| r.sample_indices.push(4)),
+            ("sampling", "missing", |r| r.sampling = None),
+            ("sampling", "top_p", |r| r.sampling.as_mut().unwrap().top_p = 0.0),
+            ("sampling.stop_token_ids", "token 500", |r| r.sampling.as_mut().unwrap().stop_token_ids = vec![500]),
+            ("sampling.max_tokens", "over max_model_len 64", |r| r.token_ids.push(1)),
+            ("rewards", "equasion", |r| r.rewards[0] = "equasion".to_owned()),
+            ("rewards", "twice", |r| r.rewards[0] = "format".to_owned()),
+            ("columns", "JSON object", |r| r.columns = "[1]".to_owned()),
+            ("columns", "target", |r| r.columns = "{}".to_owned()),
+        ];
+        for (field, problem, damage) in cases {
+            let mut request = good();
+            damage(&mut request);
+            let error = LIMITS.check(request).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("{field}: ")) && error.contains(problem), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_request_id_is_there_and_short() {
+        assert!(check_request_id("r").is_ok());
+        for bad in ["", &"r".repeat(257)] {
+            assert!(check_request_id(bad).unwrap_err().to_string().starts_with("request_id: "));
+        }
+    }
+
+    #[test]
+    fn scored_tokens_are_bounded() {
+        assert!(LIMITS.check_tokens(&[1; 64]).is_ok());
+        for bad in [vec![], vec![1; 65], vec![100]] {
+            assert!(LIMITS.check_tokens(&bad).unwrap_err().to_string().starts_with("token_ids: "));
+        }
+    }
+}

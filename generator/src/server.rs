@@ -1,0 +1,132 @@
+//! The generator as a process: listens, reports its health, and stops in order.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::num::NonZeroUsize;
+use std::time::Duration;
+
+use aha_proto::v1;
+use aha_proto::v1::generator_server::GeneratorServer as GeneratorService;
+use anyhow::{Context, anyhow, bail};
+use tokio::runtime::Handle;
+use tokio::sync::{oneshot, watch};
+use tokio::task::JoinHandle;
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+use tonic_health::ServingStatus;
+
+use crate::engine::{EngineHandle, EngineHealth};
+use crate::instance::{GeneratorOptions, Instance};
+use crate::service::Service;
+use crate::torch::{ServingWeights, WeightReceiver};
+
+/// Largest message that is taken: a prompt of a million tokens, and its columns.
+const MAX_REQUEST_BYTES: usize = 16 << 20;
+/// Largest message that is sent: a completion of a million tokens, and its text.
+const MAX_RESPONSE_BYTES: usize = 64 << 20;
+/// A client whose machine is gone is noticed after this long.
+const KEEPALIVE: Duration = Duration::from_secs(30);
+/// What streams may take to end once the engine has aborted their requests.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// A generator that listens but does not answer yet.
+#[derive(Debug)]
+pub struct GeneratorServer {
+    incoming: TcpIncoming,
+    address: SocketAddr,
+    engine: EngineHandle<ServingWeights>,
+    service: Service,
+}
+
+impl GeneratorServer {
+    /// Loads the model, starts the engine and takes the address; port 0 takes a free one.
+    ///
+    /// # Errors
+    /// If the model cannot be served as asked, or the address is not to be had.
+    pub async fn bind(options: &GeneratorOptions, listen: SocketAddr) -> anyhow::Result<Self> {
+        // The kernels have threads of their own, which libtorch's would take turns with.
+        aha_nn::runtime::set_num_threads(NonZeroUsize::MIN);
+        let incoming =
+            TcpIncoming::bind(listen).with_context(|| format!("listening on {listen}"))?.with_nodelay(Some(true));
+        let address = incoming.local_addr().context("asking for the address that was taken")?;
+        let options = options.clone();
+        let instance = tokio::task::spawn_blocking(move || Instance::start(&options)).await??;
+        let engine = instance.engine.clone();
+        let receiver = WeightReceiver::start(&instance.config, instance.push_kind, engine.clone(), Handle::current())?;
+        Ok(Self { incoming, address, engine, service: Service::new(instance, receiver) })
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Answers until `shutdown` resolves; requests then have `grace` to finish before they are aborted.
+    ///
+    /// # Errors
+    /// If the engine fails, or the listener does.
+    pub async fn serve(self, grace: Duration, shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
+        let (health, health_service) = tonic_health::server::health_reporter();
+        health.set_serving::<GeneratorService<Service>>().await;
+        let service = GeneratorService::new(self.service)
+            .max_decoding_message_size(MAX_REQUEST_BYTES)
+            .max_encoding_message_size(MAX_RESPONSE_BYTES);
+        let reflection = tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(v1::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .build_v1()?;
+        let router = Server::builder()
+            .http2_keepalive_interval(Some(KEEPALIVE))
+            .add_service(service)
+            .add_service(health_service)
+            .add_service(reflection);
+        let (stop, stopped) = oneshot::channel::<()>();
+        let mut serving = tokio::spawn(router.serve_with_incoming_shutdown(self.incoming, async {
+            // Either a word or the end of whoever could have said it.
+            drop(stopped.await);
+        }));
+        let failure = tokio::select! {
+            () = shutdown => None,
+            reason = engine_end(self.engine.health()) => Some(reason),
+            ended = &mut serving => bail!("the listener ended by itself: {ended:?}"),
+        };
+        for name in ["", <GeneratorService<Service> as tonic::server::NamedService>::NAME] {
+            health.set_service_status(name, ServingStatus::NotServing).await;
+        }
+        drop(stop);
+        finish(serving, self.engine, grace).await?;
+        failure.map_or(Ok(()), |reason| Err(anyhow!("the engine has ended: {reason}")))
+    }
+}
+
+/// Lets open calls finish within `grace`, then aborts them.
+async fn finish(
+    mut serving: JoinHandle<Result<(), tonic::transport::Error>>,
+    engine: EngineHandle<ServingWeights>,
+    grace: Duration,
+) -> anyhow::Result<()> {
+    let mut ended = tokio::time::timeout(grace, &mut serving).await;
+    if ended.is_err() {
+        tracing::warn!(grace_s = grace.as_secs_f64(), "requests did not finish within the grace and are aborted");
+        // An engine that is gone already has nothing left to abort.
+        drop(engine.stop().await);
+        ended = tokio::time::timeout(LAST_WORDS, &mut serving).await;
+    }
+    match ended {
+        Ok(served) => served?.context("serving"),
+        Err(_) => {
+            serving.abort();
+            Ok(())
+        }
+    }
+}
+
+/// Waits for the end of the engine's thread, and says why it ended.
+async fn engine_end(mut health: watch::Receiver<EngineHealth>) -> String {
+    let ended = health.wait_for(|health| *health != EngineHealth::Serving).await;
+    match ended.as_deref() {
+        Ok(EngineHealth::Failed(reason)) => reason.clone(),
+        Ok(EngineHealth::Stopped | EngineHealth::Serving) | Err(_) => "it was stopped".to_owned(),
+    }
+}

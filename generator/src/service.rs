@@ -1,0 +1,251 @@
+//! The gRPC service `aha.v1.Generator` over the engine.
+
+use std::collections::HashMap;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use aha_core::ids::PolicyVersion;
+use aha_proto::v1;
+use aha_proto::v1::generator_server::Generator;
+use futures::{Stream, StreamExt};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Request, Response, Status};
+
+use crate::deadline::timeout;
+use crate::engine::{Activity, EngineError, EngineHandle, RequestKey};
+use crate::error::{GeneratorError, invalid};
+use crate::instance::Instance;
+use crate::request::check_request_id;
+use crate::torch::{Membership, Push, ServingWeights, UpdateError, WeightReceiver};
+
+/// Requests in flight; more are refused.
+const MAX_IN_FLIGHT: usize = 4096;
+/// Longest deadline of a request.
+const MAX_DEADLINE: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// Answers calls; shared by all connections.
+#[derive(Debug)]
+pub(crate) struct Service {
+    instance: Instance,
+    receiver: WeightReceiver,
+    in_flight: InFlight,
+}
+
+impl Service {
+    pub(crate) fn new(instance: Instance, receiver: WeightReceiver) -> Self {
+        Self { instance, receiver, in_flight: InFlight::default() }
+    }
+
+    fn engine(&self) -> &EngineHandle<ServingWeights> {
+        &self.instance.engine
+    }
+}
+
+type CompletionStream = Pin<Box<dyn Stream<Item = Result<v1::Completion, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Generator for Service {
+    type GenerateStream = CompletionStream;
+
+    async fn generate(&self, call: Request<v1::GenerateRequest>) -> Result<Response<CompletionStream>, Status> {
+        let deadline = Instant::now() + timeout(call.metadata())?.min(MAX_DEADLINE);
+        let wire = call.into_inner();
+        check_request_id(&wire.request_id)?;
+        let request_id = wire.request_id.clone();
+        let request = self.instance.limits.check(wire)?;
+        let place = self.in_flight.enter(request_id)?;
+        let completions = self.instance.outputs.start(place.key, request, deadline, place).await?;
+        let stream = ReceiverStream::new(completions).map(|done| Ok(done?.into()));
+        Ok(Response::new(Box::pin(stream)))
+    }
+
+    async fn score(&self, call: Request<v1::ScoreRequest>) -> Result<Response<v1::ScoreResponse>, Status> {
+        let tokens = call.into_inner().token_ids;
+        self.instance.limits.check_tokens(&tokens)?;
+        let scored = self.engine().score(tokens).await.map_err(GeneratorError::from)?;
+        Ok(Response::new(v1::ScoreResponse { logprobs: scored.logprobs, version: scored.version.0 }))
+    }
+
+    async fn status(&self, _call: Request<v1::StatusRequest>) -> Result<Response<v1::StatusResponse>, Status> {
+        let status = self.engine().status().await.map_err(GeneratorError::from)?;
+        Ok(Response::new(v1::StatusResponse {
+            version: status.version.0,
+            running: count(status.num_running),
+            waiting: count(status.num_waiting),
+            used_blocks: count(status.used_blocks),
+            total_blocks: count(status.total_blocks),
+            block_size: count(status.block_size),
+            max_model_len: count(status.max_model_len),
+            preemptions: status.counters.preemptions,
+            prompt_tokens: status.counters.prompt_tokens,
+            generation_tokens: status.counters.generation_tokens,
+            steps: status.counters.steps,
+            manifest_hash: self.instance.manifest_hash,
+            paused: status.activity != Activity::Serving,
+        }))
+    }
+
+    async fn join_update_group(
+        &self,
+        call: Request<v1::JoinUpdateGroupRequest>,
+    ) -> Result<Response<v1::JoinUpdateGroupResponse>, Status> {
+        let membership = membership(call.into_inner())?;
+        self.receiver.join(membership).await.map_err(GeneratorError::from)?;
+        Ok(Response::new(v1::JoinUpdateGroupResponse {}))
+    }
+
+    async fn update_weights(
+        &self,
+        call: Request<v1::UpdateWeightsRequest>,
+    ) -> Result<Response<v1::UpdateWeightsResponse>, Status> {
+        let v1::UpdateWeightsRequest { group, version, unit_hashes } = call.into_inner();
+        let push = Push { group, version: PolicyVersion(version), unit_hashes };
+        let pushed = self.receiver.receive(push).await.map_err(GeneratorError::from)?;
+        Ok(Response::new(v1::UpdateWeightsResponse {
+            version,
+            receive_seconds: pushed.receive.as_secs_f64(),
+            swap_seconds: pushed.swap.as_secs_f64(),
+        }))
+    }
+
+    async fn pause(&self, _call: Request<v1::PauseRequest>) -> Result<Response<v1::PauseResponse>, Status> {
+        self.engine().pause().await.map_err(GeneratorError::from)?;
+        Ok(Response::new(v1::PauseResponse {}))
+    }
+
+    async fn resume(&self, _call: Request<v1::ResumeRequest>) -> Result<Response<v1::ResumeResponse>, Status> {
+        self.engine().resume().await.map_err(GeneratorError::from)?;
+        Ok(Response::new(v1::ResumeResponse {}))
+    }
+
+    async fn sleep(&self, _call: Request<v1::SleepRequest>) -> Result<Response<v1::SleepResponse>, Status> {
+        self.engine().sleep().await.map_err(GeneratorError::from)?;
+        Ok(Response::new(v1::SleepResponse {}))
+    }
+
+    async fn wake(&self, _call: Request<v1::WakeRequest>) -> Result<Response<v1::WakeResponse>, Status> {
+        self.engine().wake().await.map_err(GeneratorError::from)?;
+        Ok(Response::new(v1::WakeResponse {}))
+    }
+
+    async fn abort(&self, call: Request<v1::AbortRequest>) -> Result<Response<v1::AbortResponse>, Status> {
+        let key = self.in_flight.key(&call.into_inner().request_id)?;
+        let aborted = self.engine().abort(key).await.map_err(GeneratorError::from)?;
+        Ok(Response::new(v1::AbortResponse { aborted: count(aborted) }))
+    }
+}
+
+impl From<GeneratorError> for Status {
+    /// The one table from what went wrong to what the client is told.
+    fn from(error: GeneratorError) -> Self {
+        let code = match &error {
+            GeneratorError::Invalid(_) => Code::InvalidArgument,
+            GeneratorError::Duplicate(_) => Code::AlreadyExists,
+            GeneratorError::Unknown(_) => Code::NotFound,
+            GeneratorError::Busy { .. } => Code::ResourceExhausted,
+            GeneratorError::Deadline { .. } => Code::DeadlineExceeded,
+            GeneratorError::Internal(_) => Code::Internal,
+            GeneratorError::Engine(error) | GeneratorError::Update(UpdateError::Engine(error)) => engine_code(error),
+            GeneratorError::Update(error) => match error {
+                UpdateError::OtherManifest { .. } | UpdateError::WrongNumberOfHashes { .. } => Code::InvalidArgument,
+                UpdateError::NotJoined(_) => Code::FailedPrecondition,
+                UpdateError::BadHash { .. } => Code::DataLoss,
+                UpdateError::Busy => Code::ResourceExhausted,
+                UpdateError::Comm(_) | UpdateError::NoAddress { .. } => Code::Aborted,
+                UpdateError::Engine(_) | UpdateError::Stopped => Code::Unavailable,
+            },
+        };
+        Self::new(code, error.to_string())
+    }
+}
+
+fn engine_code(error: &EngineError) -> Code {
+    match error {
+        EngineError::Gone(_) => Code::Unavailable,
+        EngineError::Refused(_) => Code::InvalidArgument,
+        EngineError::Asleep => Code::FailedPrecondition,
+    }
+}
+
+/// Requests in flight: their ids, and the keys by which the engine knows them.
+#[derive(Debug, Clone, Default)]
+struct InFlight {
+    keys: Arc<Mutex<HashMap<String, RequestKey>>>,
+    next: Arc<AtomicU64>,
+}
+
+/// A request's place among those in flight, given up when dropped.
+#[derive(Debug)]
+struct Place {
+    key: RequestKey,
+    request_id: String,
+    in_flight: InFlight,
+}
+
+impl InFlight {
+    fn enter(&self, request_id: String) -> Result<Place, GeneratorError> {
+        let mut keys = self.lock();
+        if keys.len() >= MAX_IN_FLIGHT {
+            return Err(GeneratorError::Busy { in_flight: keys.len() });
+        }
+        if keys.contains_key(&request_id) {
+            return Err(GeneratorError::Duplicate(request_id));
+        }
+        let key = RequestKey(self.next.fetch_add(1, Ordering::Relaxed));
+        keys.insert(request_id.clone(), key);
+        Ok(Place { key, request_id, in_flight: self.clone() })
+    }
+
+    fn key(&self, request_id: &str) -> Result<RequestKey, GeneratorError> {
+        self.lock().get(request_id).copied().ok_or_else(|| GeneratorError::Unknown(request_id.to_owned()))
+    }
+
+    /// Entries are inserted and removed whole, so a panic elsewhere leaves the map usable.
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, RequestKey>> {
+        self.keys.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.in_flight.lock().remove(&self.request_id);
+    }
+}
+
+fn membership(wire: v1::JoinUpdateGroupRequest) -> Result<Membership, GeneratorError> {
+    let (rank, size, num_trainers) = (wire.rank as usize, wire.size as usize, wire.num_trainers as usize);
+    if num_trainers == 0 || num_trainers >= size {
+        return Err(invalid("num_trainers", format!("must be from 1 to below the size {size}, got {num_trainers}")));
+    }
+    if rank < num_trainers || rank >= size {
+        return Err(invalid("rank", format!("a generator's is from {num_trainers} to below {size}, got {rank}")));
+    }
+    if wire.group.is_empty() {
+        return Err(invalid("group", "is empty"));
+    }
+    if wire.bucket_numel == 0 {
+        return Err(invalid("bucket_numel", "must be at least 1"));
+    }
+    let timeout = Duration::try_from_secs_f64(wire.timeout_seconds).ok().filter(|timeout| !timeout.is_zero());
+    let timeout = timeout.filter(|timeout| *timeout <= MAX_DEADLINE).ok_or_else(|| {
+        invalid("timeout_seconds", format!("must be above 0 and at most a week, got {}", wire.timeout_seconds))
+    })?;
+    Ok(Membership {
+        store_host: wire.store_host,
+        store_port: u16::try_from(wire.store_port)
+            .map_err(|_| invalid("store_port", format!("must be a port, got {}", wire.store_port)))?,
+        group: wire.group,
+        rank,
+        size,
+        num_trainers,
+        manifest_hash: wire.manifest_hash,
+        bucket_numel: usize::try_from(wire.bucket_numel).unwrap_or(usize::MAX),
+        timeout,
+    })
+}
+
+fn count(number: usize) -> u32 {
+    u32::try_from(number).unwrap_or(u32::MAX)
+}

@@ -1,0 +1,165 @@
+//! What comes back for a request.
+
+use aha_core::tokenizer::SpecialTokens;
+
+use super::*;
+use crate::testing::byte_tokenizer;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_comes_back_whole_scored_and_reproducible() {
+    let mut server = Server::start(Tiny::Qwen2).await;
+    let mut asked = request("group", 4, 20);
+    asked.rewards = vec!["equation".to_owned(), "format".to_owned()];
+    asked.columns = r#"{"target": 3, "nums": [1, 2]}"#.to_owned();
+    let completions = server.completions(asked.clone()).await;
+    assert_eq!(completions.iter().map(|completion| completion.sample_index).collect::<Vec<_>>(), [0, 1, 2, 3]);
+    for completion in &completions {
+        assert_eq!((completion.prompt_id, completion.finish_reason()), (11, v1::FinishReason::Length));
+        assert_eq!(completion.spans, [v1::Span { version: 0, num_tokens: 20 }]);
+        assert_eq!(completion.text, byte_tokenizer().decode(&completion.token_ids, SpecialTokens::Skip).unwrap());
+        let rewards: Vec<_> =
+            completion.rewards.iter().map(|reward| (reward.function.as_str(), reward.outcome.as_str())).collect();
+        assert_eq!(rewards, [("equation", "unparsable"), ("format", "wrong")]);
+
+        let whole = [asked.token_ids.clone(), completion.token_ids.clone()].concat();
+        let scored = server.score(whole).await.split_off(asked.token_ids.len() - 1);
+        let close = scored.iter().zip(&completion.logprobs).all(|(scored, sampled)| (scored - sampled).abs() < 1e-4);
+        assert!(close, "{scored:?} and {:?}", completion.logprobs);
+    }
+    assert_ne!(completions[0].token_ids, completions[1].token_ids);
+
+    // Another generator is asked for the one sample that this one is said to have lost.
+    let other = Server::start_with(Tiny::Qwen2, Duration::ZERO, |options| {
+        options.generator.max_num_seqs = 1;
+        options.generator.max_num_batched_tokens = 5;
+    });
+    let again = other.await.completions(v1::GenerateRequest { sample_indices: vec![2], ..asked }).await;
+    assert_eq!(again, completions[2..3]);
+}
+
+/// Neighbours, small chunks and preemption must not change a bit of a completion.
+#[tokio::test(flavor = "multi_thread")]
+async fn completions_do_not_depend_on_what_else_runs() {
+    let mut roomy = Server::start(Tiny::Llama).await;
+    let alone = roomy.completions(request("alone", 3, 60)).await;
+
+    let mut cramped = Server::start_with(Tiny::Llama, Duration::ZERO, |options| {
+        options.generator.kv_cache_mib = 1;
+        options.generator.max_num_batched_tokens = 16;
+    })
+    .await;
+    let mut others = Vec::new();
+    for index in 0..3 {
+        let mut other = request(&format!("other {index}"), 16, 100);
+        other.token_ids.extend([index, 7, 7]);
+        other.seed = u64::from(index);
+        others.push(cramped.generate(other).await.unwrap());
+    }
+    let crowded = cramped.completions(request("crowded", 3, 60)).await;
+    assert_eq!(crowded, alone);
+    for other in others {
+        assert_eq!(collect(other).await.unwrap().len(), 16);
+    }
+    let status = cramped.status().await;
+    assert!(status.preemptions > 0, "{status:?}");
+    assert_eq!((status.used_blocks, status.running, status.waiting), (0, 0, 0), "{status:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_string_ends_a_completion_with_the_token_that_completes_it() {
+    let mut server = Server::start(Tiny::Qwen3).await;
+    let whole = server.completions(request("whole", 1, 80)).await.remove(0);
+    // Every token is a byte, so two characters are two tokens.
+    let ascii = |index: &usize| whole.token_ids[*index..][..2].iter().all(|token| (33..127).contains(token));
+    let end = 2 + (10..78).find(ascii).expect("two printable characters in a row");
+    let stop: String = whole.token_ids[end - 2..end].iter().map(|&token| char::from(token as u8)).collect();
+    assert_eq!(whole.text.matches(&stop).count(), 1, "the string must be found where it is looked for");
+
+    let mut asked = request("stopped", 1, 80);
+    asked.sampling.as_mut().unwrap().stop = vec!["not there".to_owned(), stop.clone()];
+    let stopped = server.completions(asked.clone()).await.remove(0);
+    assert_eq!(stopped.finish_reason(), v1::FinishReason::Stop);
+    assert_eq!((&stopped.token_ids[..], stopped.logprobs.len()), (&whole.token_ids[..end], end));
+    assert_eq!(stopped.spans, [v1::Span { version: 0, num_tokens: end as u32 }]);
+    assert!(stopped.text.ends_with(&stop));
+
+    asked.sampling.as_mut().unwrap().min_tokens = end as u32 + 1;
+    assert_eq!(server.completions(asked).await[0].token_ids, whole.token_ids);
+    server.wait_until(|status| status.used_blocks == 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_token_ends_a_completion_after_min_tokens() {
+    let mut server = Server::start(Tiny::Qwen2).await;
+    let mut asked = request("whole", 1, 40);
+    asked.sampling.as_mut().unwrap().ignore_eos = false;
+    let whole = server.completions(asked.clone()).await.remove(0);
+    let end = 1 + (5..40).find(|&index| !whole.token_ids[..index].contains(&whole.token_ids[index])).unwrap();
+    asked.sampling.as_mut().unwrap().stop_token_ids = vec![whole.token_ids[end - 1]];
+    let stopped = server.completions(asked.clone()).await.remove(0);
+    assert_eq!((stopped.finish_reason(), &stopped.token_ids[..]), (v1::FinishReason::Stop, &whole.token_ids[..end]));
+    asked.sampling.as_mut().unwrap().min_tokens = end as u32 + 3;
+    let longer = server.completions(asked).await.remove(0);
+    assert!(longer.token_ids.len() >= end + 3, "{longer:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_requests_are_refused_by_field() {
+    let mut server = Server::start(Tiny::Qwen2).await;
+    type Damage = fn(&mut v1::GenerateRequest);
+    let cases: [(&str, Damage); 5] = [
+        ("request_id: ", |r| r.request_id.clear()),
+        ("token_ids: ", |r| r.token_ids[0] = 260),
+        ("sample_indices: ", |r| r.sample_indices.push(0)),
+        ("sampling: ", |r| r.sampling.as_mut().unwrap().temperature = -1.0),
+        ("rewards: ", |r| r.rewards.push("speling".to_owned())),
+    ];
+    for (field, damage) in cases {
+        let mut bad = request("bad", 1, 8);
+        damage(&mut bad);
+        check_status(&server.generate(bad).await.unwrap_err(), Code::InvalidArgument, field);
+    }
+    let status = server.client.score(v1::ScoreRequest { token_ids: Vec::new() }).await.unwrap_err();
+    check_status(&status, Code::InvalidArgument, "token_ids: ");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_needs_a_deadline_and_ends_with_it() {
+    let mut server = Server::start(Tiny::Qwen2).await;
+    let status = server.client.generate(request("no deadline", 1, 8)).await.unwrap_err();
+    check_status(&status, Code::InvalidArgument, "grpc-timeout: ");
+
+    let mut call = Request::new(request("short", 2, ENDLESS));
+    call.set_timeout(Duration::from_millis(200));
+    let ended = match server.client.generate(call).await {
+        Ok(stream) => collect(stream.into_inner()).await.unwrap_err(),
+        Err(status) => status,
+    };
+    check_status(&ended, Code::DeadlineExceeded, "");
+    let status = server.wait_until(|status| status.used_blocks == 0 && status.waiting == 0).await;
+    assert!(status.generation_tokens < 2 * u64::from(ENDLESS));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn zz_debug() {
+    let mut server = Server::start(Tiny::Qwen2).await;
+    eprintln!("A");
+    let s = server.score((0..43).collect()).await;
+    eprintln!("B {s:?}");
+    let mut other = Server::start_with(Tiny::Qwen2, Duration::ZERO, |options| {
+        options.generator.max_num_seqs = 1;
+        options.generator.max_num_batched_tokens = 5;
+    })
+    .await;
+    eprintln!("C");
+    let s = other.score((0..43).collect()).await;
+    eprintln!("D");
+    let mut r = request("group", 4, 20);
+    r.sample_indices = vec![2];
+    let mut stream = other.generate(r).await.unwrap();
+    eprintln!("E");
+    for _ in 0..3 {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        eprintln!("{:?}", other.status().await);
+    }
+}

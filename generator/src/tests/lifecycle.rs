@@ -1,0 +1,114 @@
+//! Pausing, sleeping, aborting, dying, and what can be asked about it.
+
+use tokio_stream::StreamExt;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
+use tonic_reflection::pb::v1::ServerReflectionRequest;
+use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
+use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
+
+use super::*;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_goes_away_frees_its_blocks() {
+    let mut server = Server::start(Tiny::Qwen2).await;
+    let stream = server.generate(request("dropped", 4, ENDLESS)).await.unwrap();
+    server.wait_until(|status| status.generation_tokens > 0).await;
+    assert!(server.status().await.used_blocks > 0);
+    drop(stream);
+    let status = server.wait_until(|status| status.used_blocks == 0).await;
+    assert_eq!((status.running, status.waiting), (0, 0));
+    assert!(status.generation_tokens < 4 * u64::from(ENDLESS), "{status:?}");
+    // Its id is free again.
+    assert_eq!(server.completions(request("dropped", 1, 2)).await.len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn abort_ends_a_request_and_gives_what_there_is() {
+    let mut server = Server::start(Tiny::Qwen2).await;
+    let stream = server.generate(request("endless", 3, ENDLESS)).await.unwrap();
+    let status = server.generate(request("endless", 1, 2)).await.unwrap_err();
+    check_status(&status, Code::AlreadyExists, "endless");
+    server.wait_until(|status| status.generation_tokens > 10).await;
+    let abort = v1::AbortRequest { request_id: "endless".to_owned() };
+    assert_eq!(server.client.abort(abort.clone()).await.unwrap().into_inner().aborted, 3);
+    let completions = collect(stream).await.unwrap();
+    assert_eq!(completions.len(), 3);
+    for completion in &completions {
+        assert_eq!(completion.finish_reason(), v1::FinishReason::Aborted);
+        assert!(completion.token_ids.len() == completion.logprobs.len() && completion.rewards.is_empty());
+    }
+    assert!(completions.iter().any(|completion| !completion.token_ids.is_empty()));
+    assert_eq!(server.status().await.used_blocks, 0);
+    check_status(&server.client.abort(abort).await.unwrap_err(), Code::NotFound, "endless");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pausing_and_sleeping_lose_nothing() {
+    let mut server = Server::start(Tiny::Qwen3).await;
+    let undisturbed = server.completions(request("undisturbed", 4, 150)).await;
+
+    server.client.pause(v1::PauseRequest {}).await.unwrap();
+    let stream = server.generate(request("disturbed", 4, 150)).await.unwrap();
+    let before = server.status().await;
+    assert!(before.paused && before.waiting == 4, "{before:?}");
+    server.client.resume(v1::ResumeRequest {}).await.unwrap();
+    server.wait_until(|status| status.generation_tokens > before.generation_tokens + 8).await;
+
+    server.client.sleep(v1::SleepRequest {}).await.unwrap();
+    let asleep = server.status().await;
+    assert!(asleep.paused && asleep.used_blocks == 0 && asleep.waiting > 0, "{asleep:?}");
+    check_status(&server.client.resume(v1::ResumeRequest {}).await.unwrap_err(), Code::FailedPrecondition, "asleep");
+    let score = server.client.score(v1::ScoreRequest { token_ids: vec![1, 2] }).await.unwrap_err();
+    check_status(&score, Code::FailedPrecondition, "asleep");
+    server.client.wake(v1::WakeRequest {}).await.unwrap();
+
+    assert_eq!(collect(stream).await.unwrap(), undisturbed);
+    assert!(!server.status().await.paused);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn status_health_and_reflection_answer() {
+    let mut server = Server::start(Tiny::Llama).await;
+    let status = server.status().await;
+    assert_eq!((status.version, status.block_size, status.max_model_len), (0, 16, 4096));
+    assert_eq!(status.manifest_hash, crate::testing::tiny_config(Tiny::Llama).manifest().hash());
+    assert!(status.total_blocks * status.block_size >= status.max_model_len);
+
+    let mut health = HealthClient::new(server.channel.clone());
+    let check = HealthCheckRequest { service: "aha.v1.Generator".to_owned() };
+    let answer = health.check(check).await.unwrap().into_inner();
+    assert_eq!(answer.status(), ServingStatus::Serving);
+
+    let mut reflection = ServerReflectionClient::new(server.channel.clone());
+    let list = MessageRequest::ListServices(String::new());
+    let ask = ServerReflectionRequest { host: String::new(), message_request: Some(list) };
+    let mut answers = reflection.server_reflection_info(tokio_stream::iter([ask])).await.unwrap().into_inner();
+    let answer = answers.next().await.unwrap().unwrap().message_response;
+    let Some(MessageResponse::ListServicesResponse(services)) = answer else { panic!("{answer:?}") };
+    let names: Vec<_> = services.service.iter().map(|service| service.name.as_str()).collect();
+    assert!(names.contains(&"aha.v1.Generator") && names.contains(&"grpc.health.v1.Health"), "{names:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stopping_lets_requests_finish_within_the_grace() {
+    let mut server = Server::start_with(Tiny::Qwen2, PATIENCE, |_| ()).await;
+    let stream = server.generate(request("last", 2, 100)).await.unwrap();
+    drop(server.stop);
+    assert_eq!(collect(stream).await.unwrap().len(), 2);
+    drop((server.client, server.channel));
+    server.serving.await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stopping_aborts_requests_after_the_grace() {
+    let mut server = Server::start(Tiny::Qwen2).await;
+    let stream = server.generate(request("endless", 2, ENDLESS)).await.unwrap();
+    server.wait_until(|status| status.generation_tokens > 0).await;
+    drop(server.stop);
+    let completions = collect(stream).await.unwrap();
+    assert!(completions.iter().all(|completion| completion.finish_reason() == v1::FinishReason::Aborted));
+    tokio::time::timeout(PATIENCE, server.serving).await.unwrap().unwrap().unwrap();
+}

@@ -1,0 +1,185 @@
+//! New weights, pushed by a trainer that a thread of the test plays.
+
+use std::thread;
+
+use aha_nn::comm::{Address, Backend, GroupSpec, ProcessGroup, Store};
+use aha_nn::tensor_data::bytes;
+use aha_nn::weights::Weights;
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::*;
+use crate::testing::{tiny_config, tiny_weights};
+
+const GROUP: &str = "push-1";
+/// Elements; smaller than the embedding, so that a unit comes in several buckets.
+const BUCKET_NUMEL: usize = 5000;
+const TINY: Tiny = Tiny::Llama;
+
+/// Rank 0 of the update group.
+struct Trainer {
+    store: Store,
+}
+
+impl Trainer {
+    fn new() -> Self {
+        Self { store: Store::host("127.0.0.1", 0, PATIENCE).unwrap() }
+    }
+
+    fn invitation(&self, timeout: Duration) -> v1::JoinUpdateGroupRequest {
+        v1::JoinUpdateGroupRequest {
+            store_host: "127.0.0.1".to_owned(),
+            store_port: u32::from(self.store.port()),
+            group: GROUP.to_owned(),
+            rank: 1,
+            size: 2,
+            num_trainers: 1,
+            manifest_hash: tiny_config(TINY).manifest().hash(),
+            bucket_numel: BUCKET_NUMEL as u64,
+            timeout_seconds: timeout.as_secs_f64(),
+        }
+    }
+
+    fn join(&self) -> thread::JoinHandle<ProcessGroup> {
+        let store = self.store.clone();
+        thread::spawn(move || {
+            let address = Address::Host("127.0.0.1".to_owned());
+            let spec = GroupSpec { name: GROUP.to_owned(), rank: 0, size: 2, timeout: PATIENCE, address };
+            ProcessGroup::new(Backend::Gloo, &store, &spec).unwrap()
+        })
+    }
+
+    /// Brings trainer and generator together.
+    async fn meet(&self, server: &mut Server, timeout: Duration) -> ProcessGroup {
+        let joining = self.join();
+        server.client.join_update_group(self.invitation(timeout)).await.unwrap();
+        joining.join().unwrap()
+    }
+}
+
+fn send(group: ProcessGroup, weights: Weights) -> thread::JoinHandle<ProcessGroup> {
+    thread::spawn(move || {
+        for bucket in weights.manifest.buckets(1, BUCKET_NUMEL) {
+            let mut part = weights.flat(bucket.unit_idx).narrow(0, bucket.offset as i64, bucket.numel as i64);
+            group.broadcast(&mut part, bucket.owner).unwrap();
+        }
+        group
+    })
+}
+
+fn announcement(version: u64, weights: &Weights) -> v1::UpdateWeightsRequest {
+    let unit_hashes = (0..weights.num_units()).map(|unit_idx| xxh3_64(bytes(weights.flat(unit_idx)))).collect();
+    v1::UpdateWeightsRequest { group: GROUP.to_owned(), version, unit_hashes }
+}
+
+/// Log-probs of some tokens by the trainer's own forward pass.
+fn expected(weights: &Weights) -> Vec<f32> {
+    aha_nn::forward::score(&tiny_config(TINY), weights, &probe())
+}
+
+fn probe() -> Vec<u32> {
+    (0..30).map(|index| index * 7 % 256).collect()
+}
+
+async fn serves(server: &mut Server, weights: &Weights) -> bool {
+    let found = server.score(probe()).await;
+    found.iter().zip(expected(weights)).all(|(found, expected)| (found - expected).abs() < 1e-4)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_push_changes_the_version_once_in_the_middle_of_a_request() {
+    let mut server = Server::start(TINY).await;
+    let (old, new) = (tiny_weights(&tiny_config(TINY), 1), tiny_weights(&tiny_config(TINY), 2));
+    let trainer = Trainer::new();
+    let group = trainer.meet(&mut server, PATIENCE).await;
+    assert!(serves(&mut server, &old).await && !serves(&mut server, &new).await);
+
+    let stream = server.generate(request("running", 4, ENDLESS)).await.unwrap();
+    server.wait_until(|status| status.running == 4 && status.generation_tokens > 20).await;
+    let announced = announcement(7, &new);
+    let sending = send(group, new.copy());
+    let pushed = server.client.update_weights(announced).await.unwrap().into_inner();
+    assert!(pushed.version == 7 && pushed.receive_seconds > 0.0 && pushed.swap_seconds < pushed.receive_seconds);
+    sending.join().unwrap();
+
+    let swapped = server.status().await;
+    assert_eq!(swapped.version, 7);
+    server.wait_until(|status| status.generation_tokens > swapped.generation_tokens + 20).await;
+    server.client.abort(v1::AbortRequest { request_id: "running".to_owned() }).await.unwrap();
+    for completion in collect(stream).await.unwrap() {
+        let versions: Vec<u64> = completion.spans.iter().map(|span| span.version).collect();
+        assert_eq!(versions, [0, 7], "{:?}", completion.spans);
+        let covered: usize = completion.spans.iter().map(|span| span.num_tokens as usize).sum();
+        assert_eq!(covered, completion.token_ids.len());
+    }
+    assert!(serves(&mut server, &new).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn weights_with_another_hash_are_not_taken_and_the_next_push_is() {
+    let mut server = Server::start(TINY).await;
+    let (old, new) = (tiny_weights(&tiny_config(TINY), 1), tiny_weights(&tiny_config(TINY), 2));
+    let trainer = Trainer::new();
+    let group = trainer.meet(&mut server, PATIENCE).await;
+
+    let mut wrong = announcement(1, &new);
+    wrong.unit_hashes[2] ^= 1;
+    let sending = send(group, new.copy());
+    let refused = server.client.update_weights(wrong).await.unwrap_err();
+    check_status(&refused, Code::DataLoss, "layers.1");
+    let mut group = sending.join().unwrap();
+    assert_eq!(server.status().await.version, 0);
+    assert!(serves(&mut server, &old).await);
+
+    for (version, weights) in [(1, &new), (2, &old), (3, &new)] {
+        let sending = send(group, weights.copy());
+        server.client.update_weights(announcement(version, weights)).await.unwrap();
+        group = sending.join().unwrap();
+        assert!(serves(&mut server, weights).await);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_trainer_that_never_shows_up_is_not_waited_for() {
+    let mut server = Server::start(TINY).await;
+    let old = tiny_weights(&tiny_config(TINY), 1);
+    let trainer = Trainer::new();
+    let short = Duration::from_millis(500);
+    let alone = server.client.join_update_group(trainer.invitation(short)).await.unwrap_err();
+    check_status(&alone, Code::Aborted, "did not come");
+
+    let mut elsewhere = trainer.invitation(short);
+    elsewhere.store_port = 1;
+    let status = server.client.join_update_group(elsewhere).await.unwrap_err();
+    check_status(&status, Code::Aborted, "127.0.0.1:1");
+
+    let trainer = Trainer::new();
+    let _silent = trainer.meet(&mut server, short).await;
+    let late = server.client.update_weights(announcement(1, &old)).await.unwrap_err();
+    check_status(&late, Code::Aborted, "broadcast");
+    assert_eq!(server.status().await.version, 0);
+    assert!(serves(&mut server, &old).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn joins_and_pushes_that_make_no_sense_are_refused() {
+    let mut server = Server::start(TINY).await;
+    let weights = tiny_weights(&tiny_config(TINY), 1);
+    let status = server.client.update_weights(announcement(1, &weights)).await.unwrap_err();
+    check_status(&status, Code::FailedPrecondition, GROUP);
+
+    let trainer = Trainer::new();
+    type Damage = fn(&mut v1::JoinUpdateGroupRequest);
+    let cases: [(&str, Damage); 6] = [
+        ("manifest_hash: ", |join| join.manifest_hash ^= 1),
+        ("rank: ", |join| join.rank = 0),
+        ("num_trainers: ", |join| join.num_trainers = 2),
+        ("store_port: ", |join| join.store_port = 70_000),
+        ("bucket_numel: ", |join| join.bucket_numel = 0),
+        ("timeout_seconds: ", |join| join.timeout_seconds = f64::NAN),
+    ];
+    for (field, damage) in cases {
+        let mut join = trainer.invitation(PATIENCE);
+        damage(&mut join);
+        check_status(&server.client.join_update_group(join).await.unwrap_err(), Code::InvalidArgument, field);
+    }
+}

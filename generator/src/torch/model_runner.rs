@@ -1,0 +1,181 @@
+//! Runs the scheduled batches through the model, on the CPU.
+
+use std::cell::RefCell;
+use std::sync::Arc;
+
+use aha_core::ids::TokenId;
+use aha_nn::kernels::cpu::{
+    KvCache, KvLayout, Pool, RopeTables, SampleRequest, SamplingParams, log_softmax_at, sample_rows,
+};
+use aha_nn::logprob::chunk_rows;
+use aha_nn::model_config::ModelConfig;
+use aha_nn::rotary::RotaryTable;
+use aha_nn::tensor_data::{f32_slice, f32_slice_mut};
+use anyhow::{Context, ensure};
+use tch::{Device, Tensor};
+
+use super::paged_ops::{PagedOps, PagedRows};
+use super::weights::ServingWeights;
+use crate::engine::{BlockId, Choose, Runner, Sampled, StepBatch};
+
+/// How much memory keys and values get.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CacheSize {
+    /// Tokens of a block, a multiple of 16.
+    pub block_size: usize,
+    pub num_blocks: usize,
+}
+
+/// The model, its cache and its threads.
+#[derive(Debug)]
+pub struct CpuRunner {
+    pool: Arc<Pool>,
+    config: ModelConfig,
+    weights: ServingWeights,
+    rotary: RotaryTable,
+    layout: KvLayout,
+    /// One a layer; none while the cache's memory is given back.
+    caches: Vec<KvCache>,
+}
+
+impl CacheSize {
+    /// As many blocks as fit `bytes`.
+    #[must_use]
+    pub fn fitting(config: &ModelConfig, block_size: usize, bytes: usize) -> Self {
+        let one = layout(config, Self { block_size, num_blocks: 1 });
+        Self { block_size, num_blocks: bytes / (one.num_bytes() * config.num_layers) }
+    }
+}
+
+impl CpuRunner {
+    /// `max_model_len` positions get rotary angles.
+    #[must_use]
+    pub fn new(
+        config: &ModelConfig,
+        weights: ServingWeights,
+        cache: CacheSize,
+        max_model_len: usize,
+        pool: Pool,
+    ) -> Self {
+        let layout = layout(config, cache);
+        Self {
+            pool: Arc::new(pool),
+            config: config.clone(),
+            weights,
+            rotary: RotaryTable::new(config, max_model_len, Device::Cpu),
+            layout,
+            caches: new_caches(layout, config.num_layers),
+        }
+    }
+
+    fn step(&mut self, batch: &StepBatch) -> anyhow::Result<Vec<Sampled>> {
+        let copies: Vec<(u32, u32)> = batch.copies.iter().map(|copy| (copy.from.0, copy.to.0)).collect();
+        for cache in &mut self.caches {
+            cache.copy_blocks(&copies);
+        }
+        let tables: Vec<Vec<u32>> = batch.items.iter().map(|item| raw_blocks(&item.block_table)).collect();
+        let mut rows = PagedRows::default();
+        let mut chosen = Vec::new();
+        for (item, table) in batch.items.iter().zip(&tables) {
+            rows.push(&item.tokens, item.start, table, self.layout.block_size);
+            chosen.extend(item.choose.as_ref().map(|choose| (rows.len() - 1, choose)));
+        }
+        let ops = self.ops(rows)?;
+        let hidden = ops.hidden_states();
+        let mut sampled = Vec::with_capacity(chosen.len());
+        for chosen in chosen.chunks(chunk_rows(ops.config.vocab_size as i64) as usize) {
+            let selected: Vec<usize> = chosen.iter().map(|(row, _)| *row).collect();
+            let mut logits = ops.logits(&hidden, &selected);
+            sampled.extend(sample(ops.pool, &mut logits, chosen)?);
+        }
+        Ok(sampled)
+    }
+
+    fn score_tokens(&mut self, tokens: &[TokenId], block_table: &[BlockId]) -> anyhow::Result<Vec<f32>> {
+        let table = raw_blocks(block_table);
+        let mut rows = PagedRows::default();
+        rows.push(tokens, 0, &table, self.layout.block_size);
+        let ops = self.ops(rows)?;
+        let hidden = ops.hidden_states();
+        let vocab_size = ops.config.vocab_size;
+        let mut logprobs = Vec::with_capacity(tokens.len());
+        let predicting: Vec<usize> = (0..tokens.len() - 1).collect();
+        for selected in predicting.chunks(chunk_rows(vocab_size as i64) as usize) {
+            let logits = ops.logits(&hidden, selected);
+            for (logits, &row) in f32_slice(&logits).chunks_exact(vocab_size).zip(selected) {
+                let target = tokens[row + 1];
+                logprobs.push(log_softmax_at(ops.pool, logits, target).with_context(|| format!("token {}", row + 1))?);
+            }
+        }
+        Ok(logprobs)
+    }
+
+    fn ops<'a>(&'a mut self, rows: PagedRows<'a>) -> anyhow::Result<PagedOps<'a>> {
+        ensure!(!self.caches.is_empty(), "the cache's memory is given back, and no step can run before it is restored");
+        let Self { pool, config, weights, rotary, caches, .. } = self;
+        let rope = RopeTables { cos: f32_slice(&rotary.cos), sin: f32_slice(&rotary.sin), head_dim: config.head_dim };
+        Ok(PagedOps { pool, config, weights, rope, caches: RefCell::new(caches), rows })
+    }
+}
+
+impl Runner for CpuRunner {
+    type Staged = ServingWeights;
+
+    fn run(&mut self, batch: &StepBatch) -> anyhow::Result<Vec<Sampled>> {
+        // Inside the pool, so that its threads stay awake from one kernel to the next.
+        let pool = Arc::clone(&self.pool);
+        pool.install(|| tch::no_grad(|| self.step(batch)))
+    }
+
+    fn score(&mut self, tokens: &[TokenId], block_table: &[BlockId]) -> anyhow::Result<Vec<f32>> {
+        let pool = Arc::clone(&self.pool);
+        pool.install(|| tch::no_grad(|| self.score_tokens(tokens, block_table)))
+    }
+
+    fn swap(&mut self, staged: ServingWeights) -> ServingWeights {
+        std::mem::replace(&mut self.weights, staged)
+    }
+
+    fn release_cache(&mut self) {
+        self.caches = Vec::new();
+    }
+
+    fn restore_cache(&mut self) -> anyhow::Result<()> {
+        self.caches = new_caches(self.layout, self.config.num_layers);
+        Ok(())
+    }
+}
+
+fn layout(config: &ModelConfig, CacheSize { block_size, num_blocks }: CacheSize) -> KvLayout {
+    KvLayout { num_blocks, block_size, num_kv_heads: config.num_kv_heads, head_dim: config.head_dim }
+}
+
+fn new_caches(layout: KvLayout, num_layers: usize) -> Vec<KvCache> {
+    (0..num_layers).map(|_| KvCache::new(layout)).collect()
+}
+
+fn raw_blocks(table: &[BlockId]) -> Vec<u32> {
+    table.iter().map(|block| block.0).collect()
+}
+
+/// Chooses a token for each row of `logits: [M, V]`.
+fn sample(pool: &Pool, logits: &mut Tensor, chosen: &[(usize, &Choose)]) -> anyhow::Result<Vec<Sampled>> {
+    let vocab_size = logits.size()[1] as usize;
+    let logits = f32_slice_mut(logits);
+    let mut requests = Vec::with_capacity(chosen.len());
+    for (logits, (_, choose)) in logits.chunks_exact_mut(vocab_size).zip(chosen) {
+        for &token in choose.suppress.iter() {
+            logits[token as usize] = f32::NEG_INFINITY;
+        }
+        let Choose { temperature, top_k, top_p, min_p, uniform, .. } = **choose;
+        let params = SamplingParams { temperature, top_k, top_p, min_p };
+        requests.push(SampleRequest { params, uniform: f64::from(uniform) });
+    }
+    let samples = sample_rows(pool, logits, &requests).into_iter().enumerate();
+    samples
+        .map(|(index, sample)| {
+            let sample = sample.with_context(|| format!("row {index} of {} sampled ones", chosen.len()))?;
+            Ok(Sampled { token: sample.token, logprob: sample.log_prob })
+        })
+        .collect()
+}

@@ -1,0 +1,284 @@
+//! Receives new weights from the trainers, beside the engine's thread.
+//!
+//! One thread owns the process group. A push comes unit by unit into the spare set of weights; only a set whose every
+//! unit has the hash that was announced is handed to the engine. Whatever goes wrong, the old weights go on serving.
+
+use std::net::{IpAddr, UdpSocket};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use aha_core::ids::PolicyVersion;
+use aha_core::manifest::{Bucket, Manifest, UnitSpec};
+use aha_nn::comm::{Address, Backend, CommError, GroupSpec, ProcessGroup, Store};
+use aha_nn::kernels::cpu::Pool;
+use aha_nn::model_config::ModelConfig;
+use aha_nn::tensor_data::bytes;
+use aha_nn::weights::split;
+use tch::{Device, Kind, Tensor};
+use tokio::runtime::Handle;
+use tokio::sync::{mpsc, oneshot};
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::weights::ServingWeights;
+use crate::engine::{EngineError, EngineHandle};
+
+/// Commands that may wait while one is worked on.
+const MAX_WAITING: usize = 4;
+
+/// Which group to enter, and as whom.
+#[derive(Debug, Clone)]
+pub struct Membership {
+    pub store_host: String,
+    pub store_port: u16,
+    pub group: String,
+    /// Trainers come first: they are ranks `0..num_trainers`.
+    pub rank: usize,
+    pub size: usize,
+    pub num_trainers: usize,
+    pub manifest_hash: u64,
+    /// Largest bucket, in elements.
+    pub bucket_numel: usize,
+    /// Bound on every collective.
+    pub timeout: Duration,
+}
+
+/// One version of the weights that is about to come.
+#[derive(Debug, Clone)]
+pub struct Push {
+    pub group: String,
+    pub version: PolicyVersion,
+    /// xxh3 of each unit's bytes, in manifest order.
+    pub unit_hashes: Vec<u64>,
+}
+
+/// What a push took.
+#[derive(Debug, Clone, Copy)]
+pub struct Pushed {
+    /// To receive, check and pack; decoding went on meanwhile.
+    pub receive: Duration,
+    /// For which decoding stood still.
+    pub swap: Duration,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum UpdateError {
+    #[error("manifest_hash: the trainer's model is {theirs:016x}, this generator serves {ours:016x}")]
+    OtherManifest { theirs: u64, ours: u64 },
+    #[error("group: this generator is not in {0:?}; join it first")]
+    NotJoined(String),
+    #[error("unit_hashes: got {got} for the {units} units of the model")]
+    WrongNumberOfHashes { got: usize, units: usize },
+    #[error("unit {unit} arrived as {got:016x}, announced was {announced:016x}; the weights were not taken")]
+    BadHash { unit: String, got: u64, announced: u64 },
+    #[error(transparent)]
+    Comm(#[from] CommError),
+    #[error("cannot find the address of this machine towards {store}: {source}")]
+    NoAddress { store: String, source: std::io::Error },
+    #[error("{MAX_WAITING} joins and pushes are waiting already")]
+    Busy,
+    #[error("the weight receiver has stopped")]
+    Stopped,
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+}
+
+#[derive(Debug)]
+enum Command {
+    Join { membership: Membership, reply: oneshot::Sender<Result<(), UpdateError>> },
+    Receive { push: Push, reply: oneshot::Sender<Result<Pushed, UpdateError>> },
+}
+
+/// The way to the receiving thread, which ends when this is dropped.
+#[derive(Debug)]
+pub struct WeightReceiver {
+    commands: mpsc::Sender<Command>,
+    /// The group that is in use, so that it can be aborted while the thread waits in it.
+    current: Arc<Mutex<Option<Arc<ProcessGroup>>>>,
+}
+
+impl WeightReceiver {
+    /// Starts the thread. Pushed weights are of type `kind`; `runtime` runs what the thread asks of `engine`.
+    ///
+    /// # Errors
+    /// If the thread cannot be started.
+    pub fn start(
+        config: &ModelConfig,
+        kind: Kind,
+        engine: EngineHandle<ServingWeights>,
+        runtime: Handle,
+    ) -> anyhow::Result<Self> {
+        let (commands, incoming) = mpsc::channel(MAX_WAITING);
+        let current = Arc::default();
+        let worker = Worker {
+            manifest: config.manifest(),
+            config: config.clone(),
+            kind,
+            engine,
+            runtime,
+            pool: Pool::new(1)?,
+            current: Arc::clone(&current),
+            joined: None,
+            spare: None,
+        };
+        std::thread::Builder::new().name("weights".to_owned()).spawn(move || worker.run(incoming))?;
+        Ok(Self { commands, current })
+    }
+
+    /// Enters a group; whichever was in use is left, even in the middle of a push.
+    ///
+    /// # Errors
+    /// If the trainers have another model, or the members do not come together in time.
+    pub async fn join(&self, membership: Membership) -> Result<(), UpdateError> {
+        self.abort("this generator was asked to join another group");
+        let (reply, answer) = oneshot::channel();
+        self.send(Command::Join { membership, reply })?;
+        answer.await.unwrap_or(Err(UpdateError::Stopped))
+    }
+
+    /// Receives a push and puts it in place.
+    ///
+    /// # Errors
+    /// Says why the old weights go on serving.
+    pub async fn receive(&self, push: Push) -> Result<Pushed, UpdateError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Command::Receive { push, reply })?;
+        answer.await.unwrap_or(Err(UpdateError::Stopped))
+    }
+
+    /// Ends whatever the thread waits for in its group.
+    pub fn abort(&self, reason: &str) {
+        if let Some(group) = self.current.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
+            group.abort(reason);
+        }
+    }
+
+    fn send(&self, command: Command) -> Result<(), UpdateError> {
+        self.commands.try_send(command).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => UpdateError::Busy,
+            mpsc::error::TrySendError::Closed(_) => UpdateError::Stopped,
+        })
+    }
+}
+
+/// The thread.
+struct Worker {
+    config: ModelConfig,
+    manifest: Manifest,
+    kind: Kind,
+    engine: EngineHandle<ServingWeights>,
+    runtime: Handle,
+    /// One thread: packing must not take turns with the engine's kernels.
+    pool: Pool,
+    current: Arc<Mutex<Option<Arc<ProcessGroup>>>>,
+    joined: Option<Joined>,
+    /// The set that does not serve; there is none before the first push.
+    spare: Option<ServingWeights>,
+}
+
+/// A group and how weights come through it.
+struct Joined {
+    group: Arc<ProcessGroup>,
+    buckets: Vec<Bucket>,
+    /// Memory of the largest unit.
+    buffer: Tensor,
+}
+
+impl Worker {
+    fn run(mut self, mut incoming: mpsc::Receiver<Command>) {
+        // A caller that no longer waits for its answer does not change what was done.
+        while let Some(command) = incoming.blocking_recv() {
+            match command {
+                Command::Join { membership, reply } => drop(reply.send(self.join(&membership))),
+                Command::Receive { push, reply } => drop(reply.send(self.take_push(&push))),
+            }
+        }
+    }
+
+    fn join(&mut self, membership: &Membership) -> Result<(), UpdateError> {
+        self.joined = None;
+        self.set_current(None);
+        let (theirs, ours) = (membership.manifest_hash, self.manifest.hash());
+        if theirs != ours {
+            return Err(UpdateError::OtherManifest { theirs, ours });
+        }
+        let Membership { store_host, store_port, timeout, .. } = membership;
+        let store = Store::connect(store_host, *store_port, *timeout)?;
+        let spec = GroupSpec {
+            name: membership.group.clone(),
+            rank: membership.rank,
+            size: membership.size,
+            timeout: *timeout,
+            address: Address::Host(own_address(store_host, *store_port)?.to_string()),
+        };
+        let group = Arc::new(ProcessGroup::new(Backend::Gloo, &store, &spec)?);
+        self.set_current(Some(Arc::clone(&group)));
+        let largest = self.manifest.units.iter().map(UnitSpec::numel).max().unwrap_or(0);
+        self.joined = Some(Joined {
+            group,
+            buckets: self.manifest.buckets(membership.num_trainers, membership.bucket_numel),
+            buffer: Tensor::empty([largest as i64], (self.kind, Device::Cpu)),
+        });
+        Ok(())
+    }
+
+    fn take_push(&mut self, push: &Push) -> Result<Pushed, UpdateError> {
+        let started = Instant::now();
+        self.fill_spare(push)?;
+        let receive = started.elapsed();
+        let weights = self.spare.take().ok_or(UpdateError::Stopped)?;
+        let swapped = self.runtime.block_on(self.engine.swap(weights, push.version))?;
+        self.spare = Some(swapped.previous);
+        let swap = swapped.stood_still;
+        tracing::info!(
+            version = push.version.0,
+            receive_s = receive.as_secs_f64(),
+            swap_s = swap.as_secs_f64(),
+            "new weights serve"
+        );
+        Ok(Pushed { receive, swap })
+    }
+
+    /// Receives all buckets, even past a unit that is wrong: the other members are sending them all.
+    fn fill_spare(&mut self, push: &Push) -> Result<(), UpdateError> {
+        let Self { config, manifest, pool, joined, spare, .. } = self;
+        let joined = joined.as_mut().filter(|joined| joined.group.name() == push.group);
+        let joined = joined.ok_or_else(|| UpdateError::NotJoined(push.group.clone()))?;
+        if push.unit_hashes.len() != manifest.units.len() {
+            let (got, units) = (push.unit_hashes.len(), manifest.units.len());
+            return Err(UpdateError::WrongNumberOfHashes { got, units });
+        }
+        let spare = spare.get_or_insert_with(|| ServingWeights::empty(config, pool));
+        let mut outcome = Ok(());
+        for bucket in &joined.buckets {
+            let mut part = joined.buffer.narrow(0, bucket.offset as i64, bucket.numel as i64);
+            joined.group.broadcast(&mut part, bucket.owner)?;
+            let unit = &manifest.units[bucket.unit_idx];
+            if bucket.offset + bucket.numel < unit.numel() || outcome.is_err() {
+                continue;
+            }
+            let flat = joined.buffer.narrow(0, 0, unit.numel() as i64);
+            let (got, announced) = (xxh3_64(bytes(&flat)), push.unit_hashes[bucket.unit_idx]);
+            if got == announced {
+                spare.set_unit(bucket.unit_idx, split(&flat, manifest, bucket.unit_idx), pool);
+            } else {
+                outcome = Err(UpdateError::BadHash { unit: unit.name.clone(), got, announced });
+            }
+        }
+        outcome
+    }
+
+    fn set_current(&self, group: Option<Arc<ProcessGroup>>) {
+        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = group;
+    }
+}
+
+/// The address under which this machine reaches the store, and is reached by those around it.
+fn own_address(store_host: &str, store_port: u16) -> Result<IpAddr, UpdateError> {
+    let find = || {
+        let socket = UdpSocket::bind("0.0.0.0:0")?;
+        // Connecting a datagram socket sends nothing; it makes the system choose a route.
+        socket.connect((store_host, store_port))?;
+        Ok(socket.local_addr()?.ip())
+    };
+    find().map_err(|source| UpdateError::NoAddress { store: format!("{store_host}:{store_port}"), source })
+}

@@ -1,0 +1,14 @@
+//! Compiles `aha/v1/*.proto` with protox, so that no protoc is needed.
+
+use std::path::Path;
+
+use prost::Message;
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    println!("cargo:rerun-if-changed=aha");
+    let descriptors = protox::compile(["aha/v1/generator.proto"], ["."])?;
+    let out = std::env::var("OUT_DIR")?;
+    std::fs::write(Path::new(&out).join("descriptors.bin"), descriptors.encode_to_vec())?;
+    tonic_prost_build::configure().compile_fds(descriptors)?;
+    Ok(())
+}

@@ -1,0 +1,145 @@
+//! `aha launch` with two trainer ranks and a generator: repeatable, resumable, and leaving nothing behind.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use aha_tests::binary::{aha, check_refused, check_runs};
+use aha_tests::small_run::{self, MAX_STEPS};
+use serde_json::{Map, Value};
+
+/// Metrics that depend on the machine's mood.
+const TIMED: [&str; 4] = ["time/", "step_time", "tokens_per_second/", "weights/"];
+
+/// The metrics of every step, without timings.
+fn metrics(folder: &Path) -> Vec<Map<String, Value>> {
+    let text = std::fs::read_to_string(folder.join("runs/small/metrics.jsonl")).unwrap();
+    text.lines()
+        .map(|line| {
+            let step: Map<String, Value> = serde_json::from_str(line).unwrap();
+            step.into_iter().filter(|(name, _)| !TIMED.iter().any(|timed| name.starts_with(timed))).collect()
+        })
+        .collect()
+}
+
+fn launch(folder: &Path, overrides: &[&str]) -> String {
+    let mut arguments = vec!["launch", "run.yaml"];
+    arguments.extend(overrides.iter().flat_map(|text| ["--set", text]));
+    check_runs(folder, &arguments)
+}
+
+/// Processes whose command line or working folder names `folder`.
+fn processes_in(folder: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir("/proc").unwrap().flatten();
+    entries
+        .filter(|entry| std::fs::read_link(entry.path().join("cwd")).is_ok_and(|cwd| cwd == folder))
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect()
+}
+
+#[track_caller]
+fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(90);
+    while !condition() {
+        assert!(Instant::now() < deadline, "{what} did not happen in time");
+        std::thread::park_timeout(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_run_is_repeatable_and_resumes_where_it_was_interrupted() {
+    let whole = tempfile::tempdir().unwrap();
+    small_run::write(whole.path());
+    let said = launch(whole.path(), &[]);
+    assert!(said.contains("held-out accuracy on 8 prompts"), "{said}");
+    check_run_folder(&whole.path().join("runs/small"));
+
+    // Interrupted after the first checkpoint, by the signal that Ctrl-C sends.
+    let interrupted = tempfile::tempdir().unwrap();
+    let folder = interrupted.path().canonicalize().unwrap();
+    small_run::write(&folder);
+    let mut child = Command::new(aha())
+        .args(["launch", "run.yaml"])
+        .current_dir(&folder)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    wait_until("the first checkpoint", || folder.join("runs/small/checkpoints/step-2").is_dir());
+    let kill = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(kill.success());
+    assert!(!child.wait().unwrap().success());
+    assert_eq!(processes_in(&folder), Vec::<String>::new(), "processes stayed behind");
+    launch(&folder, &[]);
+    assert_eq!(metrics(&folder), metrics(whole.path()));
+
+    let other = tempfile::tempdir().unwrap();
+    small_run::write(other.path());
+    launch(other.path(), &["run.seed=2"]);
+    assert_ne!(metrics(other.path())[0], metrics(whole.path())[0]);
+
+    check_refused(
+        whole.path(),
+        &["launch", "run.yaml", "--set", "train.learning_rate=1e-4"],
+        &["train.learning_rate", "0.0001", "0.001", "run.name"],
+    );
+}
+
+fn check_run_folder(run: &Path) {
+    let steps = metrics(run.parent().unwrap().parent().unwrap());
+    assert_eq!(steps.len() as u64, MAX_STEPS);
+    for step in &steps {
+        let difference = step["sampling/sampling_logp_difference/max"].as_f64().unwrap();
+        assert!(difference < 1e-3, "generator and trainer differ by {difference}");
+        for name in ["reward", "loss", "grad_norm", "kl", "entropy", "learning_rate", "completions/mean_length"] {
+            assert!(step[name].is_number(), "{name} is {:?}", step.get(name));
+        }
+    }
+    let summary: Value = serde_json::from_str(&std::fs::read_to_string(run.join("summary.json")).unwrap()).unwrap();
+    assert_eq!((summary["steps"].as_u64(), summary["puzzles"].as_u64()), (Some(MAX_STEPS), Some(8)));
+    assert!(summary["accuracy_before"].is_number() && summary["accuracy_after"].is_number());
+    for name in [
+        "config.yaml",
+        "model/model.safetensors",
+        "model/config.json",
+        "model/tokenizer.json",
+        "checkpoints/step-6/model.safetensors",
+        "checkpoints/step-6/trainer_state/state.json",
+        "completions/step_000001.jsonl",
+        "tensorboard",
+        "logs/generator-0.log",
+        "logs/trainer-1.log",
+    ] {
+        assert!(run.join(name).exists(), "{name} is missing");
+    }
+}
+
+#[test]
+fn a_lost_generator_ends_the_run_and_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path().canonicalize().unwrap();
+    small_run::write(&folder);
+    let mut child = Command::new(aha())
+        .args(["launch", "run.yaml", "--set", "train.max_steps=1000"])
+        .current_dir(&folder)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    wait_until("the first step", || folder.join("runs/small/completions/step_000001.jsonl").is_file());
+    let generator = processes_in(&folder)
+        .into_iter()
+        .find(|pid| {
+            let command = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            command.split('\0').nth(1) == Some("generator")
+        })
+        .unwrap();
+    assert!(Command::new("kill").args(["-KILL", &generator]).status().unwrap().success());
+    let mut said = String::new();
+    std::io::Read::read_to_string(&mut child.stderr.take().unwrap(), &mut said).unwrap();
+    assert!(!child.wait().unwrap().success());
+    assert!(said.contains("generator-0 was killed by signal 9"), "{said}");
+    assert_eq!(processes_in(&folder), Vec::<String>::new(), "processes stayed behind");
+}

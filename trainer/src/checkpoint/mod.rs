@@ -1,0 +1,163 @@
+//! Checkpoints: `checkpoints/step-N`, a Hugging Face folder with the optimizer's state beside it.
+//!
+//! A checkpoint is whole or absent. It is written under a hidden name, synced, and renamed by rank 0 once every rank has
+//! written its part; `trainer_state/state.json` has the hash of every file, and one that does not match is not used.
+
+mod folder;
+mod optimizer;
+mod read;
+mod write;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use aha_core::config::RunConfig;
+use aha_core::ids::PolicyVersion;
+use aha_nn::comm::{CommError, ProcessGroup};
+use aha_nn::model_config::{ModelConfig, ModelConfigError};
+use aha_nn::model_folder::ModelFolderError;
+use aha_nn::weights::Weights;
+use serde::{Deserialize, Serialize};
+
+use crate::agreement::Disagreement;
+use crate::run_dir::RunDir;
+use crate::torch::learner::Learner;
+use crate::torch::zero::FullState;
+use write::Snapshot;
+
+/// Folders and files with this in front are being written or removed; nobody reads them.
+const PARTIAL: &str = ".partial-";
+
+const STATE_DIR: &str = "trainer_state";
+const STATE_FILE: &str = "trainer_state/state.json";
+
+/// A checkpoint that is whole.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Checkpoint {
+    /// Loads as a model folder.
+    pub folder: PathBuf,
+    pub state: State,
+}
+
+/// What `state.json` holds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    /// Steps done: training goes on with this one, counted from 0.
+    pub step: u64,
+    /// The version that these weights were published as.
+    pub version: PolicyVersion,
+    /// Updates of the optimizer.
+    pub num_updates: u64,
+    /// Ranks that wrote it. Any number can read it.
+    pub world_size: usize,
+    pub seed: u64,
+    /// Every other file of the folder, by its path within.
+    pub files: BTreeMap<String, FileRecord>,
+}
+
+/// What a file must be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileRecord {
+    pub bytes: u64,
+    /// In hexadecimal.
+    pub xxh3: String,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    #[error("cannot write {}: {reason}; earlier checkpoints are as they were", path.display())]
+    Unwritable { path: PathBuf, reason: String },
+    #[error("cannot read {}: {reason}", path.display())]
+    Unreadable { path: PathBuf, reason: String },
+    #[error("{}: {problem}", path.display())]
+    Damaged { path: PathBuf, problem: String },
+    #[error(
+        "none of the checkpoints in {} is whole ({problems}); restore one, or remove the run's folder to start over",
+        folder.display()
+    )]
+    NoneWhole { folder: PathBuf, problems: String },
+    #[error("rank {rank}: {reason}")]
+    Elsewhere { rank: usize, reason: String },
+    #[error(transparent)]
+    ModelFolder(#[from] ModelFolderError),
+    #[error(transparent)]
+    ModelConfig(#[from] ModelConfigError),
+    #[error(transparent)]
+    Comm(#[from] CommError),
+}
+
+/// Writes `checkpoints/step-N` after `step` steps, and removes the oldest over `train.save_total_limit`. All ranks call
+/// this together.
+///
+/// # Errors
+/// On all ranks alike, naming the path and the reason. Nothing is left of the attempt, and earlier checkpoints stay.
+pub fn save(run_dir: &RunDir, config: &RunConfig, learner: &Learner, step: u64) -> Result<PathBuf, CheckpointError> {
+    let zero = learner.zero();
+    let snapshot = Snapshot {
+        step,
+        num_updates: zero.num_updates(),
+        seed: config.run.seed,
+        base_model: &config.model.path,
+        model_config: learner.config(),
+        weights: zero.weights(),
+        shards: &zero.state(),
+    };
+    snapshot.save(&run_dir.checkpoints(), config.train.save_total_limit, zero.group())
+}
+
+/// Writes a Hugging Face folder, with the tokenizer of `base_model`; a folder of that name is replaced. For one rank
+/// alone.
+///
+/// # Errors
+/// Names the path and the reason; the folder is then as it was.
+pub fn save_model(
+    folder: &Path,
+    base_model: &Path,
+    config: &ModelConfig,
+    weights: &Weights,
+) -> Result<(), CheckpointError> {
+    write::model(folder, base_model, config, weights)
+}
+
+/// The newest whole checkpoint of a run, the same on all ranks; `None` where there is no checkpoint at all. Rank 0 reads
+/// every file of it, and removes what an interrupted attempt left behind.
+///
+/// # Errors
+/// If there are checkpoints, but none is whole: starting over silently would overwrite them.
+pub fn latest(run_dir: &RunDir, group: &ProcessGroup) -> Result<Option<Checkpoint>, CheckpointError> {
+    read::latest(&run_dir.checkpoints(), group)
+}
+
+impl Checkpoint {
+    /// The optimizer's state of every unit, put together from the files of all ranks that wrote it.
+    ///
+    /// # Errors
+    /// Names the file that cannot be read, or the unit whose state is not complete.
+    pub fn optimizer(&self) -> Result<Vec<FullState>, CheckpointError> {
+        let manifest = ModelConfig::load(&self.folder)?.manifest();
+        optimizer::read(&self.folder, self.state.files.keys(), &manifest)
+    }
+}
+
+impl CheckpointError {
+    fn unwritable(path: &Path, reason: impl ToString) -> Self {
+        Self::Unwritable { path: path.to_owned(), reason: reason.to_string() }
+    }
+
+    fn unreadable(path: &Path, reason: impl ToString) -> Self {
+        Self::Unreadable { path: path.to_owned(), reason: reason.to_string() }
+    }
+}
+
+impl From<Disagreement<CheckpointError>> for CheckpointError {
+    fn from(disagreement: Disagreement<CheckpointError>) -> Self {
+        match disagreement {
+            Disagreement::Here(error) => error,
+            Disagreement::Elsewhere { rank, reason } => Self::Elsewhere { rank, reason },
+            Disagreement::Comm(error) => Self::Comm(error),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,305 @@
+//! Checkpoints of real ranks, and what damage, interruption and full disks do to them.
+
+use std::collections::BTreeSet;
+use std::process::Command;
+
+use aha_nn::model_folder::load_weights;
+use serde_json::json;
+use tch::{Device, Kind, Tensor};
+
+use super::*;
+use crate::test_ranks::run_ranks;
+use crate::torch::zero::ShardState;
+
+/// A base model and a folder for checkpoints.
+struct Fixture {
+    folder: tempfile::TempDir,
+    model: ModelConfig,
+}
+
+impl Fixture {
+    fn new() -> Self {
+        Self::at(tempfile::tempdir().unwrap())
+    }
+
+    fn at(folder: tempfile::TempDir) -> Self {
+        let base = folder.path().join("base");
+        std::fs::create_dir(&base).unwrap();
+        std::fs::write(base.join("tokenizer.json"), "{\"a\": 1}").unwrap();
+        std::fs::write(base.join("generation_config.json"), "{}").unwrap();
+        std::fs::write(base.join("README.md"), "not taken over").unwrap();
+        let raw = json!({"model_type": "qwen2", "vocab_size": 401, "hidden_size": 16, "intermediate_size": 24,
+            "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2});
+        Self { folder, model: ModelConfig::from_json(raw.as_object().unwrap().clone()).unwrap() }
+    }
+
+    fn base(&self) -> PathBuf {
+        self.folder.path().join("base")
+    }
+
+    fn checkpoints(&self) -> PathBuf {
+        self.folder.path().join("checkpoints")
+    }
+
+    fn weights(&self, step: u64, world_size: usize) -> Weights {
+        Weights::random(&self.model, step, world_size, Kind::Float, Device::Cpu)
+    }
+
+    /// One rank's share of a checkpoint of all ranks.
+    fn save(&self, step: u64, limit: usize, group: &ProcessGroup) -> Result<PathBuf, CheckpointError> {
+        let weights = self.weights(step, group.size());
+        let snapshot = Snapshot {
+            step,
+            num_updates: 2 * step,
+            seed: 42,
+            base_model: &self.base(),
+            model_config: &self.model,
+            weights: &weights,
+            shards: &shards(&weights, step, group),
+        };
+        snapshot.save(&self.checkpoints(), limit, group)
+    }
+
+    fn save_alone(&self, step: u64, limit: usize) -> Result<PathBuf, CheckpointError> {
+        self.save(step, limit, &solo())
+    }
+
+    fn latest(&self) -> Result<Option<Checkpoint>, CheckpointError> {
+        read::latest(&self.checkpoints(), &solo())
+    }
+
+    fn latest_step(&self) -> Option<u64> {
+        self.latest().unwrap().map(|checkpoint| checkpoint.state.step)
+    }
+
+    /// The names in the folder of checkpoints, hidden ones too.
+    fn names(&self) -> BTreeSet<String> {
+        let entries = std::fs::read_dir(self.checkpoints()).unwrap();
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+    }
+}
+
+fn solo() -> ProcessGroup {
+    ProcessGroup::solo("test", Device::Cpu)
+}
+
+/// The state of a unit at `step`: every element tells its place.
+fn state(numel: usize, step: u64) -> Tensor {
+    Tensor::arange(numel as i64, (Kind::Float, Device::Cpu)) + step as f64
+}
+
+/// A rank's equal share of every padded unit, without the padding.
+fn shards(weights: &Weights, step: u64, group: &ProcessGroup) -> Vec<ShardState> {
+    let mut shards = Vec::new();
+    for (unit_idx, unit) in weights.manifest.units.iter().enumerate() {
+        let len = unit.padded_numel(group.size()) / group.size();
+        let offset = group.rank() * len;
+        let len = len.min(unit.numel().saturating_sub(offset));
+        if len > 0 {
+            let tensor = state(unit.numel(), step).narrow(0, offset as i64, len as i64);
+            shards.push(ShardState { unit_idx, offset, tensors: vec![("exp_avg", tensor)] });
+        }
+    }
+    shards
+}
+
+fn names<const N: usize>(names: [&str; N]) -> BTreeSet<String> {
+    names.into_iter().map(str::to_owned).collect()
+}
+
+#[test]
+fn what_any_number_of_ranks_writes_one_rank_reads() {
+    for world_size in 1..=3 {
+        let fixture = Fixture::new();
+        let paths = run_ranks(world_size, |group| fixture.save(7, 2, &group).unwrap());
+        assert!(paths.iter().all(|path| *path == fixture.checkpoints().join("step-7")));
+
+        let checkpoint = fixture.latest().unwrap().unwrap();
+        let State { step, version, num_updates, seed, .. } = checkpoint.state;
+        assert_eq!((step, version, num_updates, seed), (7, PolicyVersion(7), 14, 42));
+        assert_eq!(checkpoint.state.world_size, world_size);
+        assert_eq!(ModelConfig::load(&checkpoint.folder).unwrap().manifest(), fixture.model.manifest());
+        let weights = load_weights(&checkpoint.folder, &fixture.model, 1, Kind::Float, Device::Cpu).unwrap();
+        let expect = fixture.weights(7, 1);
+        for unit_idx in 0..weights.num_units() {
+            assert!(weights.flat(unit_idx).equal(expect.flat(unit_idx)));
+        }
+        let optimizer = checkpoint.optimizer().unwrap();
+        assert_eq!(optimizer.len(), weights.num_units());
+        for FullState { unit_idx, name, tensor } in optimizer {
+            assert_eq!(name, "exp_avg");
+            assert!(tensor.equal(&state(weights.manifest.units[unit_idx].numel(), 7)));
+        }
+        let read = |name: &str| std::fs::read_to_string(checkpoint.folder.join(name)).ok();
+        assert_eq!(read("tokenizer.json").as_deref(), Some("{\"a\": 1}"));
+        assert!(read("generation_config.json").is_some() && read("README.md").is_none());
+    }
+}
+
+#[test]
+fn all_ranks_find_the_same_checkpoint() {
+    let fixture = Fixture::new();
+    fixture.save_alone(3, 2).unwrap();
+    let found = run_ranks(2, |group| read::latest(&fixture.checkpoints(), &group).unwrap());
+    assert_eq!(found[0].as_ref().unwrap().state.step, 3);
+    assert_eq!(found[0], found[1]);
+}
+
+#[test]
+fn without_checkpoints_there_is_none() {
+    assert_eq!(Fixture::new().latest().unwrap(), None);
+}
+
+#[test]
+fn every_damaged_file_is_named_and_the_checkpoint_before_is_used() {
+    let fixture = Fixture::new();
+    fixture.save_alone(1, 0).unwrap();
+    let folder = fixture.save_alone(2, 0).unwrap();
+    let mut files: Vec<String> = fixture.latest().unwrap().unwrap().state.files.into_keys().collect();
+    files.push(STATE_FILE.to_owned());
+    assert_eq!(files.len(), 6, "{files:?}");
+    for file in files {
+        let path = folder.join(&file);
+        let whole = std::fs::read(&path).unwrap();
+        let mut flipped = whole.clone();
+        flipped[whole.len() / 2] ^= 0x80;
+        for damaged in [Some(whole[..whole.len() - 1].to_vec()), Some(Vec::new()), Some(flipped), None] {
+            match damaged {
+                Some(bytes) => std::fs::write(&path, bytes).unwrap(),
+                None => std::fs::remove_file(&path).unwrap(),
+            }
+            let message = read::verify(&folder, 2).unwrap_err().to_string();
+            assert!(message.contains(&file), "{message}");
+            assert_eq!(fixture.latest_step(), Some(1), "{file}");
+        }
+        std::fs::write(&path, whole).unwrap();
+        assert_eq!(fixture.latest_step(), Some(2));
+    }
+}
+
+#[test]
+fn a_run_with_only_damaged_checkpoints_does_not_start_over() {
+    let fixture = Fixture::new();
+    let folder = fixture.save_alone(1, 0).unwrap();
+    std::fs::write(folder.join("model.safetensors"), "").unwrap();
+    let message = fixture.latest().unwrap_err().to_string();
+    assert!(message.contains("model.safetensors: has 0 bytes") && message.contains("start over"), "{message}");
+}
+
+#[test]
+fn interrupted_attempts_are_never_read_and_go_away() {
+    let fixture = Fixture::new();
+    fixture.save_alone(1, 0).unwrap();
+    let whole = fixture.save_alone(2, 0).unwrap();
+    std::fs::rename(&whole, folder::partial(&whole)).unwrap();
+    std::fs::create_dir(folder::doomed(&whole)).unwrap();
+    assert_eq!(fixture.latest_step(), Some(1));
+    assert_eq!(fixture.names(), names(["step-1"]));
+}
+
+#[test]
+fn the_oldest_go_when_there_are_too_many() {
+    let fixture = Fixture::new();
+    for step in [2, 4, 10] {
+        fixture.save_alone(step, 2).unwrap();
+    }
+    assert_eq!(fixture.names(), names(["step-10", "step-4"]));
+    fixture.save_alone(12, 0).unwrap();
+    assert_eq!(fixture.names(), names(["step-10", "step-12", "step-4"]));
+    // The run goes back to step 4, because the later ones are damaged.
+    let folder = fixture.save_alone(6, 1).unwrap();
+    assert_eq!(fixture.names(), names(["step-6"]));
+    // Writing a step again replaces it.
+    std::fs::write(folder.join("config.json"), "").unwrap();
+    fixture.save_alone(6, 1).unwrap();
+    assert_eq!(fixture.latest_step(), Some(6));
+}
+
+/// A file of the base model that fails when it is read.
+#[cfg(target_os = "linux")]
+#[test]
+fn one_rank_s_failure_is_everybody_s_and_leaves_nothing_behind() {
+    let fixture = Fixture::new();
+    run_ranks(2, |group| fixture.save(1, 1, &group).unwrap());
+    std::os::unix::fs::symlink("/proc/self/mem", fixture.base().join("merges.txt")).unwrap();
+    let messages = run_ranks(2, |group| fixture.save(2, 1, &group).unwrap_err().to_string());
+    assert!(messages[0].contains("merges.txt") && messages[0].contains("Input/output error"), "{}", messages[0]);
+    assert_eq!(messages[1], format!("rank 0: {}", messages[0]));
+    assert_eq!(fixture.names(), names(["step-1"]));
+    assert_eq!(fixture.latest_step(), Some(1));
+}
+
+const FULL_DISK_DIR: &str = "AHA_TEST_FULL_DISK_DIR";
+
+/// A limit on the size of files stands for the full disk: it needs no privileges, and `write` fails in the same way.
+#[cfg(unix)]
+#[test]
+fn a_full_disk_is_named_and_earlier_checkpoints_stay() {
+    let fixture = Fixture::new();
+    fixture.save_alone(1, 1).unwrap();
+    let output = Command::new("sh")
+        .args(["-c", "trap '' XFSZ; ulimit -f 16; exec \"$0\" \"$@\""])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", "checkpoint::tests::saving_to_a_full_disk", "--ignored", "--nocapture"])
+        .env(FULL_DISK_DIR, fixture.folder.path())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success() && text.contains("1 passed"),
+        "{text}\n{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(text.contains("model.safetensors: ") && text.contains("File too large"), "{text}");
+    assert_eq!(fixture.names(), names(["step-1"]));
+    assert_eq!(fixture.latest_step(), Some(1));
+}
+
+#[test]
+#[ignore = "needs a process whose files cannot grow: run by a_full_disk_is_named_and_earlier_checkpoints_stay"]
+fn saving_to_a_full_disk() {
+    let dir = PathBuf::from(std::env::var_os(FULL_DISK_DIR).unwrap());
+    let scratch = Fixture::new();
+    let base = dir.join("base");
+    let weights = scratch.weights(2, 1);
+    let snapshot = Snapshot {
+        step: 2,
+        num_updates: 4,
+        seed: 42,
+        base_model: &base,
+        model_config: &scratch.model,
+        weights: &weights,
+        shards: &shards(&weights, 2, &solo()),
+    };
+    let error = snapshot.save(&dir.join("checkpoints"), 1, &solo()).unwrap_err();
+    println!("{error}");
+    let error = save_model(&dir.join("checkpoints/model"), &base, &scratch.model, &weights).unwrap_err();
+    println!("{error}");
+}
+
+#[test]
+fn a_saved_model_is_a_model_folder_and_replaces_the_last() {
+    let fixture = Fixture::new();
+    let folder = fixture.folder.path().join("model");
+    for seed in [1, 2] {
+        let weights = fixture.weights(seed, 2);
+        save_model(&folder, &fixture.base(), &fixture.model, &weights).unwrap();
+        let read = load_weights(&folder, &fixture.model, 2, Kind::Float, Device::Cpu).unwrap();
+        assert!(read.embedding().equal(&weights.embedding()));
+    }
+    let entries = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let expect = names(["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]);
+    assert_eq!(entries.collect::<BTreeSet<_>>(), expect);
+    let left: Vec<_> = std::fs::read_dir(fixture.folder.path()).unwrap().collect();
+    assert_eq!(left.len(), 2, "{left:?}");
+}
+
+#[cfg(unix)]
+#[test]
+fn weights_are_as_readable_as_the_rest() {
+    use std::os::unix::fs::PermissionsExt;
+    let fixture = Fixture::new();
+    let folder = fixture.save_alone(1, 1).unwrap();
+    let mode = |name: &str| std::fs::metadata(folder.join(name)).unwrap().permissions().mode();
+    assert_eq!(mode("model.safetensors"), mode("config.json"));
+}

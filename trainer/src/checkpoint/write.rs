@@ -1,0 +1,198 @@
+//! Writing folders that are whole or absent.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use aha_core::ids::PolicyVersion;
+use aha_nn::comm::ProcessGroup;
+use aha_nn::model_config::ModelConfig;
+use aha_nn::model_folder::save_weights;
+use aha_nn::weights::Weights;
+
+use super::{CheckpointError, FileRecord, STATE_DIR, STATE_FILE, State, folder, optimizer};
+use crate::agreement::agree;
+use crate::durable;
+use crate::torch::zero::ShardState;
+
+/// What belongs to a model beside configuration and weights; taken over from the base model where it has them.
+const COMPANIONS: [&str; 10] = [
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+];
+
+/// Files by their path within a folder.
+type Files = BTreeMap<String, FileRecord>;
+
+/// All that one rank contributes to a checkpoint.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Snapshot<'a> {
+    pub(super) step: u64,
+    pub(super) num_updates: u64,
+    pub(super) seed: u64,
+    pub(super) base_model: &'a Path,
+    pub(super) model_config: &'a ModelConfig,
+    /// Equal on all ranks; rank 0 writes them.
+    pub(super) weights: &'a Weights,
+    pub(super) shards: &'a [ShardState],
+}
+
+impl Snapshot<'_> {
+    /// Writes the checkpoint together with the other ranks, then keeps the newest `limit`, all for 0.
+    pub(super) fn save(
+        &self,
+        checkpoints: &Path,
+        limit: usize,
+        group: &ProcessGroup,
+    ) -> Result<PathBuf, CheckpointError> {
+        let whole = folder::of_step(checkpoints, self.step);
+        let partial = folder::partial(&whole);
+        let written = self.write(&partial, &whole, group);
+        if written.is_err() && group.rank() == 0 {
+            // Every rank has stopped writing: an agreement ends each part. The first error is the one to report.
+            if let Err(error) = folder::remove(&partial) {
+                tracing::warn!("the unfinished checkpoint is left behind: {error}");
+            }
+        }
+        written?;
+        let pruned = if group.rank() == 0 { prune(checkpoints, self.step, limit) } else { Ok(()) };
+        agree(group, pruned.map(|()| Vec::new()))?;
+        Ok(whole)
+    }
+
+    fn write(&self, partial: &Path, whole: &Path, group: &ProcessGroup) -> Result<(), CheckpointError> {
+        let is_main = group.rank() == 0;
+        let created = if is_main { create(partial).and_then(|()| create(&partial.join(STATE_DIR))) } else { Ok(()) };
+        agree(group, created.map(|()| Vec::new()))?;
+
+        let own = self.write_own(partial, (group.rank(), group.size()));
+        let records = own
+            .and_then(|files| serde_json::to_vec(&files).map_err(|error| CheckpointError::unwritable(partial, error)));
+        let records = agree(group, records)?;
+
+        let finished = if is_main { self.finish(partial, whole, &records) } else { Ok(()) };
+        agree(group, finished.map(|()| Vec::new()))?;
+        Ok(())
+    }
+
+    /// Writes and syncs this rank's files.
+    fn write_own(&self, partial: &Path, (rank, world_size): (usize, usize)) -> Result<Files, CheckpointError> {
+        let mut names = Vec::new();
+        if rank == 0 {
+            names.extend(write_model_files(partial, self.base_model, self.model_config, self.weights)?);
+        }
+        names.extend(optimizer::write(partial, (rank, world_size), &self.weights.manifest, self.shards)?);
+        let mut files = Files::new();
+        for name in names {
+            let path = partial.join(&name);
+            let record = durable::sync(&path).and_then(|()| folder::record(&path));
+            files.insert(name, record.map_err(|error| CheckpointError::unwritable(&path, error))?);
+        }
+        Ok(files)
+    }
+
+    /// Writes `state.json` and gives the folder its name.
+    fn finish(&self, partial: &Path, whole: &Path, records: &[Vec<u8>]) -> Result<(), CheckpointError> {
+        let mut files = Files::new();
+        for record in records {
+            let record: Files =
+                serde_json::from_slice(record).map_err(|error| CheckpointError::unwritable(partial, error))?;
+            files.extend(record);
+        }
+        let state = State {
+            step: self.step,
+            version: PolicyVersion(self.step),
+            num_updates: self.num_updates,
+            world_size: records.len(),
+            seed: self.seed,
+            files,
+        };
+        let path = partial.join(STATE_FILE);
+        let text = serde_json::to_string_pretty(&state).map_err(|error| CheckpointError::unwritable(&path, error))?;
+        // Syncs the entries of its folder as well.
+        durable::replace_file(&path, text.as_bytes()).map_err(|error| CheckpointError::unwritable(&path, error))?;
+        put_in_place(partial, whole)
+    }
+}
+
+/// Writes a model folder in one piece.
+pub(super) fn model(
+    whole: &Path,
+    base_model: &Path,
+    config: &ModelConfig,
+    weights: &Weights,
+) -> Result<(), CheckpointError> {
+    let partial = folder::partial(whole);
+    let written = create(&partial).and_then(|()| {
+        for name in write_model_files(&partial, base_model, config, weights)? {
+            let path = partial.join(&name);
+            durable::sync(&path).map_err(|error| CheckpointError::unwritable(&path, error))?;
+        }
+        put_in_place(&partial, whole)
+    });
+    if written.is_err() {
+        // The first error is the one to report.
+        if let Err(error) = folder::remove(&partial) {
+            tracing::warn!("the unfinished model is left behind: {error}");
+        }
+    }
+    written
+}
+
+/// Returns the names of the files.
+fn write_model_files(
+    partial: &Path,
+    base_model: &Path,
+    config: &ModelConfig,
+    weights: &Weights,
+) -> Result<Vec<String>, CheckpointError> {
+    save_weights(partial, config, weights)?;
+    let (weights, config) = (partial.join("model.safetensors"), partial.join("config.json"));
+    // The weights come out readable by their owner alone; whoever may read the rest may read them.
+    std::fs::metadata(config)
+        .and_then(|config| std::fs::set_permissions(&weights, config.permissions()))
+        .map_err(|error| CheckpointError::unwritable(&weights, error))?;
+    let mut names = vec!["config.json".to_owned(), "model.safetensors".to_owned()];
+    for name in COMPANIONS {
+        let (from, to) = (base_model.join(name), partial.join(name));
+        if from.is_file() {
+            std::fs::copy(&from, &to)
+                .map_err(|error| CheckpointError::unwritable(&to, format!("copying {}: {error}", from.display())))?;
+            names.push(name.to_owned());
+        }
+    }
+    Ok(names)
+}
+
+/// An empty folder.
+fn create(path: &Path) -> Result<(), CheckpointError> {
+    folder::remove(path)?;
+    std::fs::create_dir_all(path).map_err(|error| CheckpointError::unwritable(path, error))
+}
+
+/// Syncs a folder's entries and renames it. One of that name, of a run that went back to before it, makes way.
+fn put_in_place(partial: &Path, whole: &Path) -> Result<(), CheckpointError> {
+    durable::sync(partial).map_err(|error| CheckpointError::unwritable(partial, error))?;
+    folder::remove_whole(whole)?;
+    durable::rename_dir(partial, whole).map_err(|error| CheckpointError::unwritable(whole, error))
+}
+
+/// Removes the oldest checkpoints over `limit`, never that of `step`, which has just been written. Those of later steps
+/// go first: the run went back to before them, because they were damaged.
+fn prune(checkpoints: &Path, step: u64, limit: usize) -> Result<(), CheckpointError> {
+    let (mut earlier, later): (Vec<u64>, Vec<u64>) =
+        folder::steps(checkpoints)?.into_iter().filter(|&other| other != step).partition(|&other| other < step);
+    let num_kept = if limit == 0 { earlier.len() } else { limit - 1 };
+    earlier.truncate(earlier.len().saturating_sub(num_kept));
+    for step in later.into_iter().chain(earlier) {
+        folder::remove_whole(&folder::of_step(checkpoints, step))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,183 @@
+//! Connections to generators.
+
+use std::time::{Duration, Instant};
+
+use aha_proto::v1;
+use aha_proto::v1::generator_client::GeneratorClient;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status};
+
+/// Largest message: completions with their texts, far over what a model's context can fill.
+const MAX_MESSAGE_BYTES: usize = 64 << 20;
+
+/// A connection on which nothing arrives is probed this often, and given up when the probe is not answered. Finds a
+/// generator whose machine is gone, or that is stopped.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// One try to reach a generator that does not answer yet, and the pauses between tries.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// Longest time limit that is told apart from none: about 30 years.
+const LONGEST_SECONDS: f64 = 1e9;
+
+/// One generator. Connects anew by itself where a connection was lost.
+#[derive(Debug, Clone)]
+pub struct Client {
+    address: String,
+    rpc: GeneratorClient<Channel>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    #[error("generator.addresses: {address:?} is not of the form host:port: {reason}")]
+    BadAddress { address: String, reason: String },
+    #[error(
+        "generator {address} did not answer for {:.1} s: {reason}; check that it runs, or raise \
+         generator.connect_timeout_seconds", waited.as_secs_f64()
+    )]
+    NoAnswer { address: String, waited: Duration, reason: String },
+}
+
+impl Client {
+    /// Waits until the generator at `address`, `host:port`, answers, at most for `timeout`.
+    ///
+    /// # Errors
+    /// Names the address, how long it did not answer and what happened last.
+    pub async fn connect(address: &str, timeout: Duration) -> Result<Self, ConnectError> {
+        let started = Instant::now();
+        let client = Self::new(address)?;
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let rest = timeout.saturating_sub(started.elapsed());
+            let probe = tokio::time::timeout(PROBE_TIMEOUT.min(rest), client.status()).await;
+            let reason = match probe {
+                Ok(Ok(_)) => return Ok(client),
+                Ok(Err(status)) => describe(&status),
+                Err(_) => "no answer to a status request".to_owned(),
+            };
+            if started.elapsed() + pause >= timeout {
+                return Err(ConnectError::NoAnswer { address: address.to_owned(), waited: started.elapsed(), reason });
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    #[must_use]
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// What the generator is doing.
+    ///
+    /// # Errors
+    /// Whatever the call came to.
+    pub async fn status(&self) -> Result<v1::StatusResponse, Status> {
+        self.rpc().status(v1::StatusRequest {}).await.map(tonic::Response::into_inner)
+    }
+
+    /// The calls of the service. Clones share the connection.
+    pub(crate) fn rpc(&self) -> GeneratorClient<Channel> {
+        self.rpc.clone()
+    }
+
+    fn new(address: &str) -> Result<Self, ConnectError> {
+        let bad = |reason: String| ConnectError::BadAddress { address: address.to_owned(), reason };
+        let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|error| bad(error.to_string()))?;
+        if endpoint.uri().port().is_none() {
+            return Err(bad("the port is missing".to_owned()));
+        }
+        let channel = endpoint
+            .connect_timeout(PROBE_TIMEOUT)
+            .tcp_nodelay(true)
+            .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
+            .keep_alive_timeout(KEEPALIVE_TIMEOUT)
+            .keep_alive_while_idle(true)
+            .connect_lazy();
+        let rpc = GeneratorClient::new(channel)
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES);
+        Ok(Self { address: address.to_owned(), rpc })
+    }
+}
+
+/// A call with its deadline, which the generator learns as well.
+pub(crate) fn with_timeout<T>(message: T, timeout: Duration) -> tonic::Request<T> {
+    let mut request = tonic::Request::new(message);
+    request.set_timeout(timeout);
+    request
+}
+
+/// A failed call in one line: the kind of failure, what the generator says, and what lies below.
+pub(crate) fn describe(status: &Status) -> String {
+    let mut text = status.code().description().to_lowercase();
+    if !status.message().is_empty() {
+        text.push_str(&format!(": {}", status.message()));
+    }
+    let mut source = std::error::Error::source(status);
+    while let Some(error) = source {
+        let reason = error.to_string();
+        if !text.contains(&reason) {
+            text.push_str(&format!(": {reason}"));
+        }
+        source = error.source();
+    }
+    text
+}
+
+/// Whether the same call may succeed on another try or another generator. Everything else is a verdict on the call.
+pub(crate) fn is_passing(code: Code) -> bool {
+    matches!(
+        code,
+        Code::Unavailable
+            | Code::Cancelled
+            | Code::Unknown
+            | Code::Internal
+            | Code::Aborted
+            | Code::ResourceExhausted
+            | Code::DeadlineExceeded
+    )
+}
+
+/// A time limit from the configuration.
+pub(crate) fn seconds(seconds: f64) -> Duration {
+    Duration::from_secs_f64(seconds.clamp(0.0, LONGEST_SECONDS))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check_refused(address: &str, timeout_ms: u64, expect: &[&str]) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let timeout = Duration::from_millis(timeout_ms);
+        let error = runtime.block_on(Client::connect(address, timeout)).unwrap_err().to_string();
+        for expect in expect {
+            assert!(error.contains(expect), "no {expect:?} in: {error}");
+        }
+    }
+
+    #[test]
+    fn addresses_that_are_none_are_refused_at_once() {
+        check_refused("local host:1", 60_000, &["\"local host:1\" is not of the form host:port"]);
+        check_refused("localhost", 60_000, &["\"localhost\"", "the port is missing"]);
+    }
+
+    #[test]
+    fn a_generator_that_is_not_there_is_named_after_the_deadline() {
+        let free_port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let address = format!("127.0.0.1:{free_port}");
+        check_refused(&address, 300, &[&address, "did not answer for 0.", "Connection refused"]);
+    }
+
+    #[test]
+    fn a_port_that_accepts_and_stays_silent_is_named_after_the_deadline() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        check_refused(&address, 300, &[&address, "did not answer for 0.3 s", "no answer to a status request"]);
+    }
+}

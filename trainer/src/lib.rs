@@ -1,0 +1,25 @@
+//! The trainer: rollouts, GRPO steps on sharded weights, the push to the generators.
+#![forbid(unsafe_code)]
+
+mod agreement;
+pub mod checkpoint;
+pub mod clients;
+mod durable;
+pub mod evaluate;
+pub mod exchange;
+pub mod loggers;
+pub mod prompts;
+pub mod publish;
+pub mod rollouts;
+pub mod run;
+pub mod run_dir;
+pub mod session;
+pub mod sft;
+pub mod step_metrics;
+#[cfg(test)]
+mod test_generator;
+#[cfg(test)]
+mod test_ranks;
+pub mod torch;
+pub mod training_batch;
+pub mod world;

@@ -1,0 +1,118 @@
+//! Pushes over real Gloo groups: trainers as threads, generators as services in this process.
+
+use aha_nn::model_config::ModelConfig;
+use tch::Kind;
+use tonic::Status;
+
+use super::*;
+use crate::test_generator::{TestGenerator, Update};
+use crate::test_ranks::run_ranks;
+
+const TIMEOUT: Duration = Duration::from_secs(20);
+
+fn weights(seed: u64, world_size: usize) -> Weights {
+    let raw = serde_json::json!({"model_type": "qwen2", "vocab_size": 33, "hidden_size": 16, "intermediate_size": 24,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2});
+    let config = ModelConfig::from_json(raw.as_object().unwrap().clone()).unwrap();
+    Weights::random(&config, seed, world_size, Kind::Float, Device::Cpu)
+}
+
+fn generators(updates: impl IntoIterator<Item = Update>) -> Vec<TestGenerator> {
+    updates.into_iter().map(|update| TestGenerator::with_manifest([], weights(0, 1).manifest, update)).collect()
+}
+
+/// The bytes of the units, without padding.
+fn bytes(weights: &Weights) -> Vec<Vec<u8>> {
+    let unit = |(unit_idx, numel)| tensor_data::bytes(&weights.flat(unit_idx).narrow(0, 0, numel)).to_vec();
+    weights.manifest.units.iter().map(|unit| unit.numel() as i64).enumerate().map(unit).collect()
+}
+
+fn runtime() -> Arc<Runtime> {
+    Arc::new(tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap())
+}
+
+/// What every rank makes of its publisher.
+fn with_publishers<T: Send>(
+    num_trainers: usize,
+    timeout: Duration,
+    generators: &[TestGenerator],
+    rank: impl Fn(Result<Publisher, PublishError>, &Weights) -> T + Sync,
+) -> Vec<T> {
+    run_ranks(num_trainers, |trainers| {
+        let runtime = runtime();
+        let connecting = generators.iter().map(|generator| Client::connect(&generator.address, TIMEOUT));
+        let clients = runtime.block_on(try_join_all(connecting)).unwrap();
+        let weights = weights(1, num_trainers);
+        // Buckets smaller than units, so that a unit comes in several.
+        let limits = Limits { timeout, bucket_bytes: 1000 };
+        rank(Publisher::join_within(limits, &trainers, &weights, &clients, runtime), &weights)
+    })
+}
+
+#[test]
+fn every_generator_serves_what_was_pushed() {
+    for (num_trainers, num_generators) in [(1, 1), (2, 2), (3, 1)] {
+        let generators = generators(vec![Update::Take; num_generators]);
+        let reports = with_publishers(num_trainers, TIMEOUT, &generators, |publisher, weights| {
+            let mut publisher = publisher.unwrap();
+            let first = publisher.publish(&super::tests::weights(2, num_trainers), PolicyVersion(7)).unwrap();
+            let last = publisher.publish(weights, PolicyVersion(8)).unwrap();
+            [first, last]
+        });
+        let weights = weights(1, num_trainers);
+        for generator in &generators {
+            assert_eq!(generator.serving(), (8, bytes(&weights)));
+        }
+        for report in reports.into_iter().flatten() {
+            assert_eq!(report.bytes, 4 * weights.manifest.numel() as u64);
+            assert_eq!((report.receive_seconds, report.swap_seconds), (0.25, 0.125));
+            assert!(report.seconds > 0.0);
+        }
+    }
+}
+
+/// Pushes to one good generator and one with this behaviour: all ranks must fail, naming the second.
+#[track_caller]
+fn check_fails(update: Update, timeout: Duration, expect: &str) {
+    let generators = generators([Update::Take, update]);
+    let started = Instant::now();
+    let messages = with_publishers(2, timeout, &generators, |publisher, weights| {
+        publisher.unwrap().publish(weights, PolicyVersion(1)).unwrap_err().to_string()
+    });
+    assert!(started.elapsed() < Duration::from_secs(15), "{:?}", started.elapsed());
+    let expect = format!("generator {} {expect}", generators[1].address);
+    assert!(messages[0].contains("the push of v1 failed after") && messages[0].contains(&expect), "{}", messages[0]);
+    assert!(!messages[1].is_empty());
+}
+
+#[test]
+fn a_generator_that_refuses_ends_the_push_at_once() {
+    let refusal = Status::failed_precondition("paused for repairs");
+    check_fails(Update::Refuse(refusal), TIMEOUT, "failed: ");
+}
+
+#[test]
+fn a_generator_that_serves_something_else_is_named() {
+    check_fails(Update::AnswerVersion(5), TIMEOUT, "serves v5 after the push of v1");
+}
+
+#[test]
+fn a_generator_that_hangs_is_named_at_the_deadline() {
+    check_fails(Update::Hang, Duration::from_secs(2), "has not answered for 2.0 s");
+}
+
+#[test]
+fn a_generator_with_another_model_is_named_before_anyone_waits() {
+    let mut generators = generators([Update::Take]);
+    generators.push(TestGenerator::with_manifest([], Manifest { units: Vec::new() }, Update::Take));
+    let messages = with_publishers(2, TIMEOUT, &generators, |publisher, _| publisher.unwrap_err().to_string());
+    let expect = format!("generator {} has another model", generators[1].address);
+    assert!(messages[0].contains(&expect), "{}", messages[0]);
+    assert!(messages[1].starts_with("rank 0: ") && messages[1].contains(&expect), "{}", messages[1]);
+}
+
+#[test]
+fn without_generators_there_is_nobody_to_publish_to() {
+    let errors = with_publishers(1, TIMEOUT, &[], |publisher, _| publisher.unwrap_err());
+    assert!(matches!(errors[0], PublishError::NoGenerators));
+}

@@ -1,0 +1,93 @@
+//! The numbers of a step, under TRL's names where it has them.
+
+use aha_core::advantage::{mean, standard_deviation};
+use aha_core::config::RunConfig;
+use aha_core::rollout::{FinishReason, Group};
+use aha_nn::comm::{CommError, ProcessGroup, ReduceOp};
+use tch::Tensor;
+
+use crate::loggers::Metrics;
+use crate::torch::learner::StepOutput;
+use crate::training_batch::TrainingBatch;
+
+/// What the completions and their rewards say. A pure function of what all ranks have.
+#[must_use]
+pub fn rollout_metrics(groups: &[Group], batch: &TrainingBatch, config: &RunConfig) -> Metrics {
+    let mut metrics = Metrics::default();
+    let completions = || groups.iter().flat_map(|group| &group.completions);
+    for spec in &config.rewards {
+        let scores: Vec<f32> = completions()
+            .flat_map(|completion| &completion.rewards)
+            .filter(|reward| reward.function == spec.function)
+            .map(|reward| reward.score)
+            .collect();
+        metrics.set(format!("rewards/{}/mean", spec.function), f64::from(mean(&scores)));
+        metrics.set(format!("rewards/{}/std", spec.function), f64::from(standard_deviation(&scores)));
+    }
+    let group_stds: Vec<f32> = batch.rewards.chunks(config.rollout.num_generations).map(standard_deviation).collect();
+    let without_signal = group_stds.iter().filter(|&&std| std == 0.0).count();
+    metrics.set("reward", f64::from(mean(&batch.rewards)));
+    metrics.set("reward_std", f64::from(mean(&group_stds)));
+    metrics.set("frac_reward_zero_std", without_signal as f64 / group_stds.len().max(1) as f64);
+
+    let lengths: Vec<f32> = completions().map(|completion| completion.token_ids.len() as f32).collect();
+    let terminated: Vec<f32> = completions()
+        .filter(|completion| completion.finish_reason == FinishReason::Stop)
+        .map(|completion| completion.token_ids.len() as f32)
+        .collect();
+    for (name, lengths) in [("length", &lengths), ("terminated_length", &terminated)] {
+        metrics.set(format!("completions/mean_{name}"), f64::from(mean(lengths)));
+        metrics.set(format!("completions/min_{name}"), lengths.iter().copied().reduce(f32::min).unwrap_or(0.0).into());
+        metrics.set(format!("completions/max_{name}"), lengths.iter().copied().reduce(f32::max).unwrap_or(0.0).into());
+    }
+    let clipped = 1.0 - terminated.len() as f64 / lengths.len().max(1) as f64;
+    metrics.set("completions/clipped_ratio", clipped);
+    metrics
+}
+
+/// What the optimizer step says, over all ranks.
+///
+/// # Errors
+/// If the reduction fails.
+pub fn step_metrics(
+    group: &ProcessGroup,
+    output: &StepOutput,
+    sampled: &[&[f32]],
+    metrics: &mut Metrics,
+) -> Result<(), CommError> {
+    let (mut difference_sum, mut difference_max) = (0.0_f64, 0.0_f64);
+    for (trained, sampled) in output.logprobs.iter().zip(sampled).filter(|(trained, _)| !trained.is_empty()) {
+        for (trained, sampled) in trained.iter().zip(*sampled) {
+            let difference = f64::from((trained - sampled).abs());
+            difference_sum += difference;
+            // `max` would pass over a NaN, which is the worst difference there is.
+            difference_max = if difference.is_nan() { difference } else { difference_max.max(difference) };
+        }
+    }
+    let mut sums = Tensor::from_slice(&[
+        output.num_tokens as f64,
+        output.loss,
+        output.entropy_sum,
+        output.kl_sum,
+        output.clipped_low,
+        output.clipped_high,
+        difference_sum,
+    ])
+    .to_device(group.device());
+    group.all_reduce(&mut sums, ReduceOp::Sum)?;
+    let mut max = Tensor::from_slice(&[difference_max]).to_device(group.device());
+    group.all_reduce(&mut max, ReduceOp::Max)?;
+
+    let sum = |index: i64| sums.double_value(&[index]);
+    let num_tokens = sum(0).max(1.0);
+    metrics.set("loss", sum(1));
+    metrics.set("grad_norm", output.grad_norm);
+    metrics.set("entropy", sum(2) / num_tokens);
+    metrics.set("kl", sum(3) / num_tokens);
+    metrics.set("clip_ratio/low_mean", sum(4) / num_tokens);
+    metrics.set("clip_ratio/high_mean", sum(5) / num_tokens);
+    metrics.set("clip_ratio/region_mean", (sum(4) + sum(5)) / num_tokens);
+    metrics.set("sampling/sampling_logp_difference/mean", sum(6) / num_tokens);
+    metrics.set("sampling/sampling_logp_difference/max", max.double_value(&[0]));
+    Ok(())
+}

@@ -1,0 +1,376 @@
+//! One optimizer step: packed micro-batches forward and backward, unit by unit, then the sharded update.
+//!
+//! Forward keeps each unit's input, and its graph unless activations are recomputed. Backward walks the units in
+//! reverse, asks autograd for one unit's gradients at a time, and hands them to [`Zero`], which reduces them while the
+//! next unit computes. The head is computed at positions that predict a completion token, in chunks whose gradient is
+//! taken at once, so that the logits of a batch never exist together.
+
+use aha_core::batch::TrainSequence;
+use aha_nn::autograd::{GradError, grad};
+use aha_nn::autograd_ops::PackedBatch;
+use aha_nn::forward::{head_matrix, hidden_states};
+use aha_nn::logprob::{chunk_rows, log_softmax, token_logprobs};
+use aha_nn::model_config::ModelConfig;
+use aha_nn::optim::AdamW;
+use aha_nn::rotary::RotaryTable;
+use aha_nn::transformer::{Head, Layer, Ops};
+use aha_nn::weights::Weights;
+use tch::{Kind, Tensor};
+
+use super::objective::{Objective, Streams};
+use super::zero::{Zero, ZeroError};
+
+/// What a step needs beside its data.
+#[derive(Debug, Clone, Copy)]
+pub struct LearnerOptions {
+    pub objective: Objective,
+    /// Logits are divided by it before the softmax, as they were when the tokens were sampled.
+    pub temperature: f64,
+    pub max_grad_norm: f64,
+    /// Compute activations again in the backward pass instead of keeping them.
+    pub gradient_checkpointing: bool,
+    /// Longest sequence.
+    pub max_length: usize,
+}
+
+/// The policy in training on this rank.
+#[derive(Debug)]
+pub struct Learner {
+    config: ModelConfig,
+    options: LearnerOptions,
+    table: RotaryTable,
+    reference: Option<Weights>,
+    zero: Zero,
+}
+
+/// This rank's share of a step.
+#[derive(Debug)]
+pub struct LocalBatch<'a> {
+    pub sequences: &'a [TrainSequence],
+    /// Indices into `sequences`.
+    pub micro_batches: &'a [Vec<usize>],
+    /// The most micro-batches that any rank has: all ranks issue the collectives of as many.
+    pub num_micro_batches: usize,
+}
+
+/// What a step did. Sums are over the completion tokens of this rank.
+#[derive(Debug, Default)]
+pub struct StepOutput {
+    pub loss: f64,
+    /// Norm of the gradients over all ranks, before clipping.
+    pub grad_norm: f64,
+    /// The update was left out, because the gradients were not finite.
+    pub skipped: bool,
+    /// Log-probs of the completion tokens of every sequence, before the update.
+    pub logprobs: Vec<Vec<f32>>,
+    pub num_tokens: usize,
+    pub entropy_sum: f64,
+    pub kl_sum: f64,
+    pub clipped_low: f64,
+    pub clipped_high: f64,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum StepError {
+    #[error(transparent)]
+    Grad(#[from] GradError),
+    #[error(transparent)]
+    Zero(#[from] ZeroError),
+}
+
+/// What the layers, the head and the objective need of a micro-batch.
+struct MicroBatch {
+    packed: PackedBatch,
+    targets: Targets,
+    streams: Streams,
+}
+
+/// A layer's part of the graph: input leaf, parameter leaves, and the output unless it is to be recomputed.
+struct LayerTape {
+    input: Tensor,
+    params: Vec<Tensor>,
+    output: Option<Tensor>,
+}
+
+/// What the head's pass over a micro-batch leaves behind.
+struct HeadGradients {
+    /// With respect to the head unit's input, `[N, C]`.
+    input: Tensor,
+    /// Of the head unit's parameters, in manifest order.
+    params: Vec<Tensor>,
+    /// Of the embedding, where the head is tied to it.
+    embedding: Option<Tensor>,
+}
+
+impl Learner {
+    /// `reference` is the frozen policy of the KL penalty; the objective says whether it is needed.
+    pub fn new(config: ModelConfig, options: LearnerOptions, zero: Zero, reference: Option<Weights>) -> Self {
+        let table = RotaryTable::new(&config, options.max_length, zero.weights().device());
+        Self { config, options, table, reference, zero }
+    }
+
+    pub fn zero(&self) -> &Zero {
+        &self.zero
+    }
+
+    pub fn zero_mut(&mut self) -> &mut Zero {
+        &mut self.zero
+    }
+
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Takes one optimizer step on the sequences of all ranks.
+    ///
+    /// # Errors
+    /// If a collective fails or autograd does; the weights are then undefined, and the process must stop.
+    pub fn step(&mut self, batch: &LocalBatch<'_>, options: &AdamW) -> Result<StepOutput, StepError> {
+        let mut output = StepOutput { logprobs: vec![Vec::new(); batch.sequences.len()], ..StepOutput::default() };
+        for index in 0..batch.num_micro_batches {
+            match batch.micro_batches.get(index) {
+                Some(indices) => self.micro_batch(batch.sequences, indices, &mut output)?,
+                None => self.no_micro_batch()?,
+            }
+        }
+        output.grad_norm = self.zero.reduce_gradients()?;
+        output.skipped = !output.grad_norm.is_finite();
+        if output.skipped {
+            self.zero.zero_gradients();
+        } else {
+            // The constant is torch's, in clip_grad_norm_.
+            let max_norm = self.options.max_grad_norm;
+            let scale = if max_norm > 0.0 { (max_norm / (output.grad_norm + 1e-6)).min(1.0) } else { 1.0 };
+            self.zero.update(scale, options)?;
+        }
+        Ok(output)
+    }
+
+    /// Log-probs of the completion tokens of every sequence under the current weights, without a step.
+    pub fn logprobs(&self, batch: &LocalBatch<'_>) -> Vec<Vec<f32>> {
+        let mut logprobs = vec![Vec::new(); batch.sequences.len()];
+        for indices in batch.micro_batches {
+            let packed = self.pack(batch.sequences, indices);
+            let targets = Targets::new(batch.sequences, indices, self.zero.weights().device());
+            let all = self.frozen_logprobs(self.zero.weights(), &packed, &targets);
+            targets.scatter(&all, &mut logprobs);
+        }
+        logprobs
+    }
+
+    fn micro_batch(
+        &mut self,
+        sequences: &[TrainSequence],
+        indices: &[usize],
+        output: &mut StepOutput,
+    ) -> Result<(), StepError> {
+        let packed = self.pack(sequences, indices);
+        let targets = Targets::new(sequences, indices, self.zero.weights().device());
+        let mut streams = targets.streams(sequences, indices);
+        streams.reference_logprobs =
+            self.reference.as_ref().map(|reference| self.frozen_logprobs(reference, &packed, &targets));
+        let batch = MicroBatch { packed, targets, streams };
+
+        let (embedding, embedded, tapes, last) = self.forward(&batch.packed);
+        let head = self.head(&batch, &last, &embedding, output)?;
+        self.backward(&batch.packed, (embedding, embedded), tapes, head)
+    }
+
+    /// Issues the collectives of a micro-batch with nothing to add.
+    fn no_micro_batch(&mut self) -> Result<(), StepError> {
+        for unit_idx in (0..self.zero.weights().num_units()).rev() {
+            self.zero.accumulate(unit_idx, &[])?;
+        }
+        Ok(())
+    }
+
+    fn pack(&self, sequences: &[TrainSequence], indices: &[usize]) -> PackedBatch {
+        let tokens: Vec<&[u32]> = indices.iter().map(|&index| sequences[index].token_ids.as_slice()).collect();
+        PackedBatch::new(&tokens, &self.table, self.zero.weights().kind())
+    }
+
+    fn frozen_logprobs(&self, weights: &Weights, packed: &PackedBatch, targets: &Targets) -> Tensor {
+        let hidden = hidden_states(&self.config, weights, packed).index_select(0, &targets.rows); // [M, C]
+        token_logprobs(&hidden, &head_matrix(&self.config, weights), &targets.tokens, self.options.temperature)
+    }
+
+    /// Returns the embedding leaf, its output, the layers' tapes, and the input leaf of the head.
+    fn forward(&self, packed: &PackedBatch) -> (Tensor, Tensor, Vec<LayerTape>, Tensor) {
+        let weights = self.zero.weights();
+        let embedding = leaf(&weights.embedding());
+        let embedded = packed.embed(&embedding); // [N, C]
+        let mut x = leaf(&embedded);
+        let mut tapes = Vec::with_capacity(self.config.num_layers);
+        for layer_idx in 0..self.config.num_layers {
+            let params: Vec<Tensor> = weights.views(1 + layer_idx).iter().map(leaf).collect();
+            let mut tape = LayerTape { input: x, params, output: None };
+            let output = if self.options.gradient_checkpointing {
+                tch::no_grad(|| self.layer(&tape, packed, layer_idx))
+            } else {
+                self.layer(&tape, packed, layer_idx)
+            };
+            x = leaf(&output);
+            tape.output = (!self.options.gradient_checkpointing).then_some(output);
+            tapes.push(tape);
+        }
+        (embedding, embedded, tapes, x)
+    }
+
+    fn layer(&self, tape: &LayerTape, packed: &PackedBatch, layer_idx: usize) -> Tensor {
+        let params = tape.params.iter().map(Tensor::shallow_clone).collect();
+        Layer::new(&self.config, params, |weight| weight).forward(packed, &self.config, layer_idx, &tape.input)
+    }
+
+    /// Log-probs, loss and gradients of the head unit, chunk by chunk.
+    fn head(
+        &self,
+        batch: &MicroBatch,
+        x: &Tensor,
+        embedding: &Tensor,
+        output: &mut StepOutput,
+    ) -> Result<HeadGradients, StepError> {
+        let MicroBatch { packed, targets, streams } = batch;
+        let weights = self.zero.weights();
+        let head = Head::new(weights.views(1 + self.config.num_layers), |weight| weight);
+        let norm = leaf(&head.norm);
+        let matrix = leaf(head.lm_head.as_ref().map_or(embedding, |projection| &projection.weight)); // [V, C]
+        let rows = Tensor::embedding(x, &targets.rows, -1, false, false); // [M, C]
+        let hidden = packed.rms_norm(&rows, &norm, self.config.rms_norm_eps); // [M, C]
+
+        let num_rows = targets.rows.size()[0];
+        let chunk = chunk_rows(matrix.size()[0]);
+        let mut d_matrix: Option<Tensor> = None;
+        let (mut d_hidden, mut logprobs) = (Vec::new(), Vec::new());
+        for start in (0..num_rows).step_by(chunk as usize) {
+            let len = chunk.min(num_rows - start);
+            let input = leaf(&hidden.narrow(0, start, len));
+            let all = log_softmax(&input, &matrix, self.options.temperature); // [m, V]
+            let chosen = all.gather(1, &targets.tokens.narrow(0, start, len).unsqueeze(1), false).squeeze_dim(1); // [m]
+            let loss = self.options.objective.chunk_loss(&chosen, &streams.narrow(start, len));
+            output.entropy_sum += tch::no_grad(|| -(all.exp() * &all).sum(Kind::Double)).double_value(&[]);
+            output.add(&loss.loss, &loss.sums);
+            logprobs.push(chosen.detach());
+            let [d_input, d_chunk] = required(grad(&[loss.loss], &[input, matrix.shallow_clone()], &[None], false)?);
+            d_hidden.push(d_input);
+            d_matrix = Some(match d_matrix {
+                Some(sum) => sum + d_chunk,
+                None => d_chunk,
+            });
+        }
+        output.num_tokens += num_rows as usize;
+        targets.scatter(&Tensor::cat(&logprobs, 0), &mut output.logprobs);
+
+        let d_hidden = Some(Tensor::cat(&d_hidden, 0)); // [M, C]
+        let [d_x, d_norm] = required(grad(&[hidden], &[x.shallow_clone(), norm], &[d_hidden], false)?);
+        let d_matrix = d_matrix.unwrap_or_else(|| matrix.zeros_like());
+        Ok(if head.lm_head.is_some() {
+            HeadGradients { input: d_x, params: vec![d_norm, d_matrix], embedding: None }
+        } else {
+            HeadGradients { input: d_x, params: vec![d_norm], embedding: Some(d_matrix) }
+        })
+    }
+
+    fn backward(
+        &mut self,
+        packed: &PackedBatch,
+        (embedding, embedded): (Tensor, Tensor),
+        tapes: Vec<LayerTape>,
+        head: HeadGradients,
+    ) -> Result<(), StepError> {
+        self.zero.accumulate(1 + self.config.num_layers, &head.params)?;
+        let mut d_output = head.input;
+        for (layer_idx, mut tape) in tapes.into_iter().enumerate().rev() {
+            let output = tape.output.take().unwrap_or_else(|| self.layer(&tape, packed, layer_idx));
+            let mut inputs = vec![tape.input];
+            inputs.extend(tape.params);
+            let mut grads = defined(grad(&[output], &inputs, &[Some(d_output)], false)?);
+            d_output = grads.remove(0);
+            self.zero.accumulate(1 + layer_idx, &grads)?;
+        }
+        let [d_embedding] = required(grad(&[embedded], &[embedding], &[Some(d_output)], false)?);
+        let d_embedding = match head.embedding {
+            Some(tied) => d_embedding + tied,
+            None => d_embedding,
+        };
+        self.zero.accumulate(0, &[d_embedding])?;
+        Ok(())
+    }
+}
+
+impl StepOutput {
+    fn add(&mut self, loss: &Tensor, sums: &[Tensor; 3]) {
+        self.loss += loss.double_value(&[]);
+        let [kl, low, high] = sums.each_ref().map(|sum| sum.double_value(&[]));
+        self.kl_sum += kl;
+        self.clipped_low += low;
+        self.clipped_high += high;
+    }
+}
+
+/// The completion tokens of a micro-batch and the packed rows that predict them.
+struct Targets {
+    /// `[M]`, i64: the row before each completion token.
+    rows: Tensor,
+    /// `[M]`, i64: the completion tokens.
+    tokens: Tensor,
+    /// Sequence and number of completion tokens, in packed order.
+    pieces: Vec<(usize, usize)>,
+}
+
+impl Targets {
+    fn new(sequences: &[TrainSequence], indices: &[usize], device: tch::Device) -> Self {
+        let (mut rows, mut tokens, mut pieces) = (Vec::new(), Vec::new(), Vec::new());
+        let mut start = 0_i64;
+        for &index in indices {
+            let sequence = &sequences[index];
+            for position in sequence.num_prompt_tokens..sequence.token_ids.len() {
+                rows.push(start + position as i64 - 1);
+                tokens.push(i64::from(sequence.token_ids[position]));
+            }
+            pieces.push((index, sequence.num_completion_tokens()));
+            start += sequence.token_ids.len() as i64;
+        }
+        let to_device = |values: &[i64]| Tensor::from_slice(values).to_device(device);
+        Self { rows: to_device(&rows), tokens: to_device(&tokens), pieces }
+    }
+
+    fn streams(&self, sequences: &[TrainSequence], indices: &[usize]) -> Streams {
+        let device = self.rows.device();
+        let gather = |stream: fn(&TrainSequence) -> &Vec<f32>| {
+            let values: Vec<f32> =
+                indices.iter().flat_map(|&index| stream(&sequences[index]).iter().copied()).collect();
+            (values.len() as i64 == self.rows.size()[0]).then(|| Tensor::from_slice(&values).to_device(device))
+        };
+        let weights = gather(|sequence| &sequence.weights);
+        Streams {
+            weights: weights.expect("every completion token has a weight"),
+            advantages: gather(|sequence| &sequence.advantages),
+            old_logprobs: gather(|sequence| &sequence.old_logprobs),
+            reference_logprobs: None,
+        }
+    }
+
+    /// Cuts `[M]` values up by sequence.
+    fn scatter(&self, values: &Tensor, by_sequence: &mut [Vec<f32>]) {
+        let values = Vec::<f32>::try_from(values.to_kind(Kind::Float)).expect("log-probs are a vector of floats");
+        let mut rest = values.as_slice();
+        for &(index, len) in &self.pieces {
+            let (piece, tail) = rest.split_at(len);
+            by_sequence[index] = piece.to_vec();
+            rest = tail;
+        }
+    }
+}
+
+/// A tensor that shares memory and starts a graph of its own.
+fn leaf(tensor: &Tensor) -> Tensor {
+    tensor.detach().set_requires_grad(true)
+}
+
+fn defined(grads: Vec<Option<Tensor>>) -> Vec<Tensor> {
+    grads.into_iter().map(|grad| grad.expect("autograd gives every gradient unless told otherwise")).collect()
+}
+
+fn required<const N: usize>(grads: Vec<Option<Tensor>>) -> [Tensor; N] {
+    defined(grads).try_into().expect("autograd gives as many gradients as inputs")
+}

@@ -1,0 +1,338 @@
+//! Optimizer state, gradients and their communication, sharded over ranks as in ZeRO (arXiv 1910.02054).
+//!
+//! Every unit of the model is one flat buffer that the world size divides. Stage 0 keeps everything on every rank,
+//! stage 1 shards the optimizer's state, stage 2 the gradients as well: a unit's gradient is reduce-scattered while the
+//! backward pass of the next one computes. All ranks call these methods in the same order, unit for unit, whatever
+//! their own data: that is what keeps the collectives matched.
+
+use std::collections::VecDeque;
+
+use aha_nn::comm::{CommError, ProcessGroup, ReduceOp, Work};
+use aha_nn::optim::{AdamW, AdamWError, fused_adamw};
+use aha_nn::weights::Weights;
+use tch::{Kind, Tensor};
+
+/// Reductions in flight while the backward pass goes on; each holds one unit's gradient.
+const MAX_PENDING: usize = 2;
+
+/// The weights of one rank with what is needed to update them.
+#[derive(Debug)]
+pub struct Zero {
+    stage: u8,
+    group: ProcessGroup,
+    weights: Weights,
+    units: Vec<UnitState>,
+    pending: VecDeque<Pending>,
+    /// Updates so far.
+    num_updates: u64,
+}
+
+/// What one rank holds of one unit beside its weights.
+#[derive(Debug)]
+struct UnitState {
+    /// Sum of the gradients of this step: `[padded]` in stages 0 and 1, the shard in stage 2. fp32.
+    grad: Tensor,
+    /// `[owned]`, fp32.
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    /// fp32 copy of the owned weights, where the weights themselves are not fp32.
+    master: Option<Tensor>,
+    /// Elements of the unit that this rank updates.
+    owned: Range,
+    /// Ranges within the owned elements that weight decay applies to: matrices, not norms and biases.
+    decayed: Vec<Range>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Range {
+    start: i64,
+    len: i64,
+}
+
+#[derive(Debug)]
+struct Pending {
+    unit_idx: usize,
+    work: Work,
+    shard: Tensor,
+}
+
+/// One rank's part of the optimizer's state of one unit, without padding.
+#[derive(Debug)]
+pub struct ShardState {
+    pub unit_idx: usize,
+    /// Where the part starts in the unit.
+    pub offset: usize,
+    /// `exp_avg`, `exp_avg_sq` and, where weights are not fp32, `master`: each `[n]`, fp32, on the CPU.
+    pub tensors: Vec<(&'static str, Tensor)>,
+}
+
+/// The optimizer's state of one unit, put together again.
+#[derive(Debug)]
+pub struct FullState {
+    pub unit_idx: usize,
+    pub name: String,
+    /// `[numel]`, fp32, without padding.
+    pub tensor: Tensor,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ZeroError {
+    #[error(transparent)]
+    Comm(#[from] CommError),
+    #[error(transparent)]
+    AdamW(#[from] AdamWError),
+    #[error("the checkpoint has no {name} for unit {unit}")]
+    MissingState { name: &'static str, unit: String },
+}
+
+impl Zero {
+    /// Takes over `weights`, which are equal on all ranks and padded for the size of `group`.
+    pub fn new(stage: u8, group: ProcessGroup, weights: Weights) -> Self {
+        let units =
+            (0..weights.num_units()).map(|unit_idx| UnitState::new(stage, &group, &weights, unit_idx)).collect();
+        Self { stage, group, weights, units, pending: VecDeque::new(), num_updates: 0 }
+    }
+
+    pub fn weights(&self) -> &Weights {
+        &self.weights
+    }
+
+    pub fn group(&self) -> &ProcessGroup {
+        &self.group
+    }
+
+    /// Optimizer updates since the start of training.
+    pub fn num_updates(&self) -> u64 {
+        self.num_updates
+    }
+
+    /// Adds to the gradient of a unit; `grads` are those of its parameters, in manifest order, or none from a rank that
+    /// has no data left.
+    pub fn accumulate(&mut self, unit_idx: usize, grads: &[Tensor]) -> Result<(), ZeroError> {
+        if self.stage < 2 {
+            self.units[unit_idx].add(grads);
+            return Ok(());
+        }
+        let flat = self.flat_gradient(unit_idx, grads);
+        let mut shard = self.units[unit_idx].grad.empty_like();
+        let work = self.group.reduce_scatter_async(&flat, &mut shard, ReduceOp::Sum)?;
+        self.pending.push_back(Pending { unit_idx, work, shard });
+        while self.pending.len() > MAX_PENDING {
+            self.finish_oldest()?;
+        }
+        Ok(())
+    }
+
+    /// Completes the gradients of the step and returns their norm over all parameters and ranks.
+    pub fn reduce_gradients(&mut self) -> Result<f64, ZeroError> {
+        while !self.pending.is_empty() {
+            self.finish_oldest()?;
+        }
+        for unit in &mut self.units {
+            match self.stage {
+                0 => self.group.all_reduce(&mut unit.grad, ReduceOp::Sum)?,
+                1 => {
+                    let mut shard = unit.exp_avg.empty_like();
+                    self.group.reduce_scatter(&unit.grad, &mut shard, ReduceOp::Sum)?;
+                    unit.grad = shard;
+                }
+                _ => {}
+            }
+        }
+        // One sum of squares a unit, added in a fixed order in f64, so that the norm does not depend on the stage.
+        let squares: Vec<Tensor> =
+            self.units.iter().map(|unit| unit.grad.to_kind(Kind::Double).square().sum(Kind::Double)).collect();
+        let mut total = Tensor::stack(&squares, 0).sum(Kind::Double).view([1]);
+        if self.stage > 0 {
+            self.group.all_reduce(&mut total, ReduceOp::Sum)?;
+        }
+        Ok(total.double_value(&[0]).sqrt())
+    }
+
+    /// Scales the gradients by `scale`, updates the owned weights, and gathers everyone's. Gradients are zero after.
+    pub fn update(&mut self, scale: f64, options: &AdamW) -> Result<(), ZeroError> {
+        self.num_updates += 1;
+        let mut gathers = Vec::new();
+        for (unit_idx, unit) in self.units.iter_mut().enumerate() {
+            let mut owned = unit.owned.of(self.weights.flat(unit_idx));
+            unit.update(&mut owned, scale, self.num_updates, options)?;
+            if self.stage > 0 {
+                let mut flat = self.weights.flat(unit_idx).shallow_clone();
+                gathers.push(self.group.all_gather_async(&owned.copy(), &mut flat)?);
+            }
+        }
+        for gather in gathers {
+            gather.wait()?;
+        }
+        self.zero_gradients();
+        Ok(())
+    }
+
+    /// Drops the gradients of the step.
+    pub fn zero_gradients(&mut self) {
+        for (unit_idx, unit) in self.units.iter_mut().enumerate() {
+            if self.stage == 1 {
+                unit.grad = self.weights.flat(unit_idx).zeros_like().to_kind(Kind::Float);
+            } else {
+                unit.grad = unit.grad.zero_();
+            }
+        }
+    }
+
+    /// What this rank contributes to a checkpoint. In stage 0 all ranks hold the same, and rank 0 speaks for them.
+    pub fn state(&self) -> Vec<ShardState> {
+        if self.stage == 0 && self.group.rank() > 0 {
+            return Vec::new();
+        }
+        let mut shards = Vec::new();
+        for (unit_idx, unit) in self.units.iter().enumerate() {
+            let numel = self.weights.manifest.units[unit_idx].numel() as i64;
+            let len = unit.owned.len.min(numel - unit.owned.start);
+            if len > 0 {
+                let tensors =
+                    unit.named().map(|(name, tensor)| (name, tensor.narrow(0, 0, len).to_device(tch::Device::Cpu)));
+                shards.push(ShardState { unit_idx, offset: unit.owned.start as usize, tensors: tensors.collect() });
+            }
+        }
+        shards
+    }
+
+    /// Takes the optimizer's state back, from a run of any world size and stage.
+    ///
+    /// # Errors
+    /// If a unit's moments are not there. A missing master is made from the weights.
+    pub fn load_state(&mut self, num_updates: u64, states: &[FullState]) -> Result<(), ZeroError> {
+        for (unit_idx, unit) in self.units.iter_mut().enumerate() {
+            for (name, mut tensor) in unit.named() {
+                let found = states.iter().find(|state| state.unit_idx == unit_idx && state.name == name);
+                let numel = self.weights.manifest.units[unit_idx].numel() as i64;
+                let len = unit.owned.len.min(numel - unit.owned.start);
+                match found {
+                    Some(state) if len > 0 => {
+                        let source = state.tensor.narrow(0, unit.owned.start, len);
+                        tch::no_grad(|| tensor.narrow(0, 0, len).copy_(&source));
+                    }
+                    Some(_) => {}
+                    None if name == "master" => {
+                        let owned = unit.owned.of(self.weights.flat(unit_idx));
+                        tch::no_grad(|| tensor.copy_(&owned));
+                    }
+                    None => {
+                        let unit = self.weights.manifest.units[unit_idx].name.clone();
+                        return Err(ZeroError::MissingState { name, unit });
+                    }
+                }
+            }
+        }
+        self.num_updates = num_updates;
+        Ok(())
+    }
+
+    fn finish_oldest(&mut self) -> Result<(), ZeroError> {
+        if let Some(Pending { unit_idx, work, shard }) = self.pending.pop_front() {
+            work.wait()?;
+            let grad = &mut self.units[unit_idx].grad;
+            *grad += shard;
+        }
+        Ok(())
+    }
+
+    /// The gradients of a unit's parameters as one padded fp32 tensor.
+    fn flat_gradient(&self, unit_idx: usize, grads: &[Tensor]) -> Tensor {
+        let flat = self.weights.flat(unit_idx);
+        let padded = flat.size()[0];
+        let options = (Kind::Float, flat.device());
+        if grads.is_empty() {
+            return Tensor::zeros([padded], options);
+        }
+        let mut parts: Vec<Tensor> = grads.iter().map(|grad| grad.to_kind(Kind::Float).reshape([-1])).collect();
+        let padding = padded - self.weights.manifest.units[unit_idx].numel() as i64;
+        if padding > 0 {
+            parts.push(Tensor::zeros([padding], options));
+        }
+        Tensor::cat(&parts, 0)
+    }
+}
+
+impl UnitState {
+    fn new(stage: u8, group: &ProcessGroup, weights: &Weights, unit_idx: usize) -> Self {
+        let flat = weights.flat(unit_idx);
+        let padded = flat.size()[0];
+        let owned = if stage == 0 {
+            Range { start: 0, len: padded }
+        } else {
+            let len = padded / group.size() as i64;
+            Range { start: group.rank() as i64 * len, len }
+        };
+        let zeros = |len: i64| Tensor::zeros([len], (Kind::Float, flat.device()));
+        let master = (weights.kind() != Kind::Float).then(|| owned.of(flat).to_kind(Kind::Float));
+        Self {
+            grad: zeros(if stage == 2 { owned.len } else { padded }),
+            exp_avg: zeros(owned.len),
+            exp_avg_sq: zeros(owned.len),
+            master,
+            owned,
+            decayed: decayed(weights, unit_idx, owned),
+        }
+    }
+
+    /// Adds the gradients of the parameters in place, without a flat copy of them.
+    fn add(&mut self, grads: &[Tensor]) {
+        let mut offset = 0;
+        for grad in grads {
+            let numel = grad.numel() as i64;
+            let mut target = self.grad.narrow(0, offset, numel);
+            target += grad.to_kind(Kind::Float).reshape([-1]);
+            offset += numel;
+        }
+    }
+
+    /// Updates the owned weights, `[owned]`, in place.
+    fn update(&mut self, weights: &mut Tensor, scale: f64, step: u64, options: &AdamW) -> Result<(), ZeroError> {
+        let mut grad = self.grad.narrow(0, 0, self.owned.len);
+        if scale != 1.0 {
+            grad *= scale;
+        }
+        let target = self.master.as_mut().unwrap_or(weights);
+        if options.weight_decay > 0.0 {
+            for range in &self.decayed {
+                let mut part = range.of(target);
+                part *= 1.0 - options.lr * options.weight_decay;
+            }
+        }
+        let options = AdamW { weight_decay: 0.0, ..*options };
+        fused_adamw(target, &grad, (&mut self.exp_avg, &mut self.exp_avg_sq), step, &options)?;
+        if let Some(master) = &self.master {
+            tch::no_grad(|| weights.copy_(master));
+        }
+        Ok(())
+    }
+
+    fn named(&self) -> impl Iterator<Item = (&'static str, Tensor)> {
+        let mut named =
+            vec![("exp_avg", self.exp_avg.shallow_clone()), ("exp_avg_sq", self.exp_avg_sq.shallow_clone())];
+        named.extend(self.master.as_ref().map(|master| ("master", master.shallow_clone())));
+        named.into_iter()
+    }
+}
+
+impl Range {
+    fn of(self, flat: &Tensor) -> Tensor {
+        flat.narrow(0, self.start, self.len)
+    }
+}
+
+/// The parts of `owned` that lie in matrices, relative to its start. transformers decays the same parameters.
+fn decayed(weights: &Weights, unit_idx: usize, owned: Range) -> Vec<Range> {
+    let mut offset = 0;
+    let mut ranges = Vec::new();
+    for param in &weights.manifest.units[unit_idx].params {
+        let end = offset + param.numel() as i64;
+        let (start, stop) = (offset.max(owned.start), end.min(owned.start + owned.len));
+        if param.shape.len() == 2 && start < stop {
+            ranges.push(Range { start: start - owned.start, len: stop - start });
+        }
+        offset = end;
+    }
+    ranges
+}

@@ -1,0 +1,100 @@
+//! The project's own commands: `cargo xtask --help`.
+#![forbid(unsafe_code)]
+#![expect(clippy::print_stderr, reason = "a command line tool that reports to the person in front of it")]
+
+mod checks;
+mod demo;
+mod libtorch;
+mod peers;
+mod process;
+mod toolchain;
+mod workspace;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::process::Status;
+use crate::workspace::Workspace;
+
+/// Set-up, demo, tests and measurements of aha.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", after_help = "On a fresh machine: cargo xtask demo")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Check the toolchain and fetch libtorch into .libtorch/ (once; about 6 GB while it installs, 4.6 GB after)
+    Setup {
+        /// Fetch libtorch again even if it is there
+        #[arg(long)]
+        force: bool,
+        /// Install somewhere else than .libtorch/
+        #[arg(long, hide = true, value_name = "DIR")]
+        dir: Option<PathBuf>,
+    },
+    /// Everything a change must pass: set-up, formatting, clippy, all tests
+    Test,
+    /// Teach a small model the Countdown game; an interrupted demo goes on where it stopped
+    Demo {
+        /// Remove what earlier demos left in runs/ and start over
+        #[arg(long)]
+        fresh: bool,
+    },
+    /// Build for speed and pass the arguments on to `aha bench`, as in `cargo xtask bench decode --help`
+    #[command(disable_help_flag = true)]
+    Bench {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
+        args: Vec<String>,
+    },
+    /// Install the Python frameworks that aha is measured against into .peers/, and SmolLM2-135M into models/
+    Peers {
+        /// Make the Python environment somewhere else than .peers/
+        #[arg(long, hide = true, value_name = "DIR")]
+        dir: Option<PathBuf>,
+    },
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse().task) {
+        Ok(Status::Success) => ExitCode::SUCCESS,
+        Ok(Status::Failure(code)) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(task: Task) -> anyhow::Result<Status> {
+    let workspace = Workspace::find()?;
+    match task {
+        Task::Setup { force, dir } => libtorch::setup(&workspace, dir.as_deref(), force).map(|()| Status::Success),
+        Task::Test => checks::run(&workspace),
+        Task::Demo { fresh } => demo::run(&workspace, fresh),
+        Task::Bench { args } => demo::bench(&workspace, &args),
+        Task::Peers { dir } => peers::install(&workspace, dir.as_deref()).map(|()| Status::Success),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn bench_passes_flags_on() {
+        let cli = Cli::try_parse_from(["xtask", "bench", "decode", "--help", "--batch", "32"]).unwrap();
+        assert!(matches!(cli.task, Task::Bench { args } if args == ["decode", "--help", "--batch", "32"]));
+    }
+}
