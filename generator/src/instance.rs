@@ -147,8 +147,9 @@ mod tests {
         let config = tiny_config(Tiny::Qwen2);
         let of = |generator| sizes(&config, &generator).unwrap();
         let (cache, longest) = of(config::Generator { kv_cache_mib: 1, ..Default::default() });
-        assert!(cache.num_blocks * 16 > longest, "{cache:?}");
-        assert_eq!(longest, config.max_position_embeddings);
+        assert!(longest == cache.num_blocks * 16 && longest < config.max_position_embeddings, "{cache:?}");
+        let (cache, longest) = of(config::Generator { kv_cache_mib: 8, ..Default::default() });
+        assert!(longest == config.max_position_embeddings && longest < cache.num_blocks * 16, "{cache:?}");
         assert_eq!(of(config::Generator { max_model_len: 40, ..Default::default() }).1, 40);
     }
 

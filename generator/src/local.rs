@@ -120,3 +120,35 @@ impl LocalGenerator {
         RequestKey(self.next_key.fetch_add(1, Ordering::Relaxed))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Tiny, tiny_folder, tiny_options};
+
+    #[tokio::test]
+    async fn completions_streams_and_scores_agree() {
+        let folder = tiny_folder(Tiny::Qwen2, 1);
+        let generator = LocalGenerator::load(&tiny_options(folder.path())).unwrap();
+        let prompt = generator.tokenizer().encode("one prompt").unwrap();
+        let sampling = Sampling { max_tokens: 12, ignore_eos: true, ..Sampling::default() };
+        let completions = generator.generate(&prompt, &sampling, 3, 2).await.unwrap();
+        assert_eq!(completions.iter().map(|completion| completion.sample_index).collect::<Vec<_>>(), [0, 1]);
+
+        let mut events = generator.stream(&prompt, &sampling, 3).await.unwrap();
+        let mut streamed = Vec::new();
+        while let Some(event) = events.recv().await {
+            let TokenEvent::Token { token, logprob, .. } = event else { panic!("{event:?}") };
+            streamed.push((token, logprob));
+        }
+        let whole = completions[0].token_ids.iter().copied().zip(completions[0].logprobs.iter().copied());
+        assert_eq!(streamed, whole.collect::<Vec<_>>());
+
+        let scored = generator.score(&[prompt.clone(), completions[0].token_ids.clone()].concat()).await.unwrap();
+        for (scored, (_, sampled)) in scored[prompt.len() - 1..].iter().zip(&streamed) {
+            assert!((scored - sampled).abs() < 1e-4, "{scored} and {sampled}");
+        }
+        let error = generator.generate(&[], &sampling, 3, 1).await.unwrap_err().to_string();
+        assert!(error.starts_with("token_ids: "), "{error}");
+    }
+}

@@ -48,9 +48,14 @@ impl GeneratorServer {
         aha_nn::runtime::set_num_threads(NonZeroUsize::MIN);
         let incoming =
             TcpIncoming::bind(listen).with_context(|| format!("listening on {listen}"))?.with_nodelay(Some(true));
-        let address = incoming.local_addr().context("asking for the address that was taken")?;
         let options = options.clone();
         let instance = tokio::task::spawn_blocking(move || Instance::start(&options)).await??;
+        Self::over(instance, incoming)
+    }
+
+    /// Puts the service on top of an engine.
+    pub(crate) fn over(instance: Instance, incoming: TcpIncoming) -> anyhow::Result<Self> {
+        let address = incoming.local_addr().context("asking for the address that was taken")?;
         let engine = instance.engine.clone();
         let receiver = WeightReceiver::start(&instance.config, instance.push_kind, engine.clone(), Handle::current())?;
         Ok(Self { incoming, address, engine, service: Service::new(instance, receiver) })

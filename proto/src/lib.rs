@@ -6,7 +6,7 @@ mod convert;
 pub use convert::BadMessage;
 
 /// Package `aha.v1`.
-#[expect(clippy::allow_attributes, missing_debug_implementations, unreachable_pub, reason = "generated code")]
+#[expect(clippy::allow_attributes, reason = "generated code")]
 pub mod v1 {
     tonic::include_proto!("aha.v1");
 

@@ -16,7 +16,7 @@ pub const MAX_STEPS: u64 = 6;
 pub fn write(folder: &Path) {
     let model = folder.join("model");
     std::fs::create_dir_all(&model).expect("a writable folder");
-    let config = json!({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 357,
+    let config = json!({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 358,
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
         "tie_word_embeddings": true, "initializer_range": 0.1, "hidden_act": "silu"});

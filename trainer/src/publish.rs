@@ -16,6 +16,7 @@ use aha_nn::tensor_data;
 use aha_nn::weights::Weights;
 use aha_proto::v1;
 use futures::future::{try_join, try_join_all};
+use futures::stream::{FuturesUnordered, StreamExt};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 use tokio::runtime::Runtime;
@@ -28,7 +29,7 @@ use crate::world::address_towards;
 /// Largest bucket. Bounds the staging memory of a broadcast.
 const MAX_BUCKET_BYTES: usize = 256 << 20;
 
-/// What a generator's deadline has over ours, so that ours is the one that is noticed.
+/// What the limit of a call has over the group's, and a generator's over ours: the one that knows more is to speak first.
 const GRACE: Duration = Duration::from_secs(1);
 
 /// A trainer's place in the update group.
@@ -138,7 +139,7 @@ impl Publisher {
         let spec = GroupSpec { name: name.clone(), rank, size, timeout, address };
         // Outcomes are exchanged when the slowest rank has failed at its deadline.
         let outcome_spec =
-            GroupSpec { name: "outcomes".to_owned(), size: num_trainers, timeout: timeout * 2, ..spec.clone() };
+            GroupSpec { name: "outcomes".to_owned(), size: num_trainers, timeout: (timeout + GRACE) * 2, ..spec.clone() };
         let outcome_group = ProcessGroup::new(Backend::Gloo, &store, &outcome_spec)?;
 
         let bucket_numel = limits.bucket_bytes / weights.kind().elt_size_in_bytes();
@@ -212,14 +213,7 @@ impl Publisher {
             unit_hashes: unit_hashes(weights),
         };
         let (clients, group, timeout) = (self.clients.clone(), Arc::clone(&self.update_group), self.timeout);
-        let calls = self.runtime.spawn(async move {
-            let calls = clients.iter().map(|client| update(client, message.clone(), timeout));
-            let answers = try_join_all(calls).await;
-            if let Err(error) = &answers {
-                group.abort(&error.to_string());
-            }
-            answers
-        });
+        let calls = self.runtime.spawn(async move { update_all(&clients, &message, timeout, &group).await });
         let sent = self.broadcast(weights);
         if let Err(error) = &sent {
             self.update_group.abort(&error.to_string());
@@ -235,9 +229,9 @@ impl Publisher {
                 };
                 serde_json::to_vec(&answers).map_err(|error| vec![error.to_string()])
             }
-            (Err(error), Ok(())) => Err(vec![error.to_string()]),
             (Ok(_), Err(error)) => Err(vec![error.to_string()]),
-            (Err(generator), Err(comm)) => Err(vec![generator.to_string(), comm.to_string()]),
+            (Err(failures), Ok(())) => Err(failures),
+            (Err(failures), Err(error)) => Err([failures, vec![error.to_string()]].concat()),
         }
     }
 
@@ -326,14 +320,39 @@ async fn invite(client: &Client, message: v1::JoinUpdateGroupRequest, timeout: D
     within(client, limit, call).await.map(drop)
 }
 
+/// Tells all generators to receive. The first that fails closes the group, so that nobody goes on waiting for it; then
+/// the others fail as well, and only one that hangs stays silent.
+async fn update_all(
+    clients: &[Client],
+    message: &v1::UpdateWeightsRequest,
+    timeout: Duration,
+    group: &ProcessGroup,
+) -> Result<Vec<v1::UpdateWeightsResponse>, Vec<String>> {
+    let calls = clients.iter().map(|client| update(client, message.clone(), timeout));
+    let mut calls: FuturesUnordered<_> = calls.collect();
+    let (mut answers, mut failures) = (Vec::new(), Vec::new());
+    while let Some(answer) = calls.next().await {
+        match answer {
+            Ok(answer) => answers.push(answer),
+            Err(error) => {
+                group.abort(&error.to_string());
+                failures.push(error.to_string());
+            }
+        }
+    }
+    if failures.is_empty() { Ok(answers) } else { Err(failures) }
+}
+
 async fn update(
     client: &Client,
     message: v1::UpdateWeightsRequest,
     timeout: Duration,
 ) -> Result<v1::UpdateWeightsResponse, PublishError> {
     let version = PolicyVersion(message.version);
-    let call = async { client.rpc().update_weights(with_timeout(message, timeout + GRACE)).await };
-    let answer = within(client, timeout, call).await?;
+    // A little longer than the group's own limit, after which a generator that is alive says what it missed.
+    let limit = timeout + GRACE;
+    let call = async { client.rpc().update_weights(with_timeout(message, limit + GRACE)).await };
+    let answer = within(client, limit, call).await?;
     if answer.version != version.0 {
         let got = PolicyVersion(answer.version);
         let problem = format!("serves {got} after the push of {version}");

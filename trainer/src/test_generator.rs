@@ -44,6 +44,8 @@ pub(crate) enum Update {
     Refuse(Status),
     /// Nothing is received, and nothing answered.
     Hang,
+    /// The call of JoinUpdateGroup is never answered.
+    NeverJoin,
     /// The weights are taken, and another version is answered.
     AnswerVersion(u64),
 }
@@ -208,6 +210,10 @@ impl Generator for Service {
         &self,
         request: Request<v1::JoinUpdateGroupRequest>,
     ) -> Result<Response<v1::JoinUpdateGroupResponse>, Status> {
+        let never_joins = matches!(self.0.state.lock().unwrap().update, Update::NeverJoin);
+        if never_joins {
+            return std::future::pending().await;
+        }
         let request = request.into_inner();
         let join = request.clone();
         let group = tokio::task::spawn_blocking(move || join_group(&join)).await.unwrap();
@@ -226,7 +232,7 @@ impl Generator for Service {
             Update::Take => request.version,
             Update::AnswerVersion(version) => version,
             Update::Refuse(status) => return Err(status),
-            Update::Hang => return std::future::pending().await,
+            Update::Hang | Update::NeverJoin => return std::future::pending().await,
         };
         let shared = Arc::clone(&self.0);
         tokio::task::spawn_blocking(move || receive(&shared, &request)).await.unwrap()?;

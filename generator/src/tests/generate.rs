@@ -139,27 +139,3 @@ async fn a_call_needs_a_deadline_and_ends_with_it() {
     let status = server.wait_until(|status| status.used_blocks == 0 && status.waiting == 0).await;
     assert!(status.generation_tokens < 2 * u64::from(ENDLESS));
 }
-
-#[tokio::test(flavor = "multi_thread")]
-async fn zz_debug() {
-    let mut server = Server::start(Tiny::Qwen2).await;
-    eprintln!("A");
-    let s = server.score((0..43).collect()).await;
-    eprintln!("B {s:?}");
-    let mut other = Server::start_with(Tiny::Qwen2, Duration::ZERO, |options| {
-        options.generator.max_num_seqs = 1;
-        options.generator.max_num_batched_tokens = 5;
-    })
-    .await;
-    eprintln!("C");
-    let s = other.score((0..43).collect()).await;
-    eprintln!("D");
-    let mut r = request("group", 4, 20);
-    r.sample_indices = vec![2];
-    let mut stream = other.generate(r).await.unwrap();
-    eprintln!("E");
-    for _ in 0..3 {
-        tokio::time::sleep(Duration::from_millis(500)).await;
-        eprintln!("{:?}", other.status().await);
-    }
-}

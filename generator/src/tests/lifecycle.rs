@@ -1,6 +1,12 @@
 //! Pausing, sleeping, aborting, dying, and what can be asked about it.
 
+use std::sync::Arc;
+
+use aha_core::config::KvPolicy;
+use aha_core::ids::PolicyVersion;
+use tch::Kind;
 use tokio_stream::StreamExt;
+use tonic::transport::server::TcpIncoming;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
@@ -10,6 +16,12 @@ use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
 use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
 
 use super::*;
+use crate::engine::{self, BlockId, EngineConfig, Runner, Sampled, StepBatch};
+use crate::instance::Instance;
+use crate::outputs::Outputs;
+use crate::request::Limits;
+use crate::testing::{byte_tokenizer, tiny_config};
+use crate::torch::ServingWeights;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_goes_away_frees_its_blocks() {
@@ -111,4 +123,78 @@ async fn stopping_aborts_requests_after_the_grace() {
     let completions = collect(stream).await.unwrap();
     assert!(completions.iter().all(|completion| completion.finish_reason() == v1::FinishReason::Aborted));
     tokio::time::timeout(PATIENCE, server.serving).await.unwrap().unwrap().unwrap();
+}
+
+/// A device that is gone.
+struct BrokenRunner;
+
+impl Runner for BrokenRunner {
+    type Staged = ServingWeights;
+
+    fn run(&mut self, _batch: &StepBatch) -> anyhow::Result<Vec<Sampled>> {
+        anyhow::bail!("the device is gone")
+    }
+
+    fn score(&mut self, _tokens: &[u32], _block_table: &[BlockId]) -> anyhow::Result<Vec<f32>> {
+        anyhow::bail!("the device is gone")
+    }
+
+    fn swap(&mut self, staged: ServingWeights) -> ServingWeights {
+        staged
+    }
+
+    fn release_cache(&mut self) {}
+
+    fn restore_cache(&mut self) -> anyhow::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broken_engine_fails_its_requests_and_the_server() {
+    let incoming = TcpIncoming::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let server = GeneratorServer::over(broken_instance(), incoming).unwrap();
+    let endpoint = Channel::from_shared(format!("http://{}", server.address())).unwrap();
+    let serving = tokio::spawn(server.serve(PATIENCE, std::future::pending()));
+    let channel = endpoint.connect().await.unwrap();
+    let check = HealthCheckRequest { service: "aha.v1.Generator".to_owned() };
+    let mut health = HealthClient::new(channel.clone()).watch(check).await.unwrap().into_inner();
+    assert_eq!(health.message().await.unwrap().unwrap().status(), ServingStatus::Serving);
+
+    let mut call = Request::new(request("doomed", 2, 8));
+    call.set_timeout(PATIENCE);
+    let failed = match GeneratorClient::new(channel).generate(call).await {
+        Ok(stream) => collect(stream.into_inner()).await.unwrap_err(),
+        Err(status) => status,
+    };
+    check_status(&failed, Code::Unavailable, "the device is gone");
+    assert_eq!(health.message().await.unwrap().unwrap().status(), ServingStatus::NotServing);
+    drop(health);
+    let error = tokio::time::timeout(PATIENCE, serving).await.unwrap().unwrap().unwrap_err();
+    assert!(error.to_string().contains("the device is gone"), "{error}");
+}
+
+fn broken_instance() -> Instance {
+    let config = tiny_config(Tiny::Qwen2);
+    let engine_config = EngineConfig {
+        block_size: 16,
+        num_blocks: 8,
+        max_num_seqs: 2,
+        max_num_batched_tokens: 16,
+        max_model_len: 64,
+        kv: KvPolicy::Recompute,
+        eos_token_ids: Vec::new(),
+        version: PolicyVersion(0),
+    };
+    let (engine, _) = engine::spawn(engine_config, || Ok(BrokenRunner)).unwrap();
+    let tokenizer = Arc::new(byte_tokenizer());
+    Instance {
+        outputs: Outputs::new(engine.clone(), Arc::clone(&tokenizer)),
+        engine,
+        tokenizer,
+        limits: Limits { vocab_size: config.vocab_size, max_model_len: 64 },
+        manifest_hash: config.manifest().hash(),
+        config,
+        push_kind: Kind::Float,
+    }
 }

@@ -2,9 +2,11 @@
 
 use std::thread;
 
+use aha_core::config::Dtype;
 use aha_nn::comm::{Address, Backend, GroupSpec, ProcessGroup, Store};
 use aha_nn::tensor_data::bytes;
 use aha_nn::weights::Weights;
+use tch::{Device, Kind};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::*;
@@ -158,6 +160,43 @@ async fn a_trainer_that_never_shows_up_is_not_waited_for() {
     check_status(&late, Code::Aborted, "broadcast");
     assert_eq!(server.status().await.version, 0);
     assert!(serves(&mut server, &old).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_group_ends_the_wait_for_a_lost_one() {
+    let mut server = Server::start(TINY).await;
+    let (lost, found) = (Trainer::new(), Trainer::new());
+    let _silent = lost.meet(&mut server, PATIENCE).await;
+    let weights = tiny_weights(&tiny_config(TINY), 2);
+    let (mut client, announced) = (server.client.clone(), announcement(1, &weights));
+    let waiting = tokio::spawn(async move { client.update_weights(announced).await });
+
+    let group = found.meet(&mut server, PATIENCE).await;
+    check_status(&waiting.await.unwrap().unwrap_err(), Code::Aborted, "another group");
+    let sending = send(group, weights.copy());
+    server.client.update_weights(announcement(2, &weights)).await.unwrap();
+    sending.join().unwrap();
+    assert!(serves(&mut server, &weights).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bfloat16_weights_are_taken_as_the_trainer_holds_them() {
+    let mut server = Server::start_with(TINY, Duration::ZERO, |options| options.model.dtype = Dtype::Bfloat16).await;
+    let exact = tiny_weights(&tiny_config(TINY), 2);
+    let [halves, rounded] = [Kind::BFloat16, Kind::Float].map(|kind| {
+        let weights = Weights::zeros(exact.manifest.clone(), 1, kind, Device::Cpu);
+        for unit_idx in 0..weights.num_units() {
+            let values = exact.flat(unit_idx).to_kind(Kind::BFloat16);
+            tch::no_grad(|| weights.flat(unit_idx).shallow_clone().copy_(&values));
+        }
+        weights
+    });
+    let group = Trainer::new().meet(&mut server, PATIENCE).await;
+    let announced = announcement(1, &halves);
+    let sending = send(group, halves);
+    server.client.update_weights(announced).await.unwrap();
+    sending.join().unwrap();
+    assert!(serves(&mut server, &rounded).await && !serves(&mut server, &exact).await);
 }
 
 #[tokio::test(flavor = "multi_thread")]

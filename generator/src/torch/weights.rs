@@ -15,7 +15,7 @@ const MATRICES_PER_LAYER: usize = 7;
 /// A matrix of [`ServingWeights`], by position. Layers name their matrices instead of owning them, so that a set can
 /// be refilled in place.
 #[derive(Debug, Clone, Copy)]
-pub struct MatrixId(usize);
+pub(super) struct MatrixId(usize);
 
 /// One set of weights, fp32.
 #[derive(Debug)]

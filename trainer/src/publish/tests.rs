@@ -98,7 +98,18 @@ fn a_generator_that_serves_something_else_is_named() {
 
 #[test]
 fn a_generator_that_hangs_is_named_at_the_deadline() {
-    check_fails(Update::Hang, Duration::from_secs(2), "has not answered for 2.0 s");
+    check_fails(Update::Hang, Duration::from_secs(2), "has not answered for 3.0 s");
+}
+
+#[test]
+fn a_generator_that_never_joins_is_named_at_the_deadline() {
+    let generators = generators([Update::Take, Update::NeverJoin]);
+    let timeout = Duration::from_secs(2);
+    let messages = with_publishers(2, timeout, &generators, |publisher, _| publisher.unwrap_err().to_string());
+    let expect = ["rank [3] did not come within 2.0 s", "ranks from 2 on are the generators", &generators[1].address];
+    for expect in expect {
+        assert!(messages.iter().all(|message| message.contains(expect)), "no {expect:?} in: {messages:?}");
+    }
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! Countdown puzzles, made on the spot: reach `target` with every number of `nums` used once.
 //!
 //! A puzzle is made backwards, from a random expression over random numbers, so every one has a solution. The columns
-//! are those of Jiayi-Pan/Countdown-Tasks-3to4, `target` and `nums`, and the expression as `solution`.
+//! are those of Jiayi-Pan/Countdown-Tasks-3to4, `target` and `nums`, and the expression as `solution` with the list of its
+//! worked `steps`.
 
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -48,7 +49,7 @@ pub enum CountdownError {
 }
 
 impl CountdownSource {
-    /// Makes the puzzles, with columns `nums`, `target` and `solution`. All intermediate results of a solution are
+    /// Makes the puzzles, with columns `nums`, `target`, `solution` and `steps`. All intermediate results of a solution are
     /// whole numbers above 0. The same puzzle can come up twice.
     ///
     /// # Errors
@@ -84,6 +85,7 @@ impl CountdownSource {
                     ("nums".to_owned(), json!(nums)),
                     ("target".to_owned(), json!(solution.value)),
                     ("solution".to_owned(), json!(solution.text)),
+                    ("steps".to_owned(), json!(solution.steps)),
                 ];
                 return Ok(columns.into_iter().collect());
             }
@@ -147,13 +149,15 @@ struct Expression {
     /// Above 0.
     value: u64,
     text: String,
+    /// How the value comes about, one operation a step: `8 * 3 = 24`.
+    steps: Vec<String>,
     /// The operation that is applied last; `None` for a number.
     outermost: Option<Operation>,
 }
 
 impl Expression {
     fn number(value: u64) -> Self {
-        Self { value, text: value.to_string(), outermost: None }
+        Self { value, text: value.to_string(), steps: Vec::new(), outermost: None }
     }
 
     fn join(left: Self, operation: Operation, right: Self) -> Option<Self> {
@@ -165,7 +169,9 @@ impl Expression {
             Operation::Divide => true,
         });
         let text = format!("{left_text} {} {right_text}", operation.symbol());
-        Some(Self { value, text, outermost: Some(operation) })
+        let step = format!("{} {} {} = {value}", left.value, operation.symbol(), right.value);
+        let steps = [left.steps, right.steps, vec![step]].concat();
+        Some(Self { value, text, steps, outermost: Some(operation) })
     }
 
     fn parenthesised_if(&self, needed: impl Fn(Operation) -> bool) -> String {
@@ -196,6 +202,9 @@ mod tests {
             let completion = format!("<answer>{}</answer>", row["solution"].as_str().unwrap());
             assert_eq!(RewardFunction::Equation.score(&completion, row), Outcome::Score(1.0), "{row:?}");
             let target = row["target"].as_u64().unwrap();
+            let steps = row["steps"].as_array().unwrap();
+            assert_eq!(steps.len() + 1, source.numbers);
+            assert!(steps.last().is_none_or(|step| step.as_str().unwrap().ends_with(&format!(" = {target}"))), "{row:?}");
             assert!((1..=u64::from(source.max_target)).contains(&target), "{row:?}");
             let nums = row["nums"].as_array().unwrap();
             assert_eq!(nums.len(), source.numbers);

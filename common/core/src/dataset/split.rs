@@ -5,18 +5,18 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::{Row, SplitMix64};
 
-/// What a row's solver wrote, not what it asks: two rows that differ in it alone are the same question.
-const ANSWER_COLUMN: &str = "solution";
+/// What a row's solver wrote, not what it asks: two rows that differ in these alone are the same question.
+const ANSWER_COLUMNS: [&str; 2] = ["solution", "steps"];
 
 /// Whether a row belongs to the `fraction` of all questions that is never trained on.
 ///
 /// A function of the row alone, the same on every machine, in every order and beside any other rows. Equal questions
-/// fall on the same side: the hash (xxh3, of the row as JSON with sorted keys) leaves out `solution`, and takes lists
-/// of numbers sorted, so that a Countdown puzzle with its numbers in another order is the same puzzle.
+/// fall on the same side: the hash (xxh3, of the row as JSON with sorted keys) leaves out `solution` and `steps`, and
+/// takes lists of numbers sorted, so that a Countdown puzzle with its numbers in another order is the same puzzle.
 #[must_use]
 pub fn is_held_out(row: &Row, fraction: f64) -> bool {
     let mut text = String::new();
-    let columns: Vec<_> = row.iter().filter(|(name, _)| *name != ANSWER_COLUMN).collect();
+    let columns: Vec<_> = row.iter().filter(|(name, _)| !ANSWER_COLUMNS.contains(&name.as_str())).collect();
     write_object(columns, &mut text);
     // The upper 53 bits are a double in [0, 1) exactly.
     let position = (xxh3_64(text.as_bytes()) >> 11) as f64 / (1_u64 << 53) as f64;

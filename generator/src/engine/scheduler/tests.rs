@@ -109,20 +109,17 @@ fn a_prompt_outlives_the_sample_that_computed_it_for_those_that_wait() {
 }
 
 #[test]
-fn a_parked_prompt_gives_way_to_older_sequences() {
-    let mut harness = Harness::new(|config| {
-        config.num_blocks = 6;
-        config.max_num_seqs = 2;
-    });
-    harness.add(&Ask::new(1, 4, 1, 17));
+fn a_parked_prompt_gives_way_to_a_running_sequence() {
+    let mut harness = Harness::new(|config| config.num_blocks = 3);
+    harness.add(&Ask::new(1, 4, 1, 5));
     harness.add(&Ask::new(2, 8, 2, 1));
     harness.step();
     assert!(harness.scheduler.groups[&RequestKey(2)].parked_prompt.is_some());
-    // The parked prompt is taken at once, and computed to its end.
     harness.step();
-    assert_eq!(harness.scheduler.counters().prompt_tokens, 4 + 8 + 1);
-    harness.add(&Ask::new(3, 8, 1, 3));
+    assert!(harness.scheduler.groups[&RequestKey(2)].parked_prompt.is_none());
     harness.drain();
+    let counters = harness.scheduler.counters();
+    assert_eq!((counters.preemptions, counters.prompt_tokens), (0, 4 + 8 + 8));
 }
 
 #[test]
@@ -151,6 +148,13 @@ fn the_youngest_is_preempted_for_the_oldest() {
     // Two blocks each; both want a third at 9 tokens.
     assert_eq!(counts[..5], [2, 2, 2, 1, 1], "{counts:?}");
     assert_eq!(harness.scheduler.counters().preemptions, 1);
+    harness.drain();
+}
+
+#[test]
+fn a_sequence_that_is_alone_may_take_the_whole_cache() {
+    let mut harness = Harness::new(|config| (config.block_size, config.num_blocks) = (1, 150));
+    harness.add(&Ask::new(1, 150, 2, 1));
     harness.drain();
 }
 
