@@ -55,7 +55,6 @@ pub fn check_refused(folder: &Path, arguments: &[&str], expect: &[&str]) {
 ///
 /// # Panics
 /// If it fails.
-#[must_use]
 pub fn check_runs(folder: &Path, arguments: &[&str]) -> String {
     let output = run(folder, arguments);
     assert!(output.status.success(), "{arguments:?} failed: {}", text(&output));

@@ -1,4 +1,5 @@
 //! Everything a user can get wrong gets a message that says what, where and what to do, and a non-zero exit.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::path::Path;
 use std::process::Command;

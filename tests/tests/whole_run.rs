@@ -1,4 +1,5 @@
 //! `aha launch` with two trainer ranks and a generator: repeatable, resumable, and leaving nothing behind.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::path::Path;
 use std::process::{Command, Stdio};

@@ -1,10 +1,13 @@
 //! Prompts: rows of the data set, in an order that only configuration and step decide.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use aha_core::chat_template::{ChatTemplate, ChatTemplateError};
 use aha_core::config::{DataSource, PromptTemplate, RunConfig, Sft};
-use aha_core::dataset::{CountdownError, CountdownSource, Dataset, DatasetError, SplitMix64, is_held_out};
+use aha_core::dataset::{
+    CountdownError, CountdownSource, Dataset, DatasetError, SplitMix64, is_held_out, question_hash,
+};
 use aha_core::ids::{PromptId, TokenId};
 use aha_core::prompt::{PromptBuilder, PromptError};
 use aha_core::random::derive_seed;
@@ -96,8 +99,11 @@ impl PromptSource {
         let builder = PromptBuilder::new(&config.data.prompt, chat_template)?;
         let dataset = dataset(config)?;
         check_columns(&dataset, config)?;
-        let (held_out, train): (Vec<_>, Vec<_>) =
+        let (mut held_out, train): (Vec<_>, Vec<_>) =
             (0..dataset.len()).partition(|&row| is_held_out(&dataset.rows()[row], config.data.held_out));
+        // A question that comes up twice would count twice.
+        let mut asked = HashSet::new();
+        held_out.retain(|&row| asked.insert(question_hash(&dataset.rows()[row])));
         if train.is_empty() {
             return Err(PromptsError::NoTrainRows { held_out: config.data.held_out, num_rows: dataset.len() });
         }

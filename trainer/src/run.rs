@@ -48,7 +48,6 @@ pub fn run<R: Rollouts>(
     connect: impl FnOnce(&Session) -> Result<(R, Publisher)>,
 ) -> Result<Summary> {
     let mut session = Session::start(config, world, objective(config))?;
-    session.prompts.check_run()?;
     let (mut rollouts, mut publisher) = connect(&session)?;
     let rollouts = &mut rollouts;
     publisher.publish(session.learner.zero().weights(), PolicyVersion(session.step))?;

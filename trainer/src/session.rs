@@ -51,6 +51,9 @@ impl Session {
         runtime::set_num_threads(num_threads(config, world));
         let model_config = ModelConfig::load(&config.model.path)?;
         let prompts = PromptSource::load(config, &model_config)?;
+        if objective != Objective::Supervised {
+            prompts.check_run()?;
+        }
 
         let group = join(config, world, device)?;
         let run_dir = RunDir::open(config, &group)?;

@@ -10,7 +10,6 @@ use crate::transformer::{Head, Layer, Ops};
 use crate::weights::Weights;
 
 /// Hidden states after the final norm of every packed token, `[N, C]`.
-#[must_use]
 pub fn hidden_states(config: &ModelConfig, weights: &Weights, batch: &PackedBatch) -> Tensor {
     tch::no_grad(|| {
         let mut x = batch.embed(&weights.embedding()); // [N, C]
@@ -24,7 +23,6 @@ pub fn hidden_states(config: &ModelConfig, weights: &Weights, batch: &PackedBatc
 }
 
 /// The matrix of the head, `[V, C]`: its own, or the embedding where they are tied.
-#[must_use]
 pub fn head_matrix(config: &ModelConfig, weights: &Weights) -> Tensor {
     let head = Head::new(weights.views(1 + config.num_layers), |weight| weight);
     head.lm_head.map_or_else(|| weights.embedding(), |projection| projection.weight)

@@ -15,7 +15,6 @@ pub fn chunk_rows(vocab_size: i64) -> i64 {
 ///
 /// # Shapes
 /// - hidden: `[M, C]`, head: `[V, C]`; returns `[M, V]`.
-#[must_use]
 pub fn log_softmax(hidden: &Tensor, head: &Tensor, temperature: f64) -> Tensor {
     let logits = hidden.linear::<&Tensor>(head, None); // [M, V]
     let logits = if temperature == 1.0 { logits } else { logits / temperature };
@@ -26,7 +25,6 @@ pub fn log_softmax(hidden: &Tensor, head: &Tensor, temperature: f64) -> Tensor {
 ///
 /// # Shapes
 /// - hidden: `[M, C]` after the final norm, head: `[V, C]`, targets: `[M]` i64; returns `[M]` fp32.
-#[must_use]
 pub fn token_logprobs(hidden: &Tensor, head: &Tensor, targets: &Tensor, temperature: f64) -> Tensor {
     tch::no_grad(|| {
         let rows = chunk_rows(head.size()[0]);

@@ -55,7 +55,6 @@ impl PackedAttention {
 
     /// # Shapes
     /// - q: `[N, H, D]`, k and v: `[N, K, D]`; returns `[N, H * D]`.
-    #[must_use]
     pub fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
         let (n, h, d) = q.size3().expect("q is [N, H, D]");
         let outputs: Vec<Tensor> = self

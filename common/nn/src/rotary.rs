@@ -30,7 +30,6 @@ impl RotaryTable {
     ///
     /// # Shapes
     /// - positions: `[N]`, i64; returns cos and sin, each `[N, 1, D]` of type `kind`.
-    #[must_use]
     pub fn rows(&self, positions: &Tensor, kind: Kind) -> [Tensor; 2] {
         [&self.cos, &self.sin].map(|table| {
             let half = table.index_select(0, positions); // [N, D / 2]

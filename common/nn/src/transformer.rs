@@ -69,7 +69,7 @@ impl<M> Layer<M> {
         let mut next = || params.next().expect("a unit has the parameters that the manifest names");
         let mut projection = |has_bias: bool, next: &mut dyn FnMut() -> Tensor| Projection {
             weight: matrix(next()),
-            bias: has_bias.then(|| next()),
+            bias: has_bias.then(&mut *next),
         };
         Self {
             input_norm: next(),

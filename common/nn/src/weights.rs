@@ -53,7 +53,6 @@ impl Weights {
     }
 
     /// The flat tensor of a unit, `[padded_numel]`.
-    #[must_use]
     pub fn flat(&self, unit_idx: usize) -> &Tensor {
         &self.flats[unit_idx]
     }
@@ -65,7 +64,6 @@ impl Weights {
     }
 
     /// The embedding matrix, `[V, C]`.
-    #[must_use]
     pub fn embedding(&self) -> Tensor {
         self.views(0).remove(0)
     }

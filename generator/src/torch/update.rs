@@ -229,7 +229,7 @@ impl Worker {
         let swapped = self.runtime.block_on(self.engine.swap(weights, push.version))?;
         self.spare = Some(swapped.previous);
         let swap = swapped.stood_still;
-        tracing::info!(
+        tracing::debug!(
             version = push.version.0,
             receive_s = receive.as_secs_f64(),
             swap_s = swap.as_secs_f64(),

@@ -1,6 +1,7 @@
 //! Pushes over real Gloo groups: trainers as threads, generators as services in this process.
 
 use aha_nn::model_config::ModelConfig;
+use futures::future::try_join_all;
 use tch::Kind;
 use tonic::Status;
 
@@ -55,7 +56,7 @@ fn every_generator_serves_what_was_pushed() {
         let generators = generators(vec![Update::Take; num_generators]);
         let reports = with_publishers(num_trainers, TIMEOUT, &generators, |publisher, weights| {
             let mut publisher = publisher.unwrap();
-            let first = publisher.publish(&super::tests::weights(2, num_trainers), PolicyVersion(7)).unwrap();
+            let first = publisher.publish(&self::weights(2, num_trainers), PolicyVersion(7)).unwrap();
             let last = publisher.publish(weights, PolicyVersion(8)).unwrap();
             [first, last]
         });
@@ -79,21 +80,21 @@ fn check_fails(update: Update, timeout: Duration, expect: &str) {
     let messages = with_publishers(2, timeout, &generators, |publisher, weights| {
         publisher.unwrap().publish(weights, PolicyVersion(1)).unwrap_err().to_string()
     });
-    assert!(started.elapsed() < Duration::from_secs(15), "{:?}", started.elapsed());
+    assert!(started.elapsed() < 3 * timeout + Duration::from_secs(5), "{:?}", started.elapsed());
     let expect = format!("generator {} {expect}", generators[1].address);
     assert!(messages[0].contains("the push of v1 failed after") && messages[0].contains(&expect), "{}", messages[0]);
     assert!(!messages[1].is_empty());
 }
 
 #[test]
-fn a_generator_that_refuses_ends_the_push_at_once() {
-    let refusal = Status::failed_precondition("paused for repairs");
-    check_fails(Update::Refuse(refusal), TIMEOUT, "failed: ");
+fn a_generator_that_refuses_is_named() {
+    let refusal = Status::failed_precondition("no such group");
+    check_fails(Update::Refuse(refusal), Duration::from_secs(3), "failed: ");
 }
 
 #[test]
 fn a_generator_that_serves_something_else_is_named() {
-    check_fails(Update::AnswerVersion(5), TIMEOUT, "serves v5 after the push of v1");
+    check_fails(Update::AnswerVersion(5), Duration::from_secs(3), "serves v5 after the push of v1");
 }
 
 #[test]

@@ -91,7 +91,7 @@ impl PolicyObjective {
             let difference = reference - logprobs;
             let kl = difference.exp() - &difference - 1.0; // [M]
             kl_sum = kl.detach().sum(Kind::Double);
-            losses = losses + kl * self.beta;
+            losses += kl * self.beta;
         }
         let below = ratio.lt(1.0 - self.epsilon).logical_and(&advantages.lt(0.0));
         let above = ratio.gt(1.0 + self.epsilon_high).logical_and(&advantages.gt(0.0));

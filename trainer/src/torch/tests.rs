@@ -19,7 +19,7 @@ use super::objective::{Objective, PolicyObjective};
 use super::zero::{FullState, Zero};
 use crate::training_batch::Plan;
 
-const ADAMW: AdamW = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1 };
+const ADAMW: AdamW = AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1 };
 
 fn config(family: &str, tied: bool) -> ModelConfig {
     let raw = serde_json::json!({"model_type": family, "vocab_size": 29, "hidden_size": 16, "intermediate_size": 22,
@@ -165,7 +165,7 @@ fn reference_gradients(model: &ModelConfig, weights: &Weights, sequences: &[Trai
         let ratio = (&ours - old).exp();
         let surrogate = (&ratio * &advantages).minimum(&(ratio.clamp(0.8, 1.3) * &advantages));
         let kl = (&theirs - &ours).exp() - (theirs - &ours) - 1.0;
-        loss = loss + ((-surrogate + kl * 0.05) * stream(&sequence.weights)).sum(Kind::Double);
+        loss += ((-surrogate + kl * 0.05) * stream(&sequence.weights)).sum(Kind::Double);
     }
     let flat: Vec<Tensor> = leaves.into_iter().flatten().collect();
     let grads = Tensor::run_backward(&[&loss], &flat, false, false);

@@ -204,7 +204,10 @@ mod tests {
             let target = row["target"].as_u64().unwrap();
             let steps = row["steps"].as_array().unwrap();
             assert_eq!(steps.len() + 1, source.numbers);
-            assert!(steps.last().is_none_or(|step| step.as_str().unwrap().ends_with(&format!(" = {target}"))), "{row:?}");
+            assert!(
+                steps.last().is_none_or(|step| step.as_str().unwrap().ends_with(&format!(" = {target}"))),
+                "{row:?}"
+            );
             assert!((1..=u64::from(source.max_target)).contains(&target), "{row:?}");
             let nums = row["nums"].as_array().unwrap();
             assert_eq!(nums.len(), source.numbers);

@@ -1,0 +1,96 @@
+//! The calls of a push, each with its limit, and with an error that names the generator.
+
+use std::time::Duration;
+
+use aha_core::ids::PolicyVersion;
+use aha_nn::comm::ProcessGroup;
+use aha_proto::v1;
+use futures::stream::{FuturesUnordered, StreamExt};
+
+use super::PublishError;
+use crate::clients::{Client, describe, with_timeout};
+
+/// What the limit of a call has over the group's, and a generator's over ours: the one that knows more is to speak first.
+pub(super) const GRACE: Duration = Duration::from_secs(1);
+
+/// Refuses a generator whose weights are not laid out as `manifest_hash` says.
+pub(super) async fn check_model(client: &Client, manifest_hash: u64, timeout: Duration) -> Result<(), PublishError> {
+    let call = async { client.rpc().status(with_timeout(v1::StatusRequest {}, timeout + GRACE)).await };
+    let status = within(client, timeout, call).await?;
+    if status.manifest_hash != manifest_hash {
+        let problem = format!(
+            "has another model: its weights have manifest {:016x}, and the trainer's {manifest_hash:016x}; start it with \
+             the trainer's model.path",
+            status.manifest_hash
+        );
+        return Err(PublishError::generator(client, problem));
+    }
+    Ok(())
+}
+
+/// Asks a generator into the update group. Returns when all members are there.
+pub(super) async fn invite(
+    client: &Client,
+    message: v1::JoinUpdateGroupRequest,
+    timeout: Duration,
+) -> Result<(), PublishError> {
+    // A little longer than the group's own limit, whose message names every rank that is missing.
+    let limit = timeout + GRACE;
+    let call = async { client.rpc().join_update_group(with_timeout(message, limit + GRACE)).await };
+    within(client, limit, call).await.map(drop)
+}
+
+/// Tells all generators to receive. The first that fails closes the group, so that the others fail as well, and only one
+/// that hangs stays silent.
+pub(super) async fn update_all(
+    clients: &[Client],
+    message: &v1::UpdateWeightsRequest,
+    timeout: Duration,
+    group: &ProcessGroup,
+) -> Result<Vec<v1::UpdateWeightsResponse>, Vec<String>> {
+    let calls = clients.iter().map(|client| update(client, message.clone(), timeout));
+    let mut calls: FuturesUnordered<_> = calls.collect();
+    let (mut answers, mut failures) = (Vec::new(), Vec::new());
+    while let Some(answer) = calls.next().await {
+        match answer {
+            Ok(answer) => answers.push(answer),
+            Err(error) => {
+                tracing::error!("weight push: {error}");
+                group.abort(&error.to_string());
+                failures.push(error.to_string());
+            }
+        }
+    }
+    if failures.is_empty() { Ok(answers) } else { Err(failures) }
+}
+
+async fn update(
+    client: &Client,
+    message: v1::UpdateWeightsRequest,
+    timeout: Duration,
+) -> Result<v1::UpdateWeightsResponse, PublishError> {
+    let version = PolicyVersion(message.version);
+    // A little longer than the group's own limit, after which a generator that is alive says what it missed.
+    let limit = timeout + GRACE;
+    let call = async { client.rpc().update_weights(with_timeout(message, limit + GRACE)).await };
+    let answer = within(client, limit, call).await?;
+    if answer.version != version.0 {
+        let got = PolicyVersion(answer.version);
+        let problem = format!("serves {got} after the push of {version}");
+        return Err(PublishError::generator(client, problem));
+    }
+    Ok(answer)
+}
+
+async fn within<T>(
+    client: &Client,
+    limit: Duration,
+    call: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
+) -> Result<T, PublishError> {
+    let problem = match tokio::time::timeout(limit, call).await {
+        Ok(Ok(response)) => return Ok(response.into_inner()),
+        Ok(Err(status)) => format!("failed: {}", describe(&status)),
+        Err(_) => format!("has not answered for {:.1} s", limit.as_secs_f64()),
+    };
+    Err(PublishError::generator(client, problem))
+}

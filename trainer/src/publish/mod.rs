@@ -1,0 +1,253 @@
+//! The weight push: every trained version goes to all generators at once, by broadcasts in one process group.
+//!
+//! Ranks `0..W` of the update group are the trainers, `W..W+K` the generators. Each trainer broadcasts the units that it
+//! owns, in buckets, in the order of [`Manifest::buckets`], which all members compute alike. Trainer rank 0 makes the
+//! calls: it tells the generators to receive, with the hash of every unit, and hears from each which version it serves.
+
+mod calls;
+mod rendezvous;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use aha_core::config::RunConfig;
+use aha_core::ids::PolicyVersion;
+use aha_core::manifest::{Bucket, Manifest};
+use aha_nn::comm::{CommError, ProcessGroup, Store};
+use aha_nn::tensor_data;
+use aha_nn::weights::Weights;
+use aha_proto::v1;
+use serde::{Deserialize, Serialize};
+use tch::{Device, Tensor};
+use tokio::runtime::Runtime;
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::agreement::{Disagreement, agree};
+use crate::clients::{Client, seconds};
+use calls::update_all;
+use rendezvous::Terms;
+
+/// Largest bucket. Bounds the staging memory of a broadcast.
+const MAX_BUCKET_BYTES: usize = 256 << 20;
+
+/// A trainer's place in the update group.
+#[derive(Debug)]
+pub struct Publisher {
+    update_group: Arc<ProcessGroup>,
+    update_name: String,
+    /// The trainers alone: how a push ended is everybody's business.
+    outcome_group: ProcessGroup,
+    /// Serves the rendezvous from rank 0.
+    _store: Store,
+    clients: Vec<Client>,
+    runtime: Arc<Runtime>,
+    timeout: Duration,
+    buckets: Vec<Bucket>,
+    /// Takes what other trainers broadcast, which this one has already.
+    scratch: Tensor,
+}
+
+/// How a push went.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PushReport {
+    /// From the start until every generator serves the new version.
+    pub seconds: f64,
+    /// Size of the weights.
+    pub bytes: u64,
+    /// Time that the slowest generator took to receive and check them, in seconds.
+    pub receive_seconds: f64,
+    /// Longest time for which a generator's decoding stood still, in seconds.
+    pub swap_seconds: f64,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum PublishError {
+    #[error("there is no generator to publish to")]
+    NoGenerators,
+    #[error("generator {generator} {problem}")]
+    Generator { generator: String, problem: String },
+    #[error(
+        "the trainers and generators did not come together for weight pushes: {reason}; ranks from {num_trainers} on are \
+         the generators {generators:?}"
+    )]
+    Join { reason: String, num_trainers: usize, generators: Vec<String> },
+    #[error("the push of {version} failed after {:.1} s: {}", waited.as_secs_f64(), reasons.join("; "))]
+    Push { version: PolicyVersion, waited: Duration, reasons: Vec<String> },
+    #[error("rank {rank}: {reason}")]
+    Elsewhere { rank: usize, reason: String },
+    #[error(transparent)]
+    Comm(#[from] CommError),
+}
+
+/// Bounds of a push.
+#[derive(Debug, Clone, Copy)]
+struct Limits {
+    timeout: Duration,
+    bucket_bytes: usize,
+}
+
+/// What the calls of rank 0 found out, for the other ranks.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+struct Answers {
+    receive_seconds: f64,
+    swap_seconds: f64,
+}
+
+impl Publisher {
+    /// Makes the update group with the other trainers and the generators. Every rank of `trainers` calls this, with
+    /// weights of the same shapes and the generators in the same order.
+    ///
+    /// # Errors
+    /// Within `train.push_timeout_seconds`, names the generator that has another model or the members that did not come.
+    pub fn join(
+        trainers: &ProcessGroup,
+        weights: &Weights,
+        config: &RunConfig,
+        clients: &[Client],
+        runtime: Arc<Runtime>,
+    ) -> Result<Self, PublishError> {
+        let limits = Limits { timeout: seconds(config.train.push_timeout_seconds), bucket_bytes: MAX_BUCKET_BYTES };
+        Self::join_within(limits, trainers, weights, clients, runtime)
+    }
+
+    fn join_within(
+        limits: Limits,
+        trainers: &ProcessGroup,
+        weights: &Weights,
+        clients: &[Client],
+        runtime: Arc<Runtime>,
+    ) -> Result<Self, PublishError> {
+        let bucket_numel = limits.bucket_bytes / weights.kind().elt_size_in_bytes();
+        let terms = Terms {
+            timeout: limits.timeout,
+            manifest_hash: weights.manifest.hash(),
+            bucket_numel,
+            device: weights.device(),
+        };
+        let groups = rendezvous::meet(&terms, trainers, clients, &runtime)?;
+        let buckets = weights.manifest.buckets(trainers.size(), bucket_numel);
+        let longest = buckets.iter().map(|bucket| bucket.numel).max().unwrap_or(0);
+        let scratch_numel = if trainers.size() == 1 { 0 } else { longest };
+        let scratch = Tensor::zeros([scratch_numel as i64], (weights.kind(), weights.device()));
+        Ok(Self {
+            update_group: Arc::new(groups.update),
+            update_name: groups.update_name,
+            outcome_group: groups.outcome,
+            _store: groups.store,
+            clients: clients.to_vec(),
+            runtime,
+            timeout: limits.timeout,
+            buckets,
+            scratch,
+        })
+    }
+
+    /// Puts `weights` into all generators as `version`, and returns when every one of them serves it. All trainer ranks
+    /// call this with equal weights.
+    ///
+    /// # Errors
+    /// On all ranks alike, within about `train.push_timeout_seconds`, naming the generators that failed. The group is of
+    /// no use after that.
+    pub fn publish(&mut self, weights: &Weights, version: PolicyVersion) -> Result<PushReport, PublishError> {
+        let started = Instant::now();
+        let outcome = if self.update_group.rank() == 0 {
+            self.lead(weights, version)
+        } else {
+            self.broadcast(weights).map(|()| Vec::new()).map_err(|error| vec![error.to_string()])
+        };
+        let outcome = outcome.map_err(|reasons| PublishError::Push { version, waited: started.elapsed(), reasons });
+        let answers = agree(&self.outcome_group, outcome)?;
+        let answers: Answers = serde_json::from_slice(&answers[0])
+            .map_err(|error| PublishError::Elsewhere { rank: 0, reason: format!("unreadable report: {error}") })?;
+        Ok(PushReport {
+            seconds: started.elapsed().as_secs_f64(),
+            bytes: (weights.manifest.numel() * weights.kind().elt_size_in_bytes()) as u64,
+            receive_seconds: answers.receive_seconds,
+            swap_seconds: answers.swap_seconds,
+        })
+    }
+
+    /// Rank 0's part: calls the generators while it broadcasts. A generator that fails ends the broadcasts of all.
+    fn lead(&self, weights: &Weights, version: PolicyVersion) -> Result<Vec<u8>, Vec<String>> {
+        let message = v1::UpdateWeightsRequest {
+            group: self.update_name.clone(),
+            version: version.0,
+            unit_hashes: unit_hashes(weights),
+        };
+        let (clients, group, timeout) = (self.clients.clone(), Arc::clone(&self.update_group), self.timeout);
+        let calls = self.runtime.spawn(async move { update_all(&clients, &message, timeout, &group).await });
+        let sent = self.broadcast(weights);
+        if let Err(error) = &sent {
+            self.update_group.abort(&error.to_string());
+        }
+        let answers = self.runtime.block_on(calls).map_err(|error| vec![error.to_string()])?;
+        match (answers, sent) {
+            (Ok(answers), Ok(())) => {
+                let slowest =
+                    |seconds: fn(&v1::UpdateWeightsResponse) -> f64| answers.iter().map(seconds).fold(0.0, f64::max);
+                let answers = Answers {
+                    receive_seconds: slowest(|answer| answer.receive_seconds),
+                    swap_seconds: slowest(|answer| answer.swap_seconds),
+                };
+                serde_json::to_vec(&answers).map_err(|error| vec![error.to_string()])
+            }
+            (Ok(_), Err(error)) => Err(vec![error.to_string()]),
+            (Err(failures), Ok(())) => Err(failures),
+            (Err(failures), Err(error)) => Err([failures, vec![error.to_string()]].concat()),
+        }
+    }
+
+    /// Every member issues these collectives in this order: it follows from manifest, bucket size and number of trainers,
+    /// which are equal on all of them.
+    fn broadcast(&self, weights: &Weights) -> Result<(), CommError> {
+        for bucket in &self.buckets {
+            let numel = bucket.numel as i64;
+            let mut part = if bucket.owner == self.update_group.rank() {
+                weights.flat(bucket.unit_idx).narrow(0, bucket.offset as i64, numel)
+            } else {
+                self.scratch.narrow(0, 0, numel)
+            };
+            self.update_group.broadcast(&mut part, bucket.owner)?;
+        }
+        Ok(())
+    }
+}
+
+impl PublishError {
+    fn generator(client: &Client, problem: String) -> Self {
+        Self::Generator { generator: client.address().to_owned(), problem }
+    }
+
+    /// Tells who the ranks are that the group speaks of.
+    fn with_members(self, num_trainers: usize, clients: &[Client]) -> Self {
+        match self {
+            Self::Comm(error) => {
+                let generators = clients.iter().map(|client| client.address().to_owned()).collect();
+                Self::Join { reason: error.to_string(), num_trainers, generators }
+            }
+            other => other,
+        }
+    }
+}
+
+impl From<Disagreement<PublishError>> for PublishError {
+    fn from(disagreement: Disagreement<PublishError>) -> Self {
+        match disagreement {
+            Disagreement::Here(error) => error,
+            Disagreement::Elsewhere { rank, reason } => Self::Elsewhere { rank, reason },
+            Disagreement::Comm(error) => Self::Comm(error),
+        }
+    }
+}
+
+/// xxh3 of every unit's bytes, without padding.
+fn unit_hashes(weights: &Weights) -> Vec<u64> {
+    let Manifest { units } = &weights.manifest;
+    let hash = |(unit_idx, numel)| {
+        let flat: Tensor = weights.flat(unit_idx).narrow(0, 0, numel).to_device(Device::Cpu).contiguous();
+        xxh3_64(tensor_data::bytes(&flat))
+    };
+    units.iter().map(|unit| unit.numel() as i64).enumerate().map(hash).collect()
+}
