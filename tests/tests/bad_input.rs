@@ -76,7 +76,7 @@ fn data_that_does_not_fit() {
         (0..40).map(|n| format!("{{\"goal\": {n}, \"nums\": [1, {n}], \"solution\": \"1\"}}\n")).collect();
     std::fs::write(&path, rows).unwrap();
     let jsonl = ["data.source=jsonl", "data.path=rows.jsonl"];
-    check_sft(folder.path(), &jsonl, &["target", "goal", "rows.jsonl"]);
+    check_sft(folder.path(), &jsonl, &["\"target\"", "goal", "data.columns"]);
     check_sft(folder.path(), &["data.source=jsonl", "data.path=absent.jsonl"], &["absent.jsonl"]);
     check_sft(folder.path(), &["data.source=parquet", "data.path=rows.jsonl"], &["rows.jsonl"]);
     check_sft(folder.path(), &["data.max_prompt_length=3"], &["data.max_prompt_length", "3"]);

@@ -10,7 +10,7 @@ use super::RunConfig;
 pub enum ConfigError {
     #[error("cannot read the configuration {path}: {reason}", path = path.display())]
     Unreadable { path: PathBuf, reason: String },
-    #[error("--set {text:?} is not of the form section.key=value")]
+    #[error("{text:?} is not of the form section.key=value")]
     BadOverride { text: String },
     #[error("{count} problem(s) in {origin}:\n  - {list}", count = problems.len(), list = problems.join("\n  - "))]
     Invalid { origin: String, problems: Vec<String> },
@@ -31,13 +31,14 @@ pub fn load(
     if !path.is_file() {
         return Err(unreadable("no such file".to_owned()));
     }
-    let environment = environment.into_iter().filter(|(name, _)| name.starts_with("AHA__")).collect();
-    let mut builder =
-        config::Config::builder().add_source(config::File::from(path).format(config::FileFormat::Yaml)).add_source(
-            config::Environment::with_prefix("AHA").prefix_separator("__").separator("__").source(Some(environment)),
-        );
-    for text in overrides {
-        let (key, value) = parse_override(text)?;
+    let mut builder = config::Config::builder().add_source(config::File::from(path).format(config::FileFormat::Yaml));
+    // A variable is an override under another spelling; later overrides win.
+    let variables = environment.into_iter().filter_map(|(name, value)| {
+        let key = name.strip_prefix("AHA__")?.replace("__", ".");
+        Some(format!("{key}={value}"))
+    });
+    for text in variables.chain(overrides.iter().cloned()) {
+        let (key, value) = parse_override(&text)?;
         builder = builder.set_override(key, to_config_value(value)).map_err(|error| unreadable(error.to_string()))?;
     }
     let layered = builder.build().map_err(|error| unreadable(error.to_string()))?;

@@ -270,8 +270,8 @@ mod tests {
         assert_eq!(
             json!(rows.rows()),
             json!([
-                {"nums": [4, 13, 17], "target": 34, "solution": "4 + 17 + 13"},
-                {"nums": [12, 12, 8], "target": 18, "solution": "12 * 12 / 8"},
+                {"nums": [4, 13, 17], "target": 34, "solution": "4 + 17 + 13", "steps": ["17 + 13 = 30", "4 + 30 = 34"]},
+                {"nums": [12, 12, 8], "target": 18, "solution": "12 * 12 / 8", "steps": ["12 * 12 = 144", "144 / 8 = 18"]},
             ])
         );
     }
