@@ -99,7 +99,7 @@ fn train_step(
         groups.iter().flat_map(|group| &group.completions).map(|completion| completion.logprobs.as_slice()).collect();
     step_metrics(session.group(), &output, &sampled, &mut metrics)?;
     metrics.set("learning_rate", session.adamw(step).lr);
-    metrics.set("policy/lag", 0.0);
+    metrics.set("policy/lag", lag(&groups, step));
     metrics.set("weights/swap_seconds", push.swap_seconds);
     finish_metrics(&mut metrics, &clock, &groups);
     if let Some(loggers) = &mut session.loggers {
@@ -172,6 +172,13 @@ fn objective(config: &RunConfig) -> Objective {
         epsilon_high: f64::from(train.epsilon_high.unwrap_or(train.epsilon)),
         beta: f64::from(train.beta),
     })
+}
+
+/// Versions between the oldest token of the step and the policy that trains on it.
+fn lag(groups: &[Group], step: u64) -> f64 {
+    let completions = groups.iter().flat_map(|group| &group.completions);
+    let oldest = completions.flat_map(|completion| &completion.spans).map(|span| span.version.0).min();
+    oldest.map_or(0.0, |oldest| step.saturating_sub(oldest) as f64)
 }
 
 fn records(groups: &[Group], batch: &TrainingBatch, config: &RunConfig) -> Vec<CompletionRecord> {

@@ -15,18 +15,12 @@ const ANSWER_COLUMNS: [&str; 2] = ["solution", "steps"];
 /// takes lists of numbers sorted, so that a Countdown puzzle with its numbers in another order is the same puzzle.
 #[must_use]
 pub fn is_held_out(row: &Row, fraction: f64) -> bool {
-    // The upper 53 bits are a double in [0, 1) exactly.
-    let position = (question_hash(row) >> 11) as f64 / (1_u64 << 53) as f64;
-    position < fraction
-}
-
-/// The same for rows that ask the same question, as [`is_held_out`] understands it.
-#[must_use]
-pub fn question_hash(row: &Row) -> u64 {
     let mut text = String::new();
     let columns: Vec<_> = row.iter().filter(|(name, _)| !ANSWER_COLUMNS.contains(&name.as_str())).collect();
     write_object(columns, &mut text);
-    xxh3_64(text.as_bytes())
+    // The upper 53 bits are a double in [0, 1) exactly.
+    let position = (xxh3_64(text.as_bytes()) >> 11) as f64 / (1_u64 << 53) as f64;
+    position < fraction
 }
 
 /// Fisher-Yates.
