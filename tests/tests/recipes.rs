@@ -1,5 +1,4 @@
 //! Every recipe in configs/ is read and validated.
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use aha_core::config;
 use aha_tests::golden::workspace;
