@@ -75,10 +75,11 @@ fn data_that_does_not_fit() {
     let rows: String =
         (0..40).map(|n| format!("{{\"goal\": {n}, \"nums\": [1, {n}], \"solution\": \"1\"}}\n")).collect();
     std::fs::write(&path, rows).unwrap();
-    let jsonl = ["data.source=jsonl", "data.path=rows.jsonl"];
+    let jsonl = ["data.source=file", "data.path=rows.jsonl"];
     check_sft(folder.path(), &jsonl, &["\"target\"", "goal", "data.columns"]);
-    check_sft(folder.path(), &["data.source=jsonl", "data.path=absent.jsonl"], &["absent.jsonl"]);
-    check_sft(folder.path(), &["data.source=parquet", "data.path=rows.jsonl"], &["rows.jsonl"]);
+    check_sft(folder.path(), &["data.source=file", "data.path=absent.jsonl"], &["absent.jsonl"]);
+    std::fs::copy(&path, folder.path().join("rows.parquet")).unwrap();
+    check_sft(folder.path(), &["data.source=file", "data.path=rows.parquet"], &["rows.parquet"]);
     check_sft(folder.path(), &["data.max_prompt_length=3"], &["data.max_prompt_length", "3"]);
     std::fs::write(&path, "{\"target\": 1, \"nums\": [1]}\nnot json\n").unwrap();
     check_sft(folder.path(), &jsonl, &["rows.jsonl:2"]);

@@ -280,7 +280,7 @@ fn dataset(config: &RunConfig) -> Result<Dataset, PromptsError> {
             };
             Ok(source.generate()?)
         }
-        DataSource::Jsonl | DataSource::Parquet => {
+        DataSource::File => {
             let path = data.path.as_deref().ok_or(PromptsError::NoPath)?;
             Ok(Dataset::load(path, &data.columns)?)
         }

@@ -43,7 +43,7 @@ impl Fixture {
 
         let mut config = RunConfig::default();
         config.model.path = folder.path().to_owned();
-        config.data.source = DataSource::Jsonl;
+        config.data.source = DataSource::File;
         config.data.path = Some(folder.path().join("rows.jsonl"));
         config.data.held_out = 0.3;
         config.data.prompt.chat = false;

@@ -82,7 +82,7 @@ pub enum DeviceKind {
 #[serde(default)]
 pub struct Data {
     pub source: DataSource,
-    /// The file of a `jsonl` or `parquet` source.
+    /// The file or folder of a `file` source.
     pub path: Option<PathBuf>,
     /// Our column name to the data set's, where they differ.
     pub columns: std::collections::BTreeMap<String, String>,
@@ -101,9 +101,8 @@ pub enum DataSource {
     /// Seeded Countdown puzzles, made on the spot and solvable by construction.
     #[default]
     Countdown,
-    /// A file with one JSON object a line.
-    Jsonl,
-    Parquet,
+    /// `.jsonl` or `.parquet`, a file or a folder of them.
+    File,
 }
 
 /// Shape of the built-in Countdown puzzles.

@@ -38,9 +38,7 @@ impl RunConfig {
     fn check_data(&self, problems: &mut Problems) {
         let data = &self.data;
         let needs_path = data.source != DataSource::Countdown;
-        problems.unless(!needs_path || data.path.is_some(), || {
-            format!("data.path: missing; a {:?} source reads a file", data.source).to_lowercase()
-        });
+        problems.unless(!needs_path || data.path.is_some(), || "data.path: missing; a file source reads it".to_owned());
         problems.unless((0.0..1.0).contains(&data.held_out), || {
             format!("data.held_out: must be in [0, 1), got {}", data.held_out)
         });
