@@ -80,7 +80,12 @@ fn data_that_does_not_fit() {
     check_sft(folder.path(), &["data.source=file", "data.path=absent.jsonl"], &["absent.jsonl"]);
     std::fs::copy(&path, folder.path().join("rows.parquet")).unwrap();
     check_sft(folder.path(), &["data.source=file", "data.path=rows.parquet"], &["rows.parquet"]);
-    check_sft(folder.path(), &["data.max_prompt_length=3"], &["data.max_prompt_length", "3"]);
+    let nowhere = "generator.addresses=['127.0.0.1:9']";
+    check_refused(
+        folder.path(),
+        &["trainer", "run.yaml", "--set", nowhere, "--set", "data.max_prompt_length=3"],
+        &["data.max_prompt_length", "3"],
+    );
     std::fs::write(&path, "{\"target\": 1, \"nums\": [1]}\nnot json\n").unwrap();
     check_sft(folder.path(), &jsonl, &["rows.jsonl:2"]);
 }

@@ -129,7 +129,10 @@ fn a_lost_generator_ends_the_run_and_is_named() {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    wait_until("the first step", || folder.join("runs/small/completions/step_000001.jsonl").is_file());
+    wait_until("the first step", || {
+        assert!(child.try_wait().unwrap().is_none(), "the launch ended before the first step");
+        folder.join("runs/small/completions/step_000001.jsonl").is_file()
+    });
     let generator = processes_in(&folder)
         .into_iter()
         .find(|pid| {

@@ -15,6 +15,9 @@ use crate::commands::ConfigArgs;
 use role::{Role, RoleKind};
 use supervisor::Supervisor;
 
+/// Where roles listen.
+const PORTS: std::ops::Range<u16> = 20_000..30_000;
+
 /// Run trainer ranks and generators on this machine: one process each, stopped together.
 #[derive(Debug, clap::Args)]
 #[command(
@@ -38,8 +41,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     }
     let config = config_args.load()?;
     let num_trainers = num_trainers(&config)?;
-    let addresses: Vec<String> = (0..config.launch.generators).map(|_| free_address()).collect::<Result<_>>()?;
-    let master = free_address()?;
+    let mut addresses = free_addresses(config.launch.generators + 1)?;
+    let master = addresses.pop().context("a launch has a port for its ranks to meet at")?;
     let listed = format!("generator.addresses={}", serde_json::to_string(&addresses)?);
 
     let mut roles = Vec::new();
@@ -84,8 +87,17 @@ fn num_trainers(config: &RunConfig) -> Result<usize> {
     Ok(num_gpus - config.launch.generators)
 }
 
-/// A loopback address that was free a moment ago.
-fn free_address() -> Result<String> {
-    let listener = TcpListener::bind("127.0.0.1:0").context("finding a free port")?;
-    Ok(listener.local_addr().context("finding a free port")?.to_string())
+/// Loopback addresses that were free a moment ago.
+///
+/// They lie below the range that the system takes ports of outgoing connections from, which could otherwise take one
+/// before its role listens, and start at a place of this process's own, away from those of other launches.
+fn free_addresses(count: usize) -> Result<Vec<String>> {
+    let first = PORTS.start + (std::process::id() as u16).wrapping_mul(97) % (PORTS.end - PORTS.start);
+    let ports = (first..PORTS.end).chain(PORTS.start..first);
+    let free = ports.filter(|&port| TcpListener::bind(("127.0.0.1", port)).is_ok());
+    let addresses: Vec<String> = free.take(count).map(|port| format!("127.0.0.1:{port}")).collect();
+    if addresses.len() < count {
+        bail!("found no {count} free ports from {} to {}", PORTS.start, PORTS.end);
+    }
+    Ok(addresses)
 }

@@ -138,7 +138,8 @@ fn the_debts_of_a_dead_generator_go_to_another() {
         .map(|request| request.sample_indices)
         .filter(|indices| indices.len() == 3)
         .collect();
-    assert_eq!(asked_again, [[1, 2, 3], [1, 2, 3], [1, 2, 3]]);
+    // How many prompts each has depends on how fast the other is.
+    assert_eq!(asked_again, vec![[1, 2, 3]; dying.requests().len()]);
 }
 
 #[test]
