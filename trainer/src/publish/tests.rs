@@ -107,9 +107,10 @@ fn a_generator_that_never_joins_is_named_at_the_deadline() {
     let generators = generators([Update::Take, Update::NeverJoin]);
     let timeout = Duration::from_secs(2);
     let messages = with_publishers(2, timeout, &generators, |publisher, _| publisher.unwrap_err().to_string());
-    let expect = ["rank [3] did not come within 2.0 s", "ranks from 2 on are the generators", &generators[1].address];
-    for expect in expect {
-        assert!(messages.iter().all(|message| message.contains(expect)), "no {expect:?} in: {messages:?}");
+    assert!(messages.iter().all(|message| message.contains("rank [3] did not come within 2.0 s")), "{messages:?}");
+    // Rank 0 may hear of it first from the generator that did join, which does not know the other's address.
+    for expect in ["ranks from 2 on are the generators", &generators[1].address] {
+        assert!(messages.iter().any(|message| message.contains(expect)), "no {expect:?} in: {messages:?}");
     }
 }
 
