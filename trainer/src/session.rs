@@ -38,6 +38,8 @@ pub struct Session {
     /// Only rank 0 writes.
     pub loggers: Option<Loggers>,
     pub started: Instant,
+    /// Rank 0 serves it: the others may still be reading from it when this rank has joined.
+    _store: Option<Store>,
 }
 
 impl Session {
@@ -55,7 +57,7 @@ impl Session {
             prompts.check_run()?;
         }
 
-        let group = join(config, world, device)?;
+        let (group, store) = join(config, world, device)?;
         let run_dir = RunDir::open(config, &group)?;
         let checkpoint = checkpoint::latest(&run_dir, &group)?;
         let weights = initial_weights(config, &model_config, checkpoint.as_ref(), (world.size, device))?;
@@ -74,7 +76,17 @@ impl Session {
         let options = learner_options(config, objective);
         let learner = Learner::new(model_config, options, zero, reference);
         let loggers = if world.rank == 0 { Some(loggers(config, &run_dir, step)?) } else { None };
-        Ok(Self { config: config.clone(), world: world.clone(), run_dir, prompts, learner, step, loggers, started })
+        Ok(Self {
+            config: config.clone(),
+            world: world.clone(),
+            run_dir,
+            prompts,
+            learner,
+            step,
+            loggers,
+            started,
+            _store: store,
+        })
     }
 
     pub fn group(&self) -> &ProcessGroup {
@@ -143,9 +155,9 @@ fn num_threads(config: &RunConfig, world: &World) -> NonZeroUsize {
     NonZeroUsize::new(threads).unwrap_or(NonZeroUsize::MIN)
 }
 
-fn join(config: &RunConfig, world: &World, device: Device) -> Result<ProcessGroup> {
+fn join(config: &RunConfig, world: &World, device: Device) -> Result<(ProcessGroup, Option<Store>)> {
     if world.size == 1 {
-        return Ok(ProcessGroup::solo("trainers", device));
+        return Ok((ProcessGroup::solo("trainers", device), None));
     }
     let timeout = Duration::from_secs_f64(config.train.collective_timeout_seconds);
     let (host, port) = (&world.master_addr, world.master_port);
@@ -157,7 +169,7 @@ fn join(config: &RunConfig, world: &World, device: Device) -> Result<ProcessGrou
     };
     let address = Address::Host(world.own_address());
     let spec = GroupSpec { name: "trainers".to_owned(), rank: world.rank, size: world.size, timeout, address };
-    Ok(ProcessGroup::new(backend, &store, &spec)?)
+    Ok((ProcessGroup::new(backend, &store, &spec)?, Some(store)))
 }
 
 fn initial_weights(
