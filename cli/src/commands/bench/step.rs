@@ -104,7 +104,7 @@ fn config(args: &Args, folder: &Path, address: &str) -> Result<RunConfig> {
     config.rollout.max_completion_length = args.new_tokens;
     config.rollout.min_completion_length = args.new_tokens;
     config.train.max_steps = args.steps;
-    config.train.save_steps = u64::MAX;
+    config.train.save_steps = args.steps;
     config.train.beta = args.beta;
     config.generator.addresses = vec![address.to_owned()];
     config.logging.num_completions_to_print = 0;
