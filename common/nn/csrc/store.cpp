@@ -21,6 +21,11 @@ c10d::TCPStoreOptions options(uint16_t port, int64_t timeout_ms) {
   return options;
 }
 
+// c10d's flight recorder notes every collective in one table for the whole process, into which the first collective of
+// a group is entered without a lock: two groups that start at once crash. It is read from the environment, which is
+// safe to set only here, before main, where there is one thread. Setting TORCH_FR_BUFFER_SIZE brings the recorder back.
+[[maybe_unused]] const int flight_recorder_off = setenv("TORCH_FR_BUFFER_SIZE", "0", /*overwrite=*/0);
+
 // c10d logs, with stack traces, what it also throws and we report. TORCH_CPP_LOG_LEVEL brings its log back.
 void silence_log() {
   if (std::getenv("TORCH_CPP_LOG_LEVEL") == nullptr) {
