@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use aha_core::chat_template::{ChatTemplate, ChatTemplateError};
 use aha_core::config::{DataSource, PromptTemplate, RunConfig, Sft};
-use aha_core::dataset::{CountdownError, CountdownSource, Dataset, DatasetError, SplitMix64, is_held_out};
+use aha_core::dataset::{CountdownError, CountdownSource, Dataset, DatasetError, SplitMix64, is_held_out, question_id};
 use aha_core::ids::{PromptId, TokenId};
 use aha_core::prompt::{PromptBuilder, PromptError};
 use aha_core::random::derive_seed;
@@ -99,9 +99,9 @@ impl PromptSource {
         check_columns(&dataset, config)?;
         let (mut held_out, train): (Vec<_>, Vec<_>) =
             (0..dataset.len()).partition(|&row| is_held_out(&dataset.rows()[row], config.data.held_out));
-        // A prompt that comes up twice would count twice. One that cannot be made is reported when it is asked for.
+        // A question that comes up twice would count twice.
         let mut asked = HashSet::new();
-        held_out.retain(|&row| builder.render(&dataset.rows()[row]).map_or(true, |prompt| asked.insert(prompt)));
+        held_out.retain(|&row| asked.insert(question_id(&dataset.rows()[row])));
         if train.is_empty() {
             return Err(PromptsError::NoTrainRows { held_out: config.data.held_out, num_rows: dataset.len() });
         }

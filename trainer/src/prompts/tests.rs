@@ -185,6 +185,14 @@ fn countdown_puzzles_are_a_source_of_their_own() {
     let source = fixture.load().unwrap();
     source.check_run().unwrap();
     assert_eq!(source.train.len() + source.held_out.len(), 40);
+    // Every held-out puzzle is asked once, in one order of its numbers.
+    fixture.config.data.countdown.size = 2000;
+    fixture.config.data.countdown.numbers = 2;
+    fixture.config.data.countdown.max_number = 5;
+    let source = fixture.load().unwrap();
+    let puzzles: BTreeSet<_> = source.held_out.iter().map(|&row| question_id(&source.dataset.rows()[row])).collect();
+    assert_eq!(source.held_out.len(), puzzles.len());
+    assert!((1..50).contains(&puzzles.len()), "{}", puzzles.len());
     fixture.config.data.countdown.max_target = 0;
     assert!(fixture.refusal().starts_with("data.countdown: found no puzzle"));
 }

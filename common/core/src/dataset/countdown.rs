@@ -2,18 +2,26 @@
 //!
 //! A puzzle is made backwards, from a random expression over random numbers, so every one has a solution. The columns
 //! are those of Jiayi-Pan/Countdown-Tasks-3to4, `target` and `nums`, and the expression as `solution` with the list of its
-//! worked `steps`.
+//! worked `steps`. `tries` is what a player of little patience writes down: expressions at random until one reaches the
+//! target or the player gives up.
 
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Dataset, Row, SplitMix64};
+use crate::random::derive_seed;
 
 /// Most numbers of a puzzle.
 const MAX_NUMBERS: usize = 8;
 
-/// Tries at one puzzle. Ordinary settings need a few; settings that need this many allow next to none.
-const MAX_TRIES: usize = 100_000;
+/// Draws for one puzzle. Ordinary settings need a few; settings that need this many allow next to none.
+const MAX_DRAWS: usize = 100_000;
+
+/// Most tries of a player.
+const MAX_TRIES: usize = 5;
+
+/// Names the tries among the purposes that the seed is used for.
+const TRIES: u64 = 0x5452_4945;
 
 /// A family of puzzles. Equal settings make equal puzzles on every platform.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,23 +50,28 @@ pub enum CountdownError {
     #[error("operations must be some of \"+-*/\", got {0:?}")]
     Operations(String),
     #[error(
-        "found no puzzle with {numbers} numbers from {min} to {max} whose target is 1 to {max_target} in {MAX_TRIES} tries; \
+        "found no puzzle with {numbers} numbers from {min} to {max} whose target is 1 to {max_target} in {MAX_DRAWS} draws; \
          raise max_target or allow more operations"
     )]
     NoPuzzle { numbers: usize, min: u32, max: u32, max_target: u32 },
 }
 
 impl CountdownSource {
-    /// Makes the puzzles, with columns `nums`, `target`, `solution` and `steps`. All intermediate results of a solution are
-    /// whole numbers above 0. The same puzzle can come up twice.
+    /// Makes the puzzles, with columns `nums`, `target`, `solution`, `steps` and `tries`. All intermediate results are whole
+    /// numbers above 0. A try has `steps` and `expression`, and `hits` says whether it reaches the target; only the last
+    /// one can. The same puzzle can come up twice.
     ///
     /// # Errors
     /// Settings that no puzzle satisfies.
     pub fn generate(&self) -> Result<Dataset, CountdownError> {
         let operations = self.validated_operations()?;
         let mut random = SplitMix64::new(self.seed);
-        let rows = (0..self.size).map(|_| self.puzzle(&operations, &mut random)).collect::<Result<_, _>>()?;
-        Ok(Dataset::new(rows))
+        let rows = (0..self.size).map(|index| {
+            // A stream of their own, so that the puzzles are the same without them.
+            let mut player = SplitMix64::new(derive_seed(self.seed, &[TRIES, index as u64]));
+            self.puzzle(&operations, &mut random, &mut player)
+        });
+        Ok(Dataset::new(rows.collect::<Result<_, _>>()?))
     }
 
     fn validated_operations(&self) -> Result<Vec<Operation>, CountdownError> {
@@ -74,9 +87,14 @@ impl CountdownSource {
             .ok_or_else(|| CountdownError::Operations(self.operations.clone()))
     }
 
-    fn puzzle(&self, operations: &[Operation], random: &mut SplitMix64) -> Result<Row, CountdownError> {
+    fn puzzle(
+        &self,
+        operations: &[Operation],
+        random: &mut SplitMix64,
+        player: &mut SplitMix64,
+    ) -> Result<Row, CountdownError> {
         let choices = u64::from(self.max_number - self.min_number) + 1;
-        for _ in 0..MAX_TRIES {
+        for _ in 0..MAX_DRAWS {
             let nums: Vec<u64> =
                 (0..self.numbers).map(|_| u64::from(self.min_number) + random.below(choices)).collect();
             let Some(solution) = random_expression(&nums, operations, random) else { continue };
@@ -86,6 +104,7 @@ impl CountdownSource {
                     ("target".to_owned(), json!(solution.value)),
                     ("solution".to_owned(), json!(solution.text)),
                     ("steps".to_owned(), json!(solution.steps)),
+                    ("tries".to_owned(), tries(&nums, solution.value, operations, player)),
                 ];
                 return Ok(columns.into_iter().collect());
             }
@@ -106,6 +125,24 @@ fn random_expression(nums: &[u64], operations: &[Operation], random: &mut SplitM
         parts.push(Expression::join(left, operation, right)?);
     }
     parts.pop()
+}
+
+/// Random expressions, no result twice, until one is `target` or the player gives up, as after three of four misses.
+fn tries(nums: &[u64], target: u64, operations: &[Operation], random: &mut SplitMix64) -> Value {
+    let mut tries: Vec<Expression> = Vec::new();
+    for _ in 0..MAX_DRAWS {
+        let Some(attempt) = random_expression(nums, operations, random) else { continue };
+        if tries.iter().any(|earlier| earlier.value == attempt.value) {
+            continue;
+        }
+        let hits = attempt.value == target;
+        tries.push(attempt);
+        if hits || tries.len() == MAX_TRIES || random.below(4) != 0 {
+            break;
+        }
+    }
+    let columns = |attempt: Expression| json!({"steps": attempt.steps, "expression": attempt.text, "hits": attempt.value == target});
+    tries.into_iter().map(columns).collect()
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -227,6 +264,39 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_player_tries_until_a_hit_or_gives_up() {
+        let rows =
+            CountdownSource { size: 4000, numbers: 3, operations: "+-".to_owned(), ..source() }.generate().unwrap();
+        let (mut misses, mut gave_up) = (0, 0);
+        for row in rows.rows() {
+            let tries = row["tries"].as_array().unwrap();
+            assert!((1..=MAX_TRIES).contains(&tries.len()), "{row:?}");
+            let mut results = std::collections::HashSet::new();
+            for (index, attempt) in tries.iter().enumerate() {
+                let last_step = attempt["steps"].as_array().unwrap().last().unwrap().as_str().unwrap();
+                let (_, result) = last_step.split_once(" = ").unwrap();
+                assert!(results.insert(result.to_owned()), "{row:?}");
+                let columns = Row::from_iter([
+                    ("nums".to_owned(), row["nums"].clone()),
+                    ("target".to_owned(), json!(result.parse::<u64>().unwrap())),
+                ]);
+                let answer = format!("<answer>{}</answer>", attempt["expression"].as_str().unwrap());
+                assert_eq!(RewardFunction::Equation.score(&answer, &columns), Outcome::Score(1.0), "{row:?}");
+                let hits = row["target"].to_string() == result;
+                assert_eq!(attempt["hits"], json!(hits), "{row:?}");
+                let last = index + 1 == tries.len();
+                assert!(last || !hits, "{row:?}");
+                if !hits && index + 1 < MAX_TRIES {
+                    misses += 1;
+                    gave_up += i32::from(last);
+                }
+            }
+        }
+        let share = f64::from(gave_up) / f64::from(misses);
+        assert!((share - 0.75).abs() < 0.03, "{share}");
+    }
+
     /// `left` and `right` are `a operation b`, or a number where the operation is a space.
     #[track_caller]
     fn check_joined(left: char, operation: char, right: char, expect: &str) {
@@ -267,8 +337,14 @@ mod tests {
     #[test]
     fn puzzles_are_fixed_for_ever() {
         let rows = CountdownSource { size: 2, numbers: 3, max_number: 20, ..source() }.generate().unwrap();
+        let mut rows = rows.rows().to_vec();
+        let tries: Vec<_> = rows.iter_mut().map(|row| row.remove("tries").unwrap()).collect();
         assert_eq!(
-            json!(rows.rows()),
+            tries[0],
+            json!([{"steps": ["17 - 13 = 4", "4 + 4 = 8"], "expression": "4 + 17 - 13", "hits": false}])
+        );
+        assert_eq!(
+            json!(rows),
             json!([
                 {"nums": [4, 13, 17], "target": 34, "solution": "4 + 17 + 13", "steps": ["17 + 13 = 30", "4 + 30 = 34"]},
                 {"nums": [12, 12, 8], "target": 18, "solution": "12 * 12 / 8", "steps": ["12 * 12 = 144", "144 / 8 = 18"]},

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 pub use countdown::{CountdownError, CountdownSource};
-pub use split::is_held_out;
+pub use split::{is_held_out, question_id};
 pub use splitmix::SplitMix64;
 
 use crate::nearest::hint;

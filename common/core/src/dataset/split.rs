@@ -6,20 +6,26 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::{Row, SplitMix64};
 
 /// What a row's solver wrote, not what it asks: two rows that differ in these alone are the same question.
-const ANSWER_COLUMNS: [&str; 2] = ["solution", "steps"];
+const ANSWER_COLUMNS: [&str; 3] = ["solution", "steps", "tries"];
 
-/// Whether a row belongs to the `fraction` of all questions that is never trained on.
+/// Identifies the question that a row asks: equal questions have equal ids, on every machine and in any order.
 ///
-/// A function of the row alone, the same on every machine, in every order and beside any other rows. Equal questions
-/// fall on the same side: the hash (xxh3, of the row as JSON with sorted keys) leaves out `solution` and `steps`, and
-/// takes lists of numbers sorted, so that a Countdown puzzle with its numbers in another order is the same puzzle.
+/// The xxh3 of the row as JSON with sorted keys, without `solution`, `steps` and `tries`, and with lists of numbers sorted, so that
+/// a Countdown puzzle with its numbers in another order is the same question.
 #[must_use]
-pub fn is_held_out(row: &Row, fraction: f64) -> bool {
+pub fn question_id(row: &Row) -> u64 {
     let mut text = String::new();
     let columns: Vec<_> = row.iter().filter(|(name, _)| !ANSWER_COLUMNS.contains(&name.as_str())).collect();
     write_object(columns, &mut text);
+    xxh3_64(text.as_bytes())
+}
+
+/// Whether a row belongs to the `fraction` of all questions that is never trained on: a function of its [`question_id`]
+/// alone, so equal questions fall on the same side.
+#[must_use]
+pub fn is_held_out(row: &Row, fraction: f64) -> bool {
     // The upper 53 bits are a double in [0, 1) exactly.
-    let position = (xxh3_64(text.as_bytes()) >> 11) as f64 / (1_u64 << 53) as f64;
+    let position = (question_id(row) >> 11) as f64 / (1_u64 << 53) as f64;
     position < fraction
 }
 
