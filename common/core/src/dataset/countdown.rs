@@ -277,13 +277,12 @@ mod tests {
                 let last_step = attempt["steps"].as_array().unwrap().last().unwrap().as_str().unwrap();
                 let (_, result) = last_step.split_once(" = ").unwrap();
                 assert!(results.insert(result.to_owned()), "{row:?}");
-                let columns = Row::from_iter([
-                    ("nums".to_owned(), row["nums"].clone()),
-                    ("target".to_owned(), json!(result.parse::<u64>().unwrap())),
-                ]);
+                let result = json!(result.parse::<u64>().unwrap());
+                let columns =
+                    Row::from_iter([("nums".to_owned(), row["nums"].clone()), ("target".to_owned(), result.clone())]);
                 let answer = format!("<answer>{}</answer>", attempt["expression"].as_str().unwrap());
                 assert_eq!(RewardFunction::Equation.score(&answer, &columns), Outcome::Score(1.0), "{row:?}");
-                let hits = row["target"].to_string() == result;
+                let hits = row["target"] == result;
                 assert_eq!(attempt["hits"], json!(hits), "{row:?}");
                 let last = index + 1 == tries.len();
                 assert!(last || !hits, "{row:?}");
