@@ -10,8 +10,8 @@ const ANSWER_COLUMNS: [&str; 3] = ["solution", "steps", "tries"];
 
 /// Identifies the question that a row asks: equal questions have equal ids, on every machine and in any order.
 ///
-/// The xxh3 of the row as JSON with sorted keys, without `solution`, `steps` and `tries`, and with lists of numbers sorted, so that
-/// a Countdown puzzle with its numbers in another order is the same question.
+/// The xxh3 of the row as JSON with sorted keys, without `solution`, `steps` and `tries`, and with lists of numbers
+/// sorted, so that a Countdown puzzle with its numbers in another order is the same question.
 #[must_use]
 pub fn question_id(row: &Row) -> u64 {
     let mut text = String::new();
