@@ -3,12 +3,12 @@
 //! A puzzle is made backwards, from a random expression over random numbers, so every one has a solution. The columns
 //! are those of Jiayi-Pan/Countdown-Tasks-3to4, `target` and `nums`, and the expression as `solution` with the list of its
 //! worked `steps`. `tries` is what a player of little patience writes down: expressions at random until one reaches the
-//! target or the player gives up.
+//! target or the player gives up, perhaps before the first.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{Dataset, Row, SplitMix64};
+use super::{Dataset, SplitMix64};
 use crate::random::derive_seed;
 
 /// Most numbers of a puzzle.
@@ -59,7 +59,7 @@ pub enum CountdownError {
 impl CountdownSource {
     /// Makes the puzzles, with columns `nums`, `target`, `solution`, `steps` and `tries`. All intermediate results are whole
     /// numbers above 0. A try has `steps` and `expression`, and `hits` says whether it reaches the target; only the last
-    /// one can. The same puzzle can come up twice.
+    /// one can, and there may be none. The same puzzle can come up twice.
     ///
     /// # Errors
     /// Settings that no puzzle satisfies.
@@ -67,9 +67,18 @@ impl CountdownSource {
         let operations = self.validated_operations()?;
         let mut random = SplitMix64::new(self.seed);
         let rows = (0..self.size).map(|index| {
+            let (nums, solution) = self.puzzle(&operations, &mut random)?;
             // A stream of their own, so that the puzzles are the same without them.
             let mut player = SplitMix64::new(derive_seed(self.seed, &[TRIES, index as u64]));
-            self.puzzle(&operations, &mut random, &mut player)
+            let tries = tries(&nums, solution.value, &operations, &mut player);
+            let columns = [
+                ("nums", json!(nums)),
+                ("target", json!(solution.value)),
+                ("solution", json!(solution.text)),
+                ("steps", json!(solution.steps)),
+                ("tries", tries),
+            ];
+            Ok(columns.into_iter().map(|(name, value)| (name.to_owned(), value)).collect())
         });
         Ok(Dataset::new(rows.collect::<Result<_, _>>()?))
     }
@@ -91,22 +100,14 @@ impl CountdownSource {
         &self,
         operations: &[Operation],
         random: &mut SplitMix64,
-        player: &mut SplitMix64,
-    ) -> Result<Row, CountdownError> {
+    ) -> Result<(Vec<u64>, Expression), CountdownError> {
         let choices = u64::from(self.max_number - self.min_number) + 1;
         for _ in 0..MAX_DRAWS {
             let nums: Vec<u64> =
                 (0..self.numbers).map(|_| u64::from(self.min_number) + random.below(choices)).collect();
             let Some(solution) = random_expression(&nums, operations, random) else { continue };
             if solution.value <= u64::from(self.max_target) {
-                let columns = [
-                    ("nums".to_owned(), json!(nums)),
-                    ("target".to_owned(), json!(solution.value)),
-                    ("solution".to_owned(), json!(solution.text)),
-                    ("steps".to_owned(), json!(solution.steps)),
-                    ("tries".to_owned(), tries(&nums, solution.value, operations, player)),
-                ];
-                return Ok(columns.into_iter().collect());
+                return Ok((nums, solution));
             }
         }
         let Self { numbers, min_number: min, max_number: max, max_target, .. } = *self;
@@ -127,18 +128,17 @@ fn random_expression(nums: &[u64], operations: &[Operation], random: &mut SplitM
     parts.pop()
 }
 
-/// Random expressions, no result twice, until one is `target` or the player gives up, as after three of four misses.
+/// Random expressions, no result twice, until one is `target` or the player gives up, as before two tries of five.
 fn tries(nums: &[u64], target: u64, operations: &[Operation], random: &mut SplitMix64) -> Value {
+    let patience = (0..MAX_TRIES).take_while(|_| random.below(5) >= 2).count();
     let mut tries: Vec<Expression> = Vec::new();
     for _ in 0..MAX_DRAWS {
-        let Some(attempt) = random_expression(nums, operations, random) else { continue };
-        if tries.iter().any(|earlier| earlier.value == attempt.value) {
-            continue;
-        }
-        let hits = attempt.value == target;
-        tries.push(attempt);
-        if hits || tries.len() == MAX_TRIES || random.below(4) != 0 {
+        if tries.len() == patience || tries.last().is_some_and(|last| last.value == target) {
             break;
+        }
+        let Some(attempt) = random_expression(nums, operations, random) else { continue };
+        if tries.iter().all(|earlier| earlier.value != attempt.value) {
+            tries.push(attempt);
         }
     }
     let columns = |attempt: Expression| json!({"steps": attempt.steps, "expression": attempt.text, "hits": attempt.value == target});
@@ -218,6 +218,7 @@ impl Expression {
 
 #[cfg(test)]
 mod tests {
+    use crate::dataset::Row;
     use crate::reward::{Outcome, RewardFunction};
 
     use super::*;
@@ -268,10 +269,10 @@ mod tests {
     fn a_player_tries_until_a_hit_or_gives_up() {
         let rows =
             CountdownSource { size: 4000, numbers: 3, operations: "+-".to_owned(), ..source() }.generate().unwrap();
-        let (mut misses, mut gave_up) = (0, 0);
+        let (mut decisions, mut gave_up) = (0, 0);
         for row in rows.rows() {
             let tries = row["tries"].as_array().unwrap();
-            assert!((1..=MAX_TRIES).contains(&tries.len()), "{row:?}");
+            assert!(tries.len() <= MAX_TRIES, "{row:?}");
             let mut results = std::collections::HashSet::new();
             for (index, attempt) in tries.iter().enumerate() {
                 let last_step = attempt["steps"].as_array().unwrap().last().unwrap().as_str().unwrap();
@@ -284,16 +285,14 @@ mod tests {
                 assert_eq!(RewardFunction::Equation.score(&answer, &columns), Outcome::Score(1.0), "{row:?}");
                 let hits = row["target"] == result;
                 assert_eq!(attempt["hits"], json!(hits), "{row:?}");
-                let last = index + 1 == tries.len();
-                assert!(last || !hits, "{row:?}");
-                if !hits && index + 1 < MAX_TRIES {
-                    misses += 1;
-                    gave_up += i32::from(last);
-                }
+                assert!(index + 1 == tries.len() || !hits, "{row:?}");
             }
+            let gives_up = tries.len() < MAX_TRIES && tries.last().is_none_or(|last| last["hits"] == false);
+            decisions += tries.len() + usize::from(gives_up);
+            gave_up += usize::from(gives_up);
         }
-        let share = f64::from(gave_up) / f64::from(misses);
-        assert!((share - 0.75).abs() < 0.03, "{share}");
+        let share = gave_up as f64 / decisions as f64;
+        assert!((share - 0.4).abs() < 0.03, "{share}");
     }
 
     /// `left` and `right` are `a operation b`, or a number where the operation is a space.
@@ -338,10 +337,9 @@ mod tests {
         let rows = CountdownSource { size: 2, numbers: 3, max_number: 20, ..source() }.generate().unwrap();
         let mut rows = rows.rows().to_vec();
         let tries: Vec<_> = rows.iter_mut().map(|row| row.remove("tries").unwrap()).collect();
-        assert_eq!(
-            tries[0],
-            json!([{"steps": ["17 - 13 = 4", "4 + 4 = 8"], "expression": "4 + 17 - 13", "hits": false}])
-        );
+        let expressions: Vec<_> = tries[0].as_array().unwrap().iter().map(|attempt| &attempt["expression"]).collect();
+        let expect = ["17 + 13 * 4", "17 * (4 + 13)", "(13 - 4) * 17", "4 * (17 + 13)", "(4 + 17) * 13"];
+        assert_eq!(expressions, expect);
         assert_eq!(
             json!(rows),
             json!([
