@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use aha_core::config::{self, DeviceKind, Dtype, RunConfig};
+use aha_core::config::{self, DeviceKind, Dtype, Quantization, RunConfig};
 use aha_core::ids::PolicyVersion;
 use aha_core::tokenizer::Tokenizer;
 use aha_nn::kernels::cpu::Pool;
@@ -46,6 +46,7 @@ pub(crate) struct Instance {
     pub manifest_hash: u64,
     /// Type of the weights that trainers of this model push.
     pub push_kind: Kind,
+    pub quantization: Quantization,
 }
 
 impl Instance {
@@ -67,7 +68,7 @@ impl Instance {
         } else {
             load_weights(&model.path, &config, 1, Kind::Float, Device::Cpu)?
         };
-        let weights = ServingWeights::new(&config, &weights, &pool);
+        let weights = ServingWeights::new(&config, &weights, generator.quantization, &pool);
         let (cache, max_model_len) = sizes(&config, generator)?;
         let engine_config = EngineConfig {
             block_size: cache.block_size,
@@ -91,6 +92,7 @@ impl Instance {
             limits: Limits { vocab_size: config.vocab_size, max_model_len },
             manifest_hash: config.manifest().hash(),
             config,
+            quantization: generator.quantization,
             push_kind: if model.dtype == Dtype::Bfloat16 { Kind::BFloat16 } else { Kind::Float },
         })
     }

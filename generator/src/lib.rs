@@ -17,6 +17,7 @@ mod testing;
 mod tests;
 pub mod torch;
 
+pub use engine::StepTimes;
 pub use error::GeneratorError;
 pub use instance::GeneratorOptions;
 pub use local::LocalGenerator;

@@ -57,7 +57,8 @@ impl GeneratorServer {
     pub(crate) fn over(instance: Instance, incoming: TcpIncoming) -> anyhow::Result<Self> {
         let address = incoming.local_addr().context("asking for the address that was taken")?;
         let engine = instance.engine.clone();
-        let receiver = WeightReceiver::start(&instance.config, instance.push_kind, engine.clone(), Handle::current())?;
+        let Instance { config, push_kind, quantization, .. } = &instance;
+        let receiver = WeightReceiver::start(config, *push_kind, *quantization, engine.clone(), Handle::current())?;
         Ok(Self { incoming, address, engine, service: Service::new(instance, receiver) })
     }
 

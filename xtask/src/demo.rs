@@ -1,4 +1,4 @@
-//! `cargo xtask demo`: from nothing to a policy that plays Countdown; and `bench`, which builds the same binary.
+//! `cargo xtask demo`: from nothing to a policy that plays Countdown.
 
 use std::fs;
 use std::os::unix::process::CommandExt;
@@ -60,18 +60,6 @@ pub(crate) fn run(workspace: &Workspace, fresh: bool) -> anyhow::Result<Status> 
     eprintln!("==> reinforcement learning (Ctrl-C stops it, `cargo xtask demo` goes on)");
     // Taking over this process leaves nothing in between: signals and exit code are those of `aha launch`.
     let error = workspace.command(&aha).args(["launch", CONFIG]).exec();
-    Err(error).with_context(|| format!("cannot start {}", aha.display()))
-}
-
-/// `aha bench ARGS` of the release profile.
-pub(crate) fn bench(workspace: &Workspace, args: &[String]) -> anyhow::Result<Status> {
-    libtorch::setup(workspace, None, false)?;
-    let build = run_stage("build", &mut build_command(workspace))?;
-    if build.status != Status::Success {
-        return Ok(build.status);
-    }
-    let aha = workspace.release_binary()?;
-    let error = workspace.command(&aha).arg("bench").args(args).exec();
     Err(error).with_context(|| format!("cannot start {}", aha.display()))
 }
 

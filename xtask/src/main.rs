@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stderr, reason = "a command line tool that reports to the person in front of it")]
 
+mod bench;
 mod checks;
 mod demo;
 mod libtorch;
@@ -15,6 +16,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::bench::Bench;
 use crate::process::Status;
 use crate::workspace::Workspace;
 
@@ -45,12 +47,9 @@ enum Task {
         #[arg(long)]
         fresh: bool,
     },
-    /// Build for speed and pass the arguments on to `aha bench`, as in `cargo xtask bench decode --help`
-    #[command(disable_help_flag = true)]
-    Bench {
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
-        args: Vec<String>,
-    },
+    /// Build for speed and measure: `decode` beside transformers, anything else as `aha bench` does
+    #[command(subcommand)]
+    Bench(Bench),
     /// Install the Python frameworks that aha is measured against into .peers/, and SmolLM2-135M into models/
     Peers {
         /// Make the Python environment somewhere else than .peers/
@@ -76,7 +75,7 @@ fn run(task: Task) -> anyhow::Result<Status> {
         Task::Setup { force, dir } => libtorch::setup(&workspace, dir.as_deref(), force).map(|()| Status::Success),
         Task::Test => checks::run(&workspace),
         Task::Demo { fresh } => demo::run(&workspace, fresh),
-        Task::Bench { args } => demo::bench(&workspace, &args),
+        Task::Bench(bench) => bench::run(&workspace, &bench),
         Task::Peers { dir } => peers::install(&workspace, dir.as_deref()).map(|()| Status::Success),
     }
 }
@@ -94,7 +93,7 @@ mod tests {
 
     #[test]
     fn bench_passes_flags_on() {
-        let cli = Cli::try_parse_from(["xtask", "bench", "decode", "--help", "--batch", "32"]).unwrap();
-        assert!(matches!(cli.task, Task::Bench { args } if args == ["decode", "--help", "--batch", "32"]));
+        let cli = Cli::try_parse_from(["xtask", "bench", "step", "--help", "--group", "8"]).unwrap();
+        assert!(matches!(cli.task, Task::Bench(Bench::Other(args)) if args == ["step", "--help", "--group", "8"]));
     }
 }

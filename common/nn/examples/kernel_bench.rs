@@ -2,8 +2,8 @@
 #![expect(clippy::print_stdout, reason = "printing is its purpose")]
 
 use aha_nn::kernels::cpu::{
-    Isa, KvCache, KvLayout, PackedMatrix, Pool, PoolError, Rows, SamplingParams, SequenceSpan, paged_attention,
-    sample_row,
+    Isa, KvCache, KvLayout, PackedMatrix, Pool, PoolError, QuantizedMatrix, Rows, SamplingParams, SequenceSpan,
+    paged_attention, sample_row,
 };
 use std::time::Instant;
 
@@ -17,6 +17,7 @@ fn main() -> Result<(), PoolError> {
         println!("== {isa:?}, {num_threads} threads");
         pool.install(|| {
             gemm(&pool);
+            streamed(&pool);
             attention(&pool);
             sampling(&pool);
         });
@@ -37,6 +38,27 @@ fn gemm(pool: &Pool) {
         }
         let seconds = best_seconds(|| packed.repack(pool, &[&weight]));
         println!("{k:6} {n:6}  pack {:10.1} {:9} {:8.1}", seconds * 1e6, "", 2.0 * gigabytes(k * n) / seconds);
+    }
+}
+
+/// Weights that come from memory, as those of a model do at every step of decoding.
+fn streamed(pool: &Pool) {
+    let (k, n, num_matrices) = (576, 1536, 100);
+    let weights: Vec<Vec<f32>> = (0..num_matrices).map(|_| numbers(k * n)).collect();
+    let exact: Vec<_> = weights.iter().map(|weight| PackedMatrix::pack(pool, &[weight], k)).collect();
+    let int8: Vec<_> = weights.iter().map(|weight| QuantizedMatrix::pack(pool, &[weight], k)).collect();
+    println!("{num_matrices} weights of {k} to {n}: fp32 us, GFLOP/s, GB/s; int8 us, GOP/s, GB/s");
+    for m in [1, 2, 4, 8, 12, 16, 24, 32, 64] {
+        let (x, mut out) = (numbers(m * k), vec![0.0; m * n]);
+        let exact = best_seconds(|| exact.iter().for_each(|weight| weight.gemm(pool, &x, None, &mut out)));
+        let int8 = best_seconds(|| int8.iter().for_each(|weight| weight.gemm(pool, &x, None, &mut out)));
+        print!("{m:5}");
+        for (seconds, bytes) in [(exact, 4.0), (int8, 1.0)] {
+            let seconds = seconds / f64::from(num_matrices);
+            let gops = (2 * m * k * n) as f64 / seconds * 1e-9;
+            print!(" {:10.1} {gops:9.1} {:8.1}", seconds * 1e6, bytes / 4.0 * gigabytes(k * n) / seconds);
+        }
+        println!();
     }
 }
 

@@ -35,8 +35,17 @@ impl PackedBatch {
     }
 }
 
+impl PackedBatch {
+    /// `[N, heads * D]` or `[N, heads, D]` as the latter.
+    fn heads(&self, x: &Tensor) -> Tensor {
+        let head_dim = self.cos.size().last().copied().unwrap_or(1);
+        x.view([self.tokens.size()[0], -1, head_dim])
+    }
+}
+
 impl Ops for PackedBatch {
     type Matrix = Tensor;
+    type Rows = Tensor;
 
     fn embed(&self, weight: &Tensor) -> Tensor {
         Tensor::embedding(weight, &self.tokens, -1, false, false) // [N, C]
@@ -46,21 +55,31 @@ impl Ops for PackedBatch {
         x.rms_norm(weight.size(), Some(weight), Some(eps))
     }
 
-    fn linear(&self, x: &Tensor, projection: &Projection<Tensor>) -> Tensor {
-        x.linear(&projection.weight, projection.bias.as_ref())
+    fn head_norm(&self, x: Tensor, weight: &Tensor, eps: f64) -> Tensor {
+        self.rms_norm(&self.heads(&x), weight, eps)
+    }
+
+    fn linear<const P: usize>(&self, x: &Tensor, projections: [&Projection<Tensor>; P]) -> [Tensor; P] {
+        projections.map(|projection| x.linear(&projection.weight, projection.bias.as_ref()))
+    }
+
+    fn add_linear(&self, residual: Tensor, x: &Tensor, projection: &Projection<Tensor>) -> Tensor {
+        let [delta] = self.linear(x, [projection]);
+        residual + delta
     }
 
     fn rope(&self, x: Tensor) -> Tensor {
+        let x = self.heads(&x);
         let halves = x.chunk(2, -1);
         let rotated = Tensor::cat(&[-&halves[1], halves[0].shallow_clone()], -1); // [N, H, D]
         x * &self.cos + rotated * &self.sin
     }
 
     fn attention(&self, _layer_idx: usize, [q, k, v]: [Tensor; 3]) -> Tensor {
-        self.attention.forward(&q, &k, &v)
+        self.attention.forward(&q, &k, &self.heads(&v))
     }
 
-    fn silu_mul(&self, gate: Tensor, up: Tensor) -> Tensor {
+    fn silu_mul(&self, [gate, up]: [Tensor; 2]) -> Tensor {
         gate.silu() * up
     }
 }

@@ -15,7 +15,7 @@ pub fn hidden_states(config: &ModelConfig, weights: &Weights, batch: &PackedBatc
         let mut x = batch.embed(&weights.embedding()); // [N, C]
         for layer_idx in 0..config.num_layers {
             let layer = Layer::new(config, weights.views(1 + layer_idx), |weight| weight);
-            x = layer.forward(batch, config, layer_idx, &x);
+            x = layer.forward(batch, config, layer_idx, x);
         }
         let head = Head::new(weights.views(1 + config.num_layers), |weight| weight);
         batch.rms_norm(&x, &head.norm, config.rms_norm_eps)

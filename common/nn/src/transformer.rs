@@ -13,27 +13,35 @@ use crate::model_config::{Family, ModelConfig};
 pub trait Ops {
     /// A projection's weight as this side stores it.
     type Matrix;
+    /// Numbers of every token of the batch, `[N, width]`.
+    type Rows;
 
     /// Rows of `weight: [V, C]` for the batch's tokens. Returns `[N, C]`.
-    fn embed(&self, weight: &Tensor) -> Tensor;
+    fn embed(&self, weight: &Tensor) -> Self::Rows;
 
-    /// `x / rms(x) * weight` over the last dimension (arXiv 1910.07467). Same shape as `x`.
-    fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f64) -> Tensor;
+    /// `x / rms(x) * weight` over each row (arXiv 1910.07467). Same shape as `x`.
+    fn rms_norm(&self, x: &Self::Rows, weight: &Tensor, eps: f64) -> Self::Rows;
 
-    /// `x: [N, in]` times the transpose of a weight `[out, in]`, plus a bias `[out]`. Returns `[N, out]`.
-    fn linear(&self, x: &Tensor, projection: &Projection<Self::Matrix>) -> Tensor;
+    /// As [`Ops::rms_norm`], over each head of a row: `weight` is `[D]`, `x` is `[N, heads * D]`.
+    fn head_norm(&self, x: Self::Rows, weight: &Tensor, eps: f64) -> Self::Rows;
 
-    /// Rotates each head by its token's position (arXiv 2104.09864, halves as in Hugging Face). `[N, H, D]`.
-    fn rope(&self, x: Tensor) -> Tensor;
+    /// Projections of the same `x: [N, in]`, which a side may compute as one product. Returns each `[N, out]`.
+    fn linear<const P: usize>(&self, x: &Self::Rows, projections: [&Projection<Self::Matrix>; P]) -> [Self::Rows; P];
+
+    /// `residual + projection(x)`, `[N, out]`.
+    fn add_linear(&self, residual: Self::Rows, x: &Self::Rows, projection: &Projection<Self::Matrix>) -> Self::Rows;
+
+    /// Rotates each head by its token's position (arXiv 2104.09864, halves as in Hugging Face). `[N, heads * D]`.
+    fn rope(&self, x: Self::Rows) -> Self::Rows;
 
     /// Causal attention of each token within its own sequence.
     ///
     /// # Shapes
-    /// - q: `[N, H, D]`, k and v: `[N, K, D]`; returns `[N, H * D]`.
-    fn attention(&self, layer_idx: usize, qkv: [Tensor; 3]) -> Tensor;
+    /// - q: `[N, H * D]`, k and v: `[N, K * D]`; returns `[N, H * D]`.
+    fn attention(&self, layer_idx: usize, qkv: [Self::Rows; 3]) -> Self::Rows;
 
-    /// `silu(gate) * up`, `[N, F]`.
-    fn silu_mul(&self, gate: Tensor, up: Tensor) -> Tensor;
+    /// `silu(gate) * up`, `[N, F]`, of two projections of the same rows.
+    fn silu_mul(&self, gate_up: [Self::Rows; 2]) -> Self::Rows;
 }
 
 /// `y = x W^T + b`.
@@ -87,32 +95,19 @@ impl<M> Layer<M> {
 
     /// # Shapes
     /// - x: `[N, C]`; returns `[N, C]`.
-    pub fn forward<O: Ops<Matrix = M>>(&self, ops: &O, config: &ModelConfig, layer_idx: usize, x: &Tensor) -> Tensor {
-        let hidden = ops.rms_norm(x, &self.input_norm, config.rms_norm_eps);
-        let x = x + self.attention(ops, config, layer_idx, &hidden);
-        let hidden = ops.rms_norm(&x, &self.post_attention_norm, config.rms_norm_eps);
-        let gated = ops.silu_mul(ops.linear(&hidden, &self.gate), ops.linear(&hidden, &self.up)); // [N, F]
-        x + ops.linear(&gated, &self.down)
-    }
-
-    fn attention<O: Ops<Matrix = M>>(
-        &self,
-        ops: &O,
-        config: &ModelConfig,
-        layer_idx: usize,
-        hidden: &Tensor,
-    ) -> Tensor {
-        let heads = |projection: &Projection<M>, num_heads: usize| {
-            ops.linear(hidden, projection).view([-1, num_heads as i64, config.head_dim as i64]) // [N, heads, D]
-        };
-        let mut q = heads(&self.q, config.num_heads);
-        let mut k = heads(&self.k, config.num_kv_heads);
-        let v = heads(&self.v, config.num_kv_heads);
+    pub fn forward<O: Ops<Matrix = M>>(&self, ops: &O, config: &ModelConfig, layer_idx: usize, x: O::Rows) -> O::Rows {
+        let eps = config.rms_norm_eps;
+        let hidden = ops.rms_norm(&x, &self.input_norm, eps);
+        let [mut q, mut k, v] = ops.linear(&hidden, [&self.q, &self.k, &self.v]);
         if let Some([q_norm, k_norm]) = &self.qk_norms {
-            q = ops.rms_norm(&q, q_norm, config.rms_norm_eps);
-            k = ops.rms_norm(&k, k_norm, config.rms_norm_eps);
+            q = ops.head_norm(q, q_norm, eps);
+            k = ops.head_norm(k, k_norm, eps);
         }
-        ops.linear(&ops.attention(layer_idx, [ops.rope(q), ops.rope(k), v]), &self.output)
+        let attended = ops.attention(layer_idx, [ops.rope(q), ops.rope(k), v]); // [N, H * D]
+        let x = ops.add_linear(x, &attended, &self.output);
+        let hidden = ops.rms_norm(&x, &self.post_attention_norm, eps);
+        let gated = ops.silu_mul(ops.linear(&hidden, [&self.gate, &self.up])); // [N, F]
+        ops.add_linear(x, &gated, &self.down)
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use aha_core::ids::TokenId;
 
 use super::block_manager::{BlockCopy, BlockId};
+use super::stats::StepTimes;
 
 /// The work of one step. Items are in no relation to each other: the result of one depends on its own tokens and on
 /// the keys and values under its own block table.
@@ -68,6 +69,9 @@ pub trait Runner {
     /// # Errors
     /// Any error is final: the engine ends with it.
     fn score(&mut self, tokens: &[TokenId], block_table: &[BlockId]) -> anyhow::Result<Vec<f32>>;
+
+    /// Where the time of its steps went: all but scheduling.
+    fn times(&self) -> StepTimes;
 
     /// Puts weights in place, between two steps, and gives back those that served: memory for the next push.
     fn swap(&mut self, staged: Self::Staged) -> Self::Staged;

@@ -23,5 +23,5 @@ pub use block_manager::{BlockCopy, BlockId};
 pub use config::{BadEngineConfig, EngineConfig};
 pub use handle::{EngineError, EngineHandle, EngineHealth, Scored, Swapped};
 pub use request::{Refusal, Request, RequestKey, TokenEvent};
-pub use stats::{Activity, Counters, EngineStatus};
+pub use stats::{Activity, Counters, EngineStatus, StepTimes};
 pub use thread::{EngineThread, spawn};

@@ -1,5 +1,8 @@
 //! What the engine says of itself.
 
+use std::ops::Sub;
+use std::time::Duration;
+
 use aha_core::ids::PolicyVersion;
 
 /// A moment of the engine.
@@ -19,6 +22,7 @@ pub struct EngineStatus {
     /// Longest sequence that is taken, in tokens.
     pub max_model_len: usize,
     pub counters: Counters,
+    pub times: StepTimes,
 }
 
 /// Whether the engine takes steps.
@@ -43,4 +47,30 @@ pub struct Counters {
     pub generation_tokens: u64,
     /// Of those, dropped because a stop string had been completed before them.
     pub dropped_tokens: u64,
+}
+
+/// Where the time of the steps went since the start. What is missing to the whole are small operations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct StepTimes {
+    /// Matrix products.
+    pub gemm: Duration,
+    /// Attention, with writing keys and values.
+    pub attention: Duration,
+    /// From logits to tokens.
+    pub sampling: Duration,
+    /// Choosing what a step computes, and taking note of what came out.
+    pub scheduling: Duration,
+}
+
+impl Sub for StepTimes {
+    type Output = Self;
+
+    fn sub(self, earlier: Self) -> Self {
+        Self {
+            gemm: self.gemm - earlier.gemm,
+            attention: self.attention - earlier.attention,
+            sampling: self.sampling - earlier.sampling,
+            scheduling: self.scheduling - earlier.scheduling,
+        }
+    }
 }

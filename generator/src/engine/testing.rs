@@ -12,6 +12,7 @@ use super::block_manager::{BlockCopy, BlockId};
 use super::config::EngineConfig;
 use super::request::RequestKey;
 use super::sequence::Task;
+use super::stats::StepTimes;
 
 pub(super) const EOS: TokenId = 1;
 const VOCAB_SIZE: u64 = 40;
@@ -252,6 +253,10 @@ impl Runner for FakeRunner {
         let num_scored = tokens.len() - 1;
         self.run_item(&BatchItem { tokens, start: 0, block_table, choose: None });
         Ok((1..=num_scored).map(|index| -(index as f32)).collect())
+    }
+
+    fn times(&self) -> StepTimes {
+        StepTimes::default()
     }
 
     fn swap(&mut self, staged: u64) -> u64 {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use aha_core::ids::{PolicyVersion, PromptId, TokenId};
 use anyhow::{Context, anyhow};
@@ -20,7 +20,7 @@ use super::handle::{COMMAND_CAPACITY, Command, EngineError, EngineHandle, Engine
 use super::request::{Refusal, Request, RequestKey, TokenEvent};
 use super::scheduler::{Output, Scheduler};
 use super::sequence::Task;
-use super::stats::{Activity, EngineStatus};
+use super::stats::{Activity, EngineStatus, StepTimes};
 
 /// Starts an engine thread, which makes its own runner with `build`; returns when that is done.
 ///
@@ -80,6 +80,8 @@ pub(super) struct Engine<R> {
     runner: R,
     clients: BTreeMap<RequestKey, Client>,
     activity: Activity,
+    /// Time spent on scheduling.
+    scheduling: Duration,
 }
 
 /// Whoever waits for a request.
@@ -93,7 +95,14 @@ struct Client {
 impl<R: Runner> Engine<R> {
     pub(super) fn new(config: EngineConfig, runner: R) -> Self {
         let scheduler = Scheduler::new(config.clone());
-        Self { config, scheduler, runner, clients: BTreeMap::new(), activity: Activity::Serving }
+        Self {
+            config,
+            scheduler,
+            runner,
+            clients: BTreeMap::new(),
+            activity: Activity::Serving,
+            scheduling: Duration::ZERO,
+        }
     }
 
     /// Takes steps and obeys commands until told to stop, or until nobody is left to tell.
@@ -111,11 +120,15 @@ impl<R: Runner> Engine<R> {
 
     /// One step: schedule, run, complete, emit.
     pub(super) fn step(&mut self) -> anyhow::Result<()> {
+        let scheduled = Instant::now();
         let step = self.scheduler.schedule();
         anyhow::ensure!(!step.batch.items.is_empty(), "no sequence in flight can be scheduled: {:?}", self.status());
+        self.scheduling += scheduled.elapsed();
         let sampled = self.runner.run(&step.batch).context("compute an engine step")?;
+        let ran = Instant::now();
         let outputs = self.scheduler.complete(&step, &sampled)?;
         self.emit(outputs);
+        self.scheduling += ran.elapsed();
         Ok(())
     }
 
@@ -321,6 +334,7 @@ impl<R: Runner> Engine<R> {
             block_size: self.config.block_size,
             max_model_len: self.config.max_model_len,
             counters: self.scheduler.counters(),
+            times: StepTimes { scheduling: self.scheduling, ..self.runner.times() },
         }
     }
 }

@@ -16,7 +16,7 @@ use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
 use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
 
 use super::*;
-use crate::engine::{self, BlockId, EngineConfig, Runner, Sampled, StepBatch};
+use crate::engine::{self, BlockId, EngineConfig, Runner, Sampled, StepBatch, StepTimes};
 use crate::instance::Instance;
 use crate::outputs::Outputs;
 use crate::request::Limits;
@@ -139,6 +139,10 @@ impl Runner for BrokenRunner {
         anyhow::bail!("the device is gone")
     }
 
+    fn times(&self) -> StepTimes {
+        StepTimes::default()
+    }
+
     fn swap(&mut self, staged: ServingWeights) -> ServingWeights {
         staged
     }
@@ -195,6 +199,7 @@ fn broken_instance() -> Instance {
         limits: Limits { vocab_size: config.vocab_size, max_model_len: 64 },
         manifest_hash: config.manifest().hash(),
         config,
+        quantization: aha_core::config::Quantization::None,
         push_kind: Kind::Float,
     }
 }

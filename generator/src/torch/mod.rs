@@ -1,5 +1,7 @@
 //! Everything of the generator that touches tensors.
 
+mod arena;
+mod matrix;
 mod model_runner;
 mod paged_ops;
 #[cfg(test)]

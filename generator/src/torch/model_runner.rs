@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use aha_core::ids::TokenId;
 use aha_nn::kernels::cpu::{
@@ -10,13 +11,14 @@ use aha_nn::kernels::cpu::{
 use aha_nn::logprob::chunk_rows;
 use aha_nn::model_config::ModelConfig;
 use aha_nn::rotary::RotaryTable;
-use aha_nn::tensor_data::{f32_slice, f32_slice_mut};
+use aha_nn::tensor_data::f32_slice;
 use anyhow::{Context, ensure};
-use tch::{Device, Tensor};
+use tch::Device;
 
-use super::paged_ops::{PagedOps, PagedRows};
+use super::arena::Arena;
+use super::paged_ops::{Clock, PagedOps, PagedRows};
 use super::weights::ServingWeights;
-use crate::engine::{BlockId, Choose, Runner, Sampled, StepBatch};
+use crate::engine::{BlockId, Choose, Runner, Sampled, StepBatch, StepTimes};
 
 /// How much memory keys and values get.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,6 +38,8 @@ pub struct CpuRunner {
     layout: KvLayout,
     /// One a layer; none while the cache's memory is given back.
     caches: Vec<KvCache>,
+    arena: Arena,
+    times: StepTimes,
 }
 
 impl CacheSize {
@@ -65,6 +69,8 @@ impl CpuRunner {
             rotary: RotaryTable::new(config, max_model_len, Device::Cpu),
             layout,
             caches: new_caches(layout, config.num_layers),
+            arena: Arena::default(),
+            times: StepTimes::default(),
         }
     }
 
@@ -83,11 +89,20 @@ impl CpuRunner {
         let ops = self.ops(rows)?;
         let hidden = ops.hidden_states();
         let mut sampled = Vec::with_capacity(chosen.len());
+        let mut sampling = Duration::ZERO;
         for chosen in chosen.chunks(chunk_rows(ops.config.vocab_size as i64) as usize) {
             let selected: Vec<usize> = chosen.iter().map(|(row, _)| *row).collect();
             let mut logits = ops.logits(&hidden, &selected);
-            sampled.extend(sample(ops.pool, &mut logits, chosen)?);
+            let start = Instant::now();
+            sampled.extend(sample(ops.pool, ops.config.vocab_size, &mut logits.data_mut(), chosen)?);
+            sampling += start.elapsed();
         }
+        let Clock { gemm, attention } = &ops.clock;
+        let (gemm, attention) = (gemm.get(), attention.get());
+        drop((hidden, ops));
+        self.times.gemm += gemm;
+        self.times.attention += attention;
+        self.times.sampling += sampling;
         Ok(sampled)
     }
 
@@ -102,7 +117,7 @@ impl CpuRunner {
         let predicting: Vec<usize> = (0..tokens.len() - 1).collect();
         for selected in predicting.chunks(chunk_rows(vocab_size as i64) as usize) {
             let logits = ops.logits(&hidden, selected);
-            for (logits, &row) in f32_slice(&logits).chunks_exact(vocab_size).zip(selected) {
+            for (logits, &row) in logits.data().chunks_exact(vocab_size).zip(selected) {
                 let target = tokens[row + 1];
                 logprobs.push(log_softmax_at(ops.pool, logits, target).with_context(|| format!("token {}", row + 1))?);
             }
@@ -112,9 +127,9 @@ impl CpuRunner {
 
     fn ops<'a>(&'a mut self, rows: PagedRows<'a>) -> anyhow::Result<PagedOps<'a>> {
         ensure!(!self.caches.is_empty(), "the cache's memory is given back, and no step can run before it is restored");
-        let Self { pool, config, weights, rotary, caches, .. } = self;
+        let Self { pool, config, weights, rotary, caches, arena, .. } = self;
         let rope = RopeTables { cos: f32_slice(&rotary.cos), sin: f32_slice(&rotary.sin), head_dim: config.head_dim };
-        Ok(PagedOps { pool, config, weights, rope, caches: RefCell::new(caches), rows })
+        Ok(PagedOps { pool, config, weights, rope, caches: RefCell::new(caches), arena, clock: Clock::default(), rows })
     }
 }
 
@@ -130,6 +145,10 @@ impl Runner for CpuRunner {
     fn score(&mut self, tokens: &[TokenId], block_table: &[BlockId]) -> anyhow::Result<Vec<f32>> {
         let pool = Arc::clone(&self.pool);
         pool.install(|| tch::no_grad(|| self.score_tokens(tokens, block_table)))
+    }
+
+    fn times(&self) -> StepTimes {
+        self.times
     }
 
     fn swap(&mut self, staged: ServingWeights) -> ServingWeights {
@@ -159,9 +178,12 @@ fn raw_blocks(table: &[BlockId]) -> Vec<u32> {
 }
 
 /// Chooses a token for each row of `logits: [M, V]`.
-fn sample(pool: &Pool, logits: &mut Tensor, chosen: &[(usize, &Choose)]) -> anyhow::Result<Vec<Sampled>> {
-    let vocab_size = logits.size()[1] as usize;
-    let logits = f32_slice_mut(logits);
+fn sample(
+    pool: &Pool,
+    vocab_size: usize,
+    logits: &mut [f32],
+    chosen: &[(usize, &Choose)],
+) -> anyhow::Result<Vec<Sampled>> {
     let mut requests = Vec::with_capacity(chosen.len());
     for (logits, (_, choose)) in logits.chunks_exact_mut(vocab_size).zip(chosen) {
         for &token in choose.suppress.iter() {

@@ -2,18 +2,18 @@
 //!
 //! fp32 throughout, and batch-invariant: a row's result does not depend on which rows are computed with it.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
+use std::time::{Duration, Instant};
 
 use aha_core::ids::TokenId;
-use aha_nn::kernels::cpu::{
-    KvCache, Pool, RmsNorm, RopeTables, Rows, RowsMut, SequenceSpan, paged_attention, silu_mul,
-};
+use aha_nn::kernels::cpu::{KvCache, Pool, RmsNorm, RopeTables, SequenceSpan, paged_attention, silu_mul};
 use aha_nn::model_config::ModelConfig;
-use aha_nn::tensor_data::{f32_slice, f32_slice_mut};
+use aha_nn::tensor_data::f32_slice;
 use aha_nn::transformer::{Ops, Projection};
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 
-use super::weights::{MatrixId, ServingWeights};
+use super::arena::{Arena, Rows};
+use super::weights::{MatrixPart, ServingWeights};
 
 /// New tokens of several sequences, one after the other.
 #[derive(Debug, Default)]
@@ -45,6 +45,13 @@ impl<'a> PagedRows<'a> {
     }
 }
 
+/// Time that a pass spends on its large operations.
+#[derive(Debug, Default)]
+pub(super) struct Clock {
+    pub gemm: Cell<Duration>,
+    pub attention: Cell<Duration>,
+}
+
 /// One forward pass.
 #[derive(Debug)]
 pub(super) struct PagedOps<'a> {
@@ -54,88 +61,101 @@ pub(super) struct PagedOps<'a> {
     pub rope: RopeTables<'a>,
     /// One a layer. The pass runs on one thread, which writes a layer's keys before it reads them.
     pub caches: RefCell<&'a mut [KvCache]>,
+    pub arena: &'a Arena,
+    pub clock: Clock,
     pub rows: PagedRows<'a>,
 }
 
-impl PagedOps<'_> {
+impl<'a> PagedOps<'a> {
     /// Hidden states of all rows after the last layer, `[N, C]`. Their keys and values are in the cache then.
-    pub(super) fn hidden_states(&self) -> Tensor {
+    pub(super) fn hidden_states(&self) -> Rows<'a> {
         let embedded = self.embed(self.weights.embedding()); // [N, C]
         let layers = self.weights.layers().iter().enumerate();
-        layers.fold(embedded, |x, (layer_idx, layer)| layer.forward(self, self.config, layer_idx, &x))
+        layers.fold(embedded, |x, (layer_idx, layer)| layer.forward(self, self.config, layer_idx, x))
     }
 
     /// Logits of the rows `selected` of `hidden: [N, C]`, `[selected, V]`.
-    pub(super) fn logits(&self, hidden: &Tensor, selected: &[usize]) -> Tensor {
+    pub(super) fn logits(&self, hidden: &Rows<'a>, selected: &[usize]) -> Rows<'a> {
         let width = self.config.hidden_size;
-        let mut rows = empty(&[selected.len(), width]); // [M, C]
-        for (row, &index) in f32_slice_mut(&mut rows).chunks_exact_mut(width).zip(selected) {
-            row.copy_from_slice(&f32_slice(hidden)[index * width..][..width]);
+        let mut rows = self.arena.rows(selected.len(), width); // [M, C]
+        for (row, &index) in rows.data_mut().chunks_exact_mut(width).zip(selected) {
+            row.copy_from_slice(&hidden.data()[index * width..][..width]);
         }
         let rows = self.rms_norm(&rows, self.weights.norm(), self.config.rms_norm_eps);
-        self.linear(&rows, &self.weights.head()) // [M, V]
+        let [logits] = self.linear(&rows, [&self.weights.head()]); // [M, V]
+        logits
     }
 }
 
-impl Ops for PagedOps<'_> {
-    type Matrix = MatrixId;
+impl<'a> Ops for PagedOps<'a> {
+    type Matrix = MatrixPart;
+    type Rows = Rows<'a>;
 
-    fn embed(&self, weight: &Tensor) -> Tensor {
+    fn embed(&self, weight: &Tensor) -> Rows<'a> {
         let width = weight.size()[1] as usize;
-        let mut out = empty(&[self.rows.len(), width]); // [N, C]
+        let mut out = self.arena.rows(self.rows.len(), width); // [N, C]
         let table = f32_slice(weight);
-        for (out, &token) in f32_slice_mut(&mut out).chunks_exact_mut(width).zip(&self.rows.tokens) {
+        for (out, &token) in out.data_mut().chunks_exact_mut(width).zip(&self.rows.tokens) {
             out.copy_from_slice(&table[token as usize * width..][..width]);
         }
         out
     }
 
-    fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
+    fn rms_norm(&self, x: &Rows<'a>, weight: &Tensor, eps: f64) -> Rows<'a> {
         let norm = RmsNorm { weight: f32_slice(weight), epsilon: eps as f32 };
-        let width = norm.weight.len();
-        let mut out = x.empty_like();
-        norm.apply(self.pool, Rows::new(f32_slice(x), width), RowsMut::new(f32_slice_mut(&mut out), width));
+        let mut out = self.arena.rows(x.num_rows(), x.width());
+        x.with(|x| out.with_mut(|out| norm.apply(self.pool, x, out)));
         out
     }
 
-    fn linear(&self, x: &Tensor, projection: &Projection<MatrixId>) -> Tensor {
-        let matrix = self.weights.matrix(projection.weight);
-        let mut out = empty(&[x.size()[0] as usize, matrix.out_features()]); // [N, out]
-        let bias = projection.bias.as_ref().map(f32_slice);
-        matrix.gemm(self.pool, f32_slice(x), bias, f32_slice_mut(&mut out));
-        out
-    }
-
-    fn rope(&self, mut x: Tensor) -> Tensor {
-        let width = x.numel() / self.rows.positions.len();
-        self.rope.apply(self.pool, RowsMut::new(f32_slice_mut(&mut x), width), &self.rows.positions);
+    fn head_norm(&self, mut x: Rows<'a>, weight: &Tensor, eps: f64) -> Rows<'a> {
+        let norm = RmsNorm { weight: f32_slice(weight), epsilon: eps as f32 };
+        x.with_mut(|x| norm.apply_in_place(self.pool, x));
         x
     }
 
-    fn attention(&self, layer_idx: usize, [q, k, v]: [Tensor; 3]) -> Tensor {
-        let mut caches = self.caches.borrow_mut();
-        let cache = &mut caches[layer_idx];
-        let (num_rows, layout) = (self.rows.len(), cache.layout());
-        let kv_width = layout.num_kv_heads * layout.head_dim;
-        cache.write(&self.rows.slots, Rows::new(f32_slice(&k), kv_width), Rows::new(f32_slice(&v), kv_width));
-        let width = q.numel() / num_rows;
-        let mut out = empty(&[num_rows, width]); // [N, H * D]
-        let queries = Rows::new(f32_slice(&q), width);
-        paged_attention(self.pool, queries, &self.rows.spans, cache, f32_slice_mut(&mut out));
+    fn linear<const P: usize>(&self, x: &Rows<'a>, projections: [&Projection<MatrixPart>; P]) -> [Rows<'a>; P] {
+        let matrix = self.weights.matrix(projections.map(|projection| projection.weight));
+        let mut out = self.arena.rows(x.num_rows(), matrix.out_features()); // [N, out]
+        let biases = projections.iter().filter_map(|projection| projection.bias.as_ref());
+        let bias: Vec<f32> = biases.flat_map(f32_slice).copied().collect();
+        let bias = (!bias.is_empty()).then_some(bias.as_slice());
+        timed(&self.clock.gemm, || matrix.gemm(self.pool, &x.data(), bias, &mut out.data_mut()));
+        out.split(projections.map(|projection| projection.weight.out_features))
+    }
+
+    fn add_linear(&self, mut residual: Rows<'a>, x: &Rows<'a>, projection: &Projection<MatrixPart>) -> Rows<'a> {
+        let matrix = self.weights.matrix([projection.weight]);
+        let bias = projection.bias.as_ref().map(f32_slice);
+        timed(&self.clock.gemm, || matrix.gemm_add(self.pool, &x.data(), bias, &mut residual.data_mut()));
+        residual
+    }
+
+    fn rope(&self, mut x: Rows<'a>) -> Rows<'a> {
+        x.with_mut(|x| self.rope.apply(self.pool, x, &self.rows.positions));
+        x
+    }
+
+    fn attention(&self, layer_idx: usize, [q, k, v]: [Rows<'a>; 3]) -> Rows<'a> {
+        let cache = &mut self.caches.borrow_mut()[layer_idx];
+        let mut out = self.arena.rows(q.num_rows(), q.width()); // [N, H * D]
+        timed(&self.clock.attention, || {
+            k.with(|k| v.with(|v| cache.write(&self.rows.slots, k, v)));
+            q.with(|q| paged_attention(self.pool, q, &self.rows.spans, cache, &mut out.data_mut()));
+        });
         out
     }
 
-    fn silu_mul(&self, gate: Tensor, up: Tensor) -> Tensor {
-        let num_features = gate.size()[1] as usize;
-        let gate_up = Tensor::cat(&[&gate, &up], 1); // [N, 2 * F]
-        let mut out = gate;
-        silu_mul(self.pool, f32_slice(&gate_up), num_features, f32_slice_mut(&mut out));
+    fn silu_mul(&self, [gate, up]: [Rows<'a>; 2]) -> Rows<'a> {
+        let (num_rows, num_features) = (gate.num_rows(), gate.width());
+        let mut out = self.arena.rows(num_rows, num_features); // [N, F]
+        silu_mul(self.pool, &gate.join(up).data(), num_features, &mut out.data_mut());
         out
     }
 }
 
-/// Memory for a result.
-fn empty(shape: &[usize]) -> Tensor {
-    let shape: Vec<i64> = shape.iter().map(|&size| size as i64).collect();
-    Tensor::empty(shape, (Kind::Float, Device::Cpu))
+fn timed(total: &Cell<Duration>, operation: impl FnOnce()) {
+    let start = Instant::now();
+    operation();
+    total.set(total.get() + start.elapsed());
 }

@@ -1,5 +1,6 @@
 //! The runner against the trainer's forward pass, and against itself in other company.
 
+use aha_core::config::Quantization;
 use aha_core::ids::TokenId;
 use aha_nn::forward::{head_matrix, hidden_states, score};
 use aha_nn::kernels::cpu::Pool;
@@ -19,7 +20,7 @@ const TOLERANCE: f32 = 1e-4;
 
 fn runner(config: &ModelConfig, weights: &Weights) -> CpuRunner {
     let pool = Pool::new(2).unwrap();
-    let serving = ServingWeights::new(config, weights, &pool);
+    let serving = ServingWeights::new(config, weights, Quantization::None, &pool);
     CpuRunner::new(config, serving, CacheSize { block_size: BLOCK_SIZE, num_blocks: 24 }, 128, pool)
 }
 
@@ -195,7 +196,7 @@ fn a_refilled_set_equals_a_new_one() {
         let config = tiny_config(tiny);
         let (old, new) = (tiny_weights(&config, 1), tiny_weights(&config, 2));
         let pool = Pool::new(1).unwrap();
-        let mut refilled = ServingWeights::new(&config, &old, &pool);
+        let mut refilled = ServingWeights::new(&config, &old, Quantization::None, &pool);
         for unit_idx in (0..new.num_units()).rev() {
             refilled.set_unit(unit_idx, split(new.flat(unit_idx), &new.manifest, unit_idx), &pool);
         }

@@ -7,6 +7,7 @@ use std::net::{IpAddr, UdpSocket};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use aha_core::config::Quantization;
 use aha_core::ids::PolicyVersion;
 use aha_core::manifest::{Bucket, Manifest, UnitSpec};
 use aha_nn::comm::{Address, Backend, CommError, GroupSpec, ProcessGroup, Store};
@@ -97,13 +98,15 @@ pub struct WeightReceiver {
 }
 
 impl WeightReceiver {
-    /// Starts the thread. Pushed weights are of type `kind`; `runtime` runs what the thread asks of `engine`.
+    /// Starts the thread. Pushed weights are of type `kind` and served as `quantization` says; `runtime` runs what the
+    /// thread asks of `engine`.
     ///
     /// # Errors
     /// If the thread cannot be started.
     pub fn start(
         config: &ModelConfig,
         kind: Kind,
+        quantization: Quantization,
         engine: EngineHandle<ServingWeights>,
         runtime: Handle,
     ) -> anyhow::Result<Self> {
@@ -113,6 +116,7 @@ impl WeightReceiver {
             manifest: config.manifest(),
             config: config.clone(),
             kind,
+            quantization,
             engine,
             runtime,
             pool: Pool::new(1)?,
@@ -165,6 +169,7 @@ struct Worker {
     config: ModelConfig,
     manifest: Manifest,
     kind: Kind,
+    quantization: Quantization,
     engine: EngineHandle<ServingWeights>,
     runtime: Handle,
     /// One thread: packing must not take turns with the engine's kernels.
@@ -240,14 +245,14 @@ impl Worker {
 
     /// Receives all buckets, even past a unit that is wrong: the other members are sending them all.
     fn fill_spare(&mut self, push: &Push) -> Result<(), UpdateError> {
-        let Self { config, manifest, pool, joined, spare, .. } = self;
+        let Self { config, manifest, quantization, pool, joined, spare, .. } = self;
         let joined = joined.as_mut().filter(|joined| joined.group.name() == push.group);
         let joined = joined.ok_or_else(|| UpdateError::NotJoined(push.group.clone()))?;
         if push.unit_hashes.len() != manifest.units.len() {
             let (got, units) = (push.unit_hashes.len(), manifest.units.len());
             return Err(UpdateError::WrongNumberOfHashes { got, units });
         }
-        let spare = spare.get_or_insert_with(|| ServingWeights::empty(config, pool));
+        let spare = spare.get_or_insert_with(|| ServingWeights::empty(config, *quantization, pool));
         let mut outcome = Ok(());
         for bucket in &joined.buckets {
             let mut part = joined.buffer.narrow(0, bucket.offset as i64, bucket.numel as i64);

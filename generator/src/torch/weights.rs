@@ -2,69 +2,78 @@
 //!
 //! There are two sets: one serves, and the other is refilled by the next push while the engine goes on decoding.
 
-use aha_nn::kernels::cpu::{PackedMatrix, Pool};
+use aha_core::config::Quantization;
+use aha_nn::kernels::cpu::Pool;
 use aha_nn::model_config::ModelConfig;
 use aha_nn::tensor_data::f32_slice;
 use aha_nn::transformer::{Head, Layer, Projection};
 use aha_nn::weights::Weights;
 use tch::{Device, Kind, Tensor};
 
-/// q, k, v, output, gate, up and down.
-const MATRICES_PER_LAYER: usize = 7;
+use super::matrix::Matrix;
 
-/// A matrix of [`ServingWeights`], by position. Layers name their matrices instead of owning them, so that a set can
-/// be refilled in place.
+/// How many of a layer's projections make up each of its matrices: q, k and v; output; gate and up; down.
+const PARTS: [usize; 4] = [3, 1, 2, 1];
+
+/// A projection as a part of a matrix of [`ServingWeights`], by position. Layers name their matrices instead of owning
+/// them, so that a set can be refilled in place.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct MatrixId(usize);
+pub(super) struct MatrixPart {
+    matrix_idx: usize,
+    pub(super) out_features: usize,
+}
 
-/// One set of weights, fp32.
+/// One set of weights, fp32, or with the layers' matrices in 8 bits.
 #[derive(Debug)]
 pub struct ServingWeights {
     config: ModelConfig,
     /// `[V, C]`, for looking tokens up.
     embedding: Tensor,
-    layers: Vec<Layer<MatrixId>>,
+    layers: Vec<Layer<MatrixPart>>,
     /// Weight of the final norm, `[C]`.
     norm: Tensor,
-    /// Those of the layers, then the head.
-    matrices: Vec<PackedMatrix>,
+    /// Those of the layers, then the head, which is never quantised: log-probs depend on it most directly.
+    matrices: Vec<Matrix>,
 }
 
 impl ServingWeights {
     /// Packs a copy of `weights`, which are fp32 on the CPU.
     #[must_use]
-    pub fn new(config: &ModelConfig, weights: &Weights, pool: &Pool) -> Self {
-        let mut matrices = Vec::with_capacity(config.num_layers * MATRICES_PER_LAYER + 1);
-        let mut pack = |_, matrix: &Tensor| matrices.push(pack(matrix, pool));
-        let layers =
-            (0..config.num_layers).map(|layer| new_layer(config, layer, weights.views(1 + layer), &mut pack)).collect();
+    pub fn new(config: &ModelConfig, weights: &Weights, quantization: Quantization, pool: &Pool) -> Self {
+        let mut matrices = Vec::with_capacity(head_idx(config) + 1);
+        let mut place = |_, stacked: &[Tensor]| matrices.push(pack(quantization, stacked, pool));
+        let layers = (0..config.num_layers)
+            .map(|layer| new_layer(config, layer, weights.views(1 + layer), &mut place))
+            .collect();
         let embedding = weights.embedding().copy(); // [V, C]
         let head = Head::new(weights.views(1 + config.num_layers), |matrix| matrix);
-        pack(head_id(config), head.lm_head.as_ref().map_or(&embedding, |projection| &projection.weight));
+        let head_matrix = head.lm_head.map_or_else(|| embedding.shallow_clone(), |projection| projection.weight);
+        matrices.push(pack(Quantization::None, &[head_matrix], pool));
         Self { config: config.clone(), embedding, layers, norm: head.norm.copy(), matrices }
     }
 
     /// A set to be filled unit by unit.
     #[must_use]
-    pub fn empty(config: &ModelConfig, pool: &Pool) -> Self {
-        Self::new(config, &Weights::zeros(config.manifest(), 1, Kind::Float, Device::Cpu), pool)
+    pub fn empty(config: &ModelConfig, quantization: Quantization, pool: &Pool) -> Self {
+        let zeros = Weights::zeros(config.manifest(), 1, Kind::Float, Device::Cpu);
+        Self::new(config, &zeros, quantization, pool)
     }
 
     /// Replaces the parameters of one unit by copies of `params`, given in the order of the manifest.
     pub fn set_unit(&mut self, unit_idx: usize, params: Vec<Tensor>, pool: &Pool) {
         let params: Vec<Tensor> = params.iter().map(|param| param.to_kind(Kind::Float)).collect();
         let Self { config, embedding, layers, norm, matrices } = self;
-        let mut repack = |id: MatrixId, matrix: &Tensor| matrices[id.0].repack(pool, &[f32_slice(matrix)]);
+        let mut repack = |matrix_idx: usize, stacked: &[Tensor]| matrices[matrix_idx].repack(pool, &slices(stacked));
         match unit_idx.checked_sub(1) {
             None => {
                 tch::no_grad(|| embedding.copy_(&params[0]));
                 if config.tie_word_embeddings {
-                    repack(head_id(config), &params[0]);
+                    repack(head_idx(config), &params[..1]);
                 }
             }
             Some(layer) if layer < config.num_layers => layers[layer] = new_layer(config, layer, params, &mut repack),
             Some(_) => {
-                let head = Head::new(params, |matrix| repack(head_id(config), &matrix));
+                let head = Head::new(params, |matrix| repack(head_idx(config), &[matrix]));
                 *norm = head.norm.copy();
             }
         }
@@ -74,7 +83,7 @@ impl ServingWeights {
         &self.embedding
     }
 
-    pub(super) fn layers(&self) -> &[Layer<MatrixId>] {
+    pub(super) fn layers(&self) -> &[Layer<MatrixPart>] {
         &self.layers
     }
 
@@ -82,17 +91,24 @@ impl ServingWeights {
         &self.norm
     }
 
-    pub(super) fn head(&self) -> Projection<MatrixId> {
-        Projection { weight: head_id(&self.config), bias: None }
+    pub(super) fn head(&self) -> Projection<MatrixPart> {
+        let part = MatrixPart { matrix_idx: head_idx(&self.config), out_features: self.config.vocab_size };
+        Projection { weight: part, bias: None }
     }
 
-    pub(super) fn matrix(&self, id: MatrixId) -> &PackedMatrix {
-        &self.matrices[id.0]
+    /// The matrix that consists of these parts.
+    pub(super) fn matrix<const P: usize>(&self, parts: [MatrixPart; P]) -> &Matrix {
+        let matrix_idx = parts[0].matrix_idx;
+        let num_outputs: usize = parts.iter().map(|part| part.out_features).sum();
+        let matrix = &self.matrices[matrix_idx];
+        let is_whole = parts.iter().all(|part| part.matrix_idx == matrix_idx) && num_outputs == matrix.out_features();
+        assert!(is_whole, "{parts:?} do not make up a matrix");
+        matrix
     }
 }
 
-fn head_id(config: &ModelConfig) -> MatrixId {
-    MatrixId(config.num_layers * MATRICES_PER_LAYER)
+fn head_idx(config: &ModelConfig) -> usize {
+    config.num_layers * PARTS.len()
 }
 
 /// A layer whose matrices are handed to `place` in the order of their positions, and whose vectors are copied.
@@ -100,17 +116,30 @@ fn new_layer(
     config: &ModelConfig,
     layer: usize,
     params: Vec<Tensor>,
-    place: &mut impl FnMut(MatrixId, &Tensor),
-) -> Layer<MatrixId> {
-    let mut ids = (layer * MATRICES_PER_LAYER..).map(MatrixId);
+    place: &mut impl FnMut(usize, &[Tensor]),
+) -> Layer<MatrixPart> {
+    let first_idx = layer * PARTS.len();
+    let mut matrix_of_part = PARTS.iter().enumerate().flat_map(|(i, &num_parts)| vec![first_idx + i; num_parts]);
     let params = params.into_iter().map(|param| if param.dim() == 1 { param.copy() } else { param }).collect();
-    Layer::new(config, params, |matrix| {
-        let id = ids.next().expect("positions are endless");
-        place(id, &matrix);
-        id
-    })
+    let mut weights = Vec::new();
+    let layer = Layer::new(config, params, |weight| {
+        let out_features = weight.size()[0] as usize;
+        weights.push(weight);
+        MatrixPart { matrix_idx: matrix_of_part.next().expect("a layer has these projections"), out_features }
+    });
+    let mut rest = weights.as_slice();
+    for (i, num_parts) in PARTS.into_iter().enumerate() {
+        let (stacked, others) = rest.split_at(num_parts);
+        place(first_idx + i, stacked);
+        rest = others;
+    }
+    layer
 }
 
-fn pack(matrix: &Tensor, pool: &Pool) -> PackedMatrix {
-    PackedMatrix::pack(pool, &[f32_slice(matrix)], matrix.size()[1] as usize)
+fn pack(quantization: Quantization, stacked: &[Tensor], pool: &Pool) -> Matrix {
+    Matrix::pack(quantization, pool, &slices(stacked), stacked[0].size()[1] as usize)
+}
+
+fn slices(tensors: &[Tensor]) -> Vec<&[f32]> {
+    tensors.iter().map(f32_slice).collect()
 }

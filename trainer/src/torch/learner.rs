@@ -218,7 +218,8 @@ impl Learner {
 
     fn layer(&self, tape: &LayerTape, packed: &PackedBatch, layer_idx: usize) -> Tensor {
         let params = tape.params.iter().map(Tensor::shallow_clone).collect();
-        Layer::new(&self.config, params, |weight| weight).forward(packed, &self.config, layer_idx, &tape.input)
+        let x = tape.input.shallow_clone();
+        Layer::new(&self.config, params, |weight| weight).forward(packed, &self.config, layer_idx, x)
     }
 
     /// Log-probs, loss and gradients of the head unit, chunk by chunk.

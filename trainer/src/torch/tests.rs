@@ -147,7 +147,7 @@ fn reference_gradients(model: &ModelConfig, weights: &Weights, sequences: &[Trai
             let embedding = views(0).remove(0);
             let mut x = packed.embed(&embedding);
             for layer_idx in 0..model.num_layers {
-                x = Layer::new(model, views(1 + layer_idx), |weight| weight).forward(&packed, model, layer_idx, &x);
+                x = Layer::new(model, views(1 + layer_idx), |weight| weight).forward(&packed, model, layer_idx, x);
             }
             let head = Head::new(views(1 + model.num_layers), |weight| weight);
             let x = packed.rms_norm(&x, &head.norm, model.rms_norm_eps);

@@ -1,6 +1,7 @@
 //! `aha bench`: measured rates of the real parts.
 
 mod decode;
+mod shapes;
 mod step;
 
 use std::process::ExitCode;

@@ -249,6 +249,8 @@ pub struct Generator {
     pub max_model_len: usize,
     /// What happens to the cache of running sequences when weights change.
     pub kv: KvPolicy,
+    /// How the layers' matrices are stored and multiplied on the CPU.
+    pub quantization: Quantization,
     /// Threads of the engine; 0 takes all cores.
     pub threads: usize,
     /// A client waits this long for a generator that does not answer yet.
@@ -263,6 +265,16 @@ pub enum KvPolicy {
     /// Running sequences are computed again under the new weights.
     #[default]
     Recompute,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Quantization {
+    /// fp32, exact.
+    #[default]
+    None,
+    /// 8-bit integers: rows are quantised as they come, weights per output. Faster; log-probs differ from the trainer's.
+    Int8,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -437,6 +449,7 @@ impl Default for Generator {
             max_num_batched_tokens: 2048,
             max_model_len: 0,
             kv: KvPolicy::Recompute,
+            quantization: Quantization::None,
             threads: 0,
             connect_timeout_seconds: 60.0,
         }

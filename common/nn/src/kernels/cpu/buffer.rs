@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::marker::PhantomData;
 
 /// Floats in a cache line.
-const LINE: usize = 16;
+pub(super) const LINE: usize = 16;
 
 /// Rows of a row-major matrix, or a range of its columns.
 #[derive(Debug, Clone, Copy)]
@@ -126,6 +126,17 @@ impl<'a> SharedRows<'a> {
         assert!(idx < self.num_rows && start + len <= self.width);
         // SAFETY: the range lies in the borrowed slice; the caller vouches that it is not aliased.
         unsafe { std::slice::from_raw_parts_mut(self.data.add(idx * self.stride + start), len) }
+    }
+
+    /// All of `num_rows` contiguous rows from `start` on.
+    ///
+    /// # Safety
+    /// No other reference to these rows is alive.
+    #[inline(always)]
+    pub(super) unsafe fn rows(&self, start: usize, num_rows: usize) -> &'a mut [f32] {
+        assert!(start + num_rows <= self.num_rows && self.stride == self.width);
+        // SAFETY: the rows lie in the borrowed slice; the caller vouches that they are not aliased.
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(start * self.width), num_rows * self.width) }
     }
 
     /// All of row `idx`.

@@ -5,16 +5,23 @@
 //! per [`TILE_DEPTH`] inputs; nothing about that depends on the other rows.
 
 use super::Pool;
-use super::buffer::{AlignedBuf, RowsMut, SharedRows, with_scratch};
-use super::simd::{Kernel, Simd};
+use super::buffer::{AlignedBuf, LINE, RowsMut, SharedRows, with_scratch};
+use super::simd::{Kernel, Simd, prefetch};
 use super::tile::{RowTile, TILE_DEPTH, TILE_STRIDE, accumulate, row_tiles, with_const_rows};
 
 /// Output columns per panel: two registers of the widest instruction set.
-const PANEL: usize = 32;
+pub(super) const PANEL: usize = 32;
 /// Rows of the input that are worked on together: a [`TILE_DEPTH`] deep block of them fits a 1 MB cache thrice.
 const ROW_BLOCK: usize = 240;
-/// Panels that share a pass over such a block when there is more than one tile of rows.
+/// Rows up to which the weight, not the input, is what must be read without stops: its panels are then worked on one
+/// after the other, in the order in which they lie in memory.
+const FEW_ROWS: usize = 64;
+/// Panels that share a pass over a block of more rows than that.
 const PANELS_PER_TASK: usize = 4;
+/// Rows from which on the weight is fetched ahead: with fewer, the processor's own prefetching keeps up.
+pub(super) const PREFETCH_ROWS: usize = 6;
+/// Inputs between two bursts of prefetching.
+const PREFETCH_DEPTH: usize = 16;
 /// Inputs whose columns are copied together while packing: a cache line of each output.
 const PACK_DEPTH: usize = 16;
 /// Rough speeds by which work is divided among threads.
@@ -63,6 +70,14 @@ impl PackedMatrix {
         });
     }
 
+    /// The part of a panel in one depth block; empty past the last panel.
+    fn chunk(&self, (block, panel): (usize, usize)) -> &[f32] {
+        let all = self.panels.as_slice();
+        let depth = TILE_DEPTH.min(self.in_features - block * TILE_DEPTH);
+        let start = (panel * self.in_features + block * TILE_DEPTH) * PANEL;
+        &all[start.min(all.len())..(start + depth * PANEL).min(all.len())]
+    }
+
     pub fn in_features(&self) -> usize {
         self.in_features
     }
@@ -76,36 +91,48 @@ impl PackedMatrix {
     /// # Shapes
     /// - x: `[m, in_features]`, bias: `[out_features]`, out: `[m, out_features]`.
     pub fn gemm(&self, pool: &Pool, x: &[f32], bias: Option<&[f32]>, out: &mut [f32]) {
+        self.product(pool, x, Start { accumulate: false, bias }, out);
+    }
+
+    /// `out += x * weight^T + bias`.
+    ///
+    /// # Shapes
+    /// - As for [`PackedMatrix::gemm`].
+    pub fn gemm_add(&self, pool: &Pool, x: &[f32], bias: Option<&[f32]>, out: &mut [f32]) {
+        self.product(pool, x, Start { accumulate: true, bias }, out);
+    }
+
+    fn product(&self, pool: &Pool, x: &[f32], start: Start, out: &mut [f32]) {
         let (k, n) = (self.in_features, self.out_features);
         let m = x.len() / k;
         assert_eq!(x.len(), m * k, "the input must have rows of {k}");
         assert_eq!(out.len(), m * n, "the output must be {m} rows of {n}");
-        assert!(bias.is_none_or(|b| b.len() == n), "the bias must have {n} elements");
+        assert!(start.bias.is_none_or(|b| b.len() == n), "the bias must have {n} elements");
         for (x, out) in x.chunks(ROW_BLOCK * k).zip(out.chunks_mut(ROW_BLOCK * n)) {
             let num_rows = x.len() / k;
             with_scratch(num_rows * k.div_ceil(TILE_DEPTH) * TILE_STRIDE, |blocks| {
                 copy_blocks(x, k, blocks);
-                self.multiply(pool, blocks, bias, RowsMut::new(out, n).share());
+                self.multiply(pool, blocks, start, RowsMut::new(out, n).share());
             });
         }
     }
 
     /// One row block, `blocks` being `[depth blocks, rows, TILE_STRIDE]`.
-    fn multiply(&self, pool: &Pool, blocks: &[f32], bias: Option<&[f32]>, out: SharedRows) {
+    fn multiply(&self, pool: &Pool, blocks: &[f32], start: Start, out: SharedRows) {
         let (k, m) = (self.in_features, out.num_rows());
         let num_panels = self.out_features.div_ceil(PANEL);
-        let panels_per_task = if m <= super::tile::MAX_TILE_ROWS { 1 } else { PANELS_PER_TASK };
+        let panels_per_task = if m <= FEW_ROWS { 1 } else { PANELS_PER_TASK };
         let task_nanos = 2 * k * PANEL * panels_per_task * m.max(4) / FLOPS_PER_NANO;
         pool.for_each(num_panels.div_ceil(panels_per_task), task_nanos, |task| {
             let first = task * panels_per_task;
             let panels = first..(first + panels_per_task).min(num_panels);
-            pool.isa().run(MultiplyPanels { weight: self, panels, blocks, bias, out });
+            pool.isa().run(MultiplyPanels { weight: self, panels, blocks, start, out });
         });
     }
 }
 
 /// The rows of the stacked `weights` that make up one panel.
-fn panel_rows<'a>(weights: &[&'a [f32]], k: usize, outputs: std::ops::Range<usize>) -> [&'a [f32]; PANEL] {
+pub(super) fn panel_rows<'a>(weights: &[&'a [f32]], k: usize, outputs: std::ops::Range<usize>) -> [&'a [f32]; PANEL] {
     let mut rows: [&[f32]; PANEL] = [&[]; PANEL];
     let mut first_output = 0;
     for weight in weights {
@@ -142,11 +169,19 @@ fn pack_panel(rows: &[&[f32]; PANEL], packed: &mut [f32]) {
     }
 }
 
+/// What a sum begins with.
+#[derive(Clone, Copy)]
+pub(super) struct Start<'a> {
+    /// With what the output holds.
+    pub(super) accumulate: bool,
+    pub(super) bias: Option<&'a [f32]>,
+}
+
 struct MultiplyPanels<'a> {
     weight: &'a PackedMatrix,
     panels: std::ops::Range<usize>,
     blocks: &'a [f32],
-    bias: Option<&'a [f32]>,
+    start: Start<'a>,
     out: SharedRows<'a>,
 }
 
@@ -156,12 +191,19 @@ impl Kernel for MultiplyPanels<'_> {
     #[inline(always)]
     fn run<S: Simd>(self) {
         let m = self.out.num_rows();
+        let num_tiles = m.div_ceil(S::TILE_ROWS);
         for block in 0..self.weight.in_features.div_ceil(TILE_DEPTH) {
             for panel in self.panels.clone() {
-                for rows in row_tiles(m, S::TILE_ROWS) {
-                    for half in 0..PANEL / (2 * S::LANES) {
+                let next = if m < PREFETCH_ROWS { &[] } else { self.weight.chunk(self.chunk_after(block, panel)) };
+                for (tile, rows) in row_tiles(m, S::TILE_ROWS).enumerate() {
+                    // Each tile fetches its share of the next chunk, so that reading and computing go on together.
+                    let share = tile * next.len() / num_tiles..(tile + 1) * next.len() / num_tiles;
+                    let halves = PANEL / (2 * S::LANES);
+                    for half in 0..halves {
                         let column = panel * PANEL + half * 2 * S::LANES;
-                        let place = Place { block, rows, column };
+                        let share = &next[share.clone()];
+                        let ahead = &share[half * share.len() / halves..(half + 1) * share.len() / halves];
+                        let place = Place { block, rows, column, ahead };
                         with_const_rows!(rows.len, S, multiply_tile(&self, place));
                     }
                 }
@@ -170,38 +212,61 @@ impl Kernel for MultiplyPanels<'_> {
     }
 }
 
+impl MultiplyPanels<'_> {
+    /// The depth block and panel that follow: within the task, or at the beginning of the next one.
+    fn chunk_after(&self, block: usize, panel: usize) -> (usize, usize) {
+        if panel + 1 < self.panels.end {
+            (block, panel + 1)
+        } else if (block + 1) * TILE_DEPTH < self.weight.in_features {
+            (block + 1, self.panels.start)
+        } else {
+            (0, self.panels.end)
+        }
+    }
+}
+
 /// Which tile of the output, and which part of its sum.
 #[derive(Clone, Copy)]
-struct Place {
+struct Place<'a> {
     block: usize,
     rows: RowTile,
     column: usize,
+    /// What will be read soon.
+    ahead: &'a [f32],
 }
 
 /// Adds one depth block to `R` rows of two registers of output.
 #[inline(always)]
 fn multiply_tile<S: Simd, const R: usize>(task: &MultiplyPanels, place: Place) {
-    let Place { block, rows, column } = place;
+    let Place { block, rows, column, ahead } = place;
     let PackedMatrix { panels, in_features, out_features } = task.weight;
     let width = (2 * S::LANES).min(out_features.saturating_sub(column));
     let depth = TILE_DEPTH.min(in_features - block * TILE_DEPTH);
     let left = &task.blocks[(block * task.out.num_rows() + rows.start) * TILE_STRIDE..][..R * TILE_STRIDE];
     let first = (column / PANEL * in_features + block * TILE_DEPTH) * PANEL;
-    let right = &panels.as_slice()[first..][..depth * PANEL][column % PANEL..].as_ptr();
-    // SAFETY: `left` holds R rows at TILE_STRIDE, the panel holds `depth` rows of PANEL from `first`, and two
-    // registers from `column % PANEL` do not pass the end of a row.
-    let acc = unsafe {
-        accumulate::<S, R, 2>([[S::splat(0.0); 2]; R], left.as_ptr(), [*right, right.add(S::LANES)], PANEL, depth)
-    };
+    let right = panels.as_slice()[first..][..depth * PANEL][column % PANEL..].as_ptr();
+    let mut acc = [[S::splat(0.0); 2]; R];
+    let mut lines = ahead.chunks(LINE);
+    let lines_at_once = lines.len().div_ceil(depth.div_ceil(PREFETCH_DEPTH));
+    for start in (0..depth).step_by(PREFETCH_DEPTH) {
+        lines.by_ref().take(lines_at_once).for_each(|line| prefetch(line.as_ptr()));
+        let piece = PREFETCH_DEPTH.min(depth - start);
+        // SAFETY: `left` holds R rows at TILE_STRIDE, the panel holds `depth` rows of PANEL from `first`, and two
+        // registers from `column % PANEL` do not pass the end of a row.
+        acc = unsafe {
+            let right = right.add(start * PANEL);
+            accumulate::<S, R, 2>(acc, left.as_ptr().add(start), [right, right.add(S::LANES)], PANEL, piece)
+        };
+    }
     for (r, sums) in acc.into_iter().enumerate() {
         // SAFETY: the columns of a panel are written by one task, one tile at a time.
         let target = unsafe { task.out.part(rows.start + r, column.min(*out_features), width) };
         for (v, (sum, lanes)) in sums.into_iter().zip(target.chunks_mut(S::LANES)).enumerate() {
-            let start = match (block, task.bias) {
-                (0, Some(bias)) => S::load(&bias[column + v * S::LANES..*out_features], 0.0),
-                (0, None) => S::splat(0.0),
-                _ => S::load(lanes, 0.0),
-            };
+            let Start { accumulate, bias } = task.start;
+            let mut start = if block > 0 || accumulate { S::load(lanes, 0.0) } else { S::splat(0.0) };
+            if let (0, Some(bias)) = (block, bias) {
+                start = start.add(S::load(&bias[column + v * S::LANES..*out_features], 0.0));
+            }
             start.add(sum).store(lanes);
         }
     }
@@ -236,6 +301,19 @@ mod tests {
                 packed.gemm(&pool, &x, None, &mut out);
                 assert_close(&out, &reference(&x, &weight, k, None), 2e-5);
             }
+        }
+    }
+
+    #[test]
+    fn adding_starts_from_what_is_there() {
+        for pool in pools() {
+            let (m, k, n) = (5, 600, 70);
+            let (x, weight, bias, there) = (random(m * k, 1), random(n * k, 2), random(n, 3), random(m * n, 4));
+            let mut out = there.clone();
+            PackedMatrix::pack(&pool, &[&weight], k).gemm_add(&pool, &x, Some(&bias), &mut out);
+            let product = reference(&x, &weight, k, Some(&bias));
+            let expect: Vec<f64> = product.iter().zip(&there).map(|(a, b)| a + f64::from(*b)).collect();
+            assert_close(&out, &expect, 2e-5);
         }
     }
 

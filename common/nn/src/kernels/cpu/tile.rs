@@ -66,18 +66,18 @@ macro_rules! with_const_rows {
     ($rows:expr, $simd:ident, $function:ident ( $($argument:expr),* )) => {
         match $rows {
             1 => $function::<$simd, 1>($($argument),*),
-            2 if const { 2 <= <$simd as Simd>::TILE_ROWS } => $function::<$simd, 2>($($argument),*),
-            3 if const { 3 <= <$simd as Simd>::TILE_ROWS } => $function::<$simd, 3>($($argument),*),
-            4 if const { 4 <= <$simd as Simd>::TILE_ROWS } => $function::<$simd, 4>($($argument),*),
-            5 if const { 5 <= <$simd as Simd>::TILE_ROWS } => $function::<$simd, 5>($($argument),*),
-            6 if const { 6 <= <$simd as Simd>::TILE_ROWS } => $function::<$simd, 6>($($argument),*),
-            7 if const { 7 <= <$simd as Simd>::TILE_ROWS } => $function::<$simd, 7>($($argument),*),
-            8 if const { 8 <= <$simd as Simd>::TILE_ROWS } => $function::<$simd, 8>($($argument),*),
-            9 if const { 9 <= <$simd as Simd>::TILE_ROWS } => $function::<$simd, 9>($($argument),*),
-            10 if const { 10 <= <$simd as Simd>::TILE_ROWS } => $function::<$simd, 10>($($argument),*),
-            11 if const { 11 <= <$simd as Simd>::TILE_ROWS } => $function::<$simd, 11>($($argument),*),
-            12 if const { 12 <= <$simd as Simd>::TILE_ROWS } => $function::<$simd, 12>($($argument),*),
-            rows => unreachable!("a tile of {rows} rows, at most {} fit", <$simd as Simd>::TILE_ROWS),
+            2 if const { 2 <= <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS } => $function::<$simd, 2>($($argument),*),
+            3 if const { 3 <= <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS } => $function::<$simd, 3>($($argument),*),
+            4 if const { 4 <= <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS } => $function::<$simd, 4>($($argument),*),
+            5 if const { 5 <= <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS } => $function::<$simd, 5>($($argument),*),
+            6 if const { 6 <= <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS } => $function::<$simd, 6>($($argument),*),
+            7 if const { 7 <= <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS } => $function::<$simd, 7>($($argument),*),
+            8 if const { 8 <= <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS } => $function::<$simd, 8>($($argument),*),
+            9 if const { 9 <= <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS } => $function::<$simd, 9>($($argument),*),
+            10 if const { 10 <= <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS } => $function::<$simd, 10>($($argument),*),
+            11 if const { 11 <= <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS } => $function::<$simd, 11>($($argument),*),
+            12 if const { 12 <= <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS } => $function::<$simd, 12>($($argument),*),
+            rows => unreachable!("a tile of {rows} rows, at most {} fit", <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS),
         }
     };
 }

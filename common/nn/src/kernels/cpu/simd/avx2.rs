@@ -1,6 +1,6 @@
 //! Eight lanes: AVX2 with FMA.
 
-use super::{Kernel, Simd};
+use super::{Kernel, Simd, Tile};
 use std::arch::x86_64::*;
 
 /// # Safety
@@ -20,9 +20,12 @@ macro_rules! avx2 {
     };
 }
 
+impl Tile for Avx2 {
+    const TILE_ROWS: usize = 6;
+}
+
 impl Simd for Avx2 {
     const LANES: usize = 8;
-    const TILE_ROWS: usize = 6;
 
     #[inline(always)]
     fn splat(value: f32) -> Self {

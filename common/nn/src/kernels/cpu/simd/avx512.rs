@@ -1,6 +1,6 @@
 //! Sixteen lanes: AVX-512F.
 
-use super::{Kernel, Simd, avx2};
+use super::{Kernel, Simd, Tile, avx2};
 use std::arch::x86_64::*;
 
 /// # Safety
@@ -20,9 +20,12 @@ macro_rules! avx512 {
     };
 }
 
+impl Tile for Avx512 {
+    const TILE_ROWS: usize = 12;
+}
+
 impl Simd for Avx512 {
     const LANES: usize = 16;
-    const TILE_ROWS: usize = 12;
 
     #[inline(always)]
     fn splat(value: f32) -> Self {

@@ -4,8 +4,10 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod bytes;
 mod portable;
 
+pub(super) use bytes::{ByteDot, ByteKernel, DEPTH};
 use portable::Portable8;
 
 /// Most lanes that any [`Simd`] type has.
@@ -24,11 +26,15 @@ enum Kind {
     Portable,
 }
 
-/// A register of consecutive `f32`. Only [`Isa::run`] may choose the type, after it saw that the CPU supports it.
-pub(super) trait Simd: Copy {
-    const LANES: usize;
+/// A register type of which a tile of sums is made.
+pub(super) trait Tile: Copy {
     /// Rows of two-register accumulators that fit the register file beside the operands.
     const TILE_ROWS: usize;
+}
+
+/// A register of consecutive `f32`. Only [`Isa::run`] may choose the type, after it saw that the CPU supports it.
+pub(super) trait Simd: Tile {
+    const LANES: usize;
 
     fn splat(value: f32) -> Self;
 
@@ -126,6 +132,18 @@ pub(super) trait Simd: Copy {
 pub(super) trait Kernel {
     type Output;
     fn run<S: Simd>(self) -> Self::Output;
+}
+
+/// Asks for a line of memory that will be read soon. Any address will do.
+#[inline(always)]
+pub(super) fn prefetch<T>(line: *const T) {
+    // SAFETY: it is a hint, which no address makes fault; every x86-64 has it.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(line.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = line;
 }
 
 impl Isa {

@@ -1,14 +1,17 @@
 //! Eight lanes in plain Rust, for the compiler to map onto whatever the target has.
 
-use super::Simd;
+use super::{Simd, Tile};
 use std::array::from_fn;
 
 #[derive(Clone, Copy)]
 pub(super) struct Portable8([f32; 8]);
 
+impl Tile for Portable8 {
+    const TILE_ROWS: usize = 2;
+}
+
 impl Simd for Portable8 {
     const LANES: usize = 8;
-    const TILE_ROWS: usize = 2;
 
     #[inline(always)]
     fn splat(value: f32) -> Self {
