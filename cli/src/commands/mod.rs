@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use aha_core::config::{self, Generator, Model, RunConfig};
+use aha_core::config::{self, Generator, Model, Quantization, RunConfig};
 use aha_generator::GeneratorOptions;
 use anyhow::{Context, Result};
 use tokio::runtime::Runtime;
@@ -43,6 +43,24 @@ impl ConfigArgs {
 
 fn path_text(path: &Path) -> String {
     path.to_string_lossy().into_owned()
+}
+
+/// How an engine in this process stores the layers' matrices.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Quantize {
+    /// fp32, exact
+    None,
+    /// 8-bit integers, but for the head
+    Int8,
+}
+
+impl From<Quantize> for Quantization {
+    fn from(quantize: Quantize) -> Self {
+        match quantize {
+            Quantize::None => Self::None,
+            Quantize::Int8 => Self::Int8,
+        }
+    }
 }
 
 /// A model folder served in this process.

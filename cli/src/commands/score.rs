@@ -14,7 +14,7 @@ use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 use tch::{Device, Kind};
 
-use super::{local_options, network_runtime};
+use super::{Quantize, local_options, network_runtime};
 
 /// Print the log-prob of every token of a text, given those before it.
 #[derive(Debug, clap::Args)]
@@ -34,6 +34,9 @@ pub(crate) struct Args {
     /// Whose forward pass computes them
     #[arg(long, value_enum, default_value_t = Engine::Trainer)]
     engine: Engine,
+    /// How the generator stores the layers' matrices
+    #[arg(long, value_enum, default_value_t = Quantize::None)]
+    quantization: Quantize,
     /// Print one JSON object: {"tokens": [..], "logprobs": [null, ..]}
     #[arg(long)]
     json: bool,
@@ -55,13 +58,18 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     if let Some(token) = tokens.iter().find(|&&token| token as usize >= config.vocab_size) {
         anyhow::bail!("token {token} is outside the model's vocabulary of {}", config.vocab_size);
     }
+    ensure!(
+        matches!((args.engine, args.quantization), (Engine::Generator, _) | (_, Quantize::None)),
+        "--quantization is the generator's: add --engine generator"
+    );
     let logprobs = match args.engine {
         Engine::Trainer => {
             let weights = load_weights(&args.model, &config, 1, Kind::Float, Device::Cpu)?;
             forward::score(&config, &weights, &tokens)
         }
         Engine::Generator => {
-            let generator = LocalGenerator::load(&local_options(&args.model, Generator::default()))?;
+            let options = Generator { quantization: args.quantization.into(), ..Generator::default() };
+            let generator = LocalGenerator::load(&local_options(&args.model, options))?;
             network_runtime()?.block_on(generator.score(&tokens))?
         }
     };

@@ -19,8 +19,12 @@ const BLOCK_SIZE: usize = 16;
 const TOLERANCE: f32 = 1e-4;
 
 fn runner(config: &ModelConfig, weights: &Weights) -> CpuRunner {
+    quantised_runner(config, weights, Quantization::None)
+}
+
+fn quantised_runner(config: &ModelConfig, weights: &Weights, quantization: Quantization) -> CpuRunner {
     let pool = Pool::new(2).unwrap();
-    let serving = ServingWeights::new(config, weights, Quantization::None, &pool);
+    let serving = ServingWeights::new(config, weights, quantization, &pool);
     CpuRunner::new(config, serving, CacheSize { block_size: BLOCK_SIZE, num_blocks: 24 }, 128, pool)
 }
 
@@ -192,23 +196,40 @@ fn suppressed_tokens_are_not_sampled() {
 
 #[test]
 fn a_refilled_set_equals_a_new_one() {
-    for tiny in ALL {
+    for (tiny, quantization) in
+        ALL.into_iter().flat_map(|tiny| [(tiny, Quantization::None), (tiny, Quantization::Int8)])
+    {
         let config = tiny_config(tiny);
         let (old, new) = (tiny_weights(&config, 1), tiny_weights(&config, 2));
         let pool = Pool::new(1).unwrap();
-        let mut refilled = ServingWeights::new(&config, &old, Quantization::None, &pool);
+        let mut refilled = ServingWeights::new(&config, &old, quantization, &pool);
         for unit_idx in (0..new.num_units()).rev() {
             refilled.set_unit(unit_idx, split(new.flat(unit_idx), &new.manifest, unit_idx), &pool);
         }
         let (tokens, blocks) = (some_tokens(30, 1), [BlockId(1), BlockId(0)]);
-        let mut runner = runner(&config, &old);
+        let mut runner = quantised_runner(&config, &old, quantization);
         let before = runner.score(&tokens, &blocks).unwrap();
         let previous = runner.swap(refilled);
         let after = runner.score(&tokens, &blocks).unwrap();
-        assert_close(&after, &score(&config, &new, &tokens));
+        assert_eq!(after, quantised_runner(&config, &new, quantization).score(&tokens, &blocks).unwrap());
         assert_ne!(before, after);
         drop(runner.swap(previous));
         assert_eq!(runner.score(&tokens, &blocks).unwrap(), before);
+    }
+}
+
+#[test]
+fn eight_bits_come_close_to_the_exact_model() {
+    for tiny in ALL {
+        let config = tiny_config(tiny);
+        let weights = tiny_weights(&config, 1);
+        let (tokens, blocks) = (some_tokens(30, 1), [BlockId(1), BlockId(0)]);
+        let exact = score(&config, &weights, &tokens);
+        let int8 = quantised_runner(&config, &weights, Quantization::Int8).score(&tokens, &blocks).unwrap();
+        let errors = exact.iter().zip(&int8).map(|(exact, int8)| (exact - int8).abs());
+        let mean = errors.sum::<f32>() / exact.len() as f32;
+        // Not nothing either: that would be the exact path.
+        assert!((1e-4..0.1).contains(&mean), "{tiny:?}: {mean}");
     }
 }
 

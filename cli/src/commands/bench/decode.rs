@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use aha_core::config::{Generator, Quantization};
+use aha_core::config::Generator;
 use aha_core::ids::TokenId;
 use aha_core::random::derive_seed;
 use aha_core::rollout::Sampling;
@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::shapes::ModelShape;
-use crate::commands::{local_options, network_runtime};
+use crate::commands::{Quantize, local_options, network_runtime};
 
 /// Tokens per second of the engine, prefill included.
 #[derive(Debug, clap::Args)]
@@ -66,14 +66,6 @@ enum LoadFormat {
     Dummy,
 }
 
-#[derive(Debug, Clone, Copy, clap::ValueEnum)]
-enum Quantize {
-    /// fp32, exact
-    None,
-    /// 8-bit integers, but for the head
-    Int8,
-}
-
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     ensure!(
         args.prompt_tokens > 0 && args.new_tokens > 0 && args.group > 0,
@@ -97,16 +89,12 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
 
 fn start(args: &Args, folder: &Path, batch: usize, prompt_tokens: usize) -> Result<LocalGenerator> {
     let defaults = Generator::default();
-    let quantization = match args.quantization {
-        Quantize::None => Quantization::None,
-        Quantize::Int8 => Quantization::Int8,
-    };
     let options = Generator {
         max_num_seqs: batch,
         max_num_batched_tokens: defaults.max_num_batched_tokens.max(batch),
         max_model_len: prompt_tokens + args.new_tokens as usize,
         threads: args.threads,
-        quantization,
+        quantization: args.quantization.into(),
         ..defaults
     };
     let mut options = local_options(folder, options);
