@@ -44,8 +44,12 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     ensure!(args.batch > 0 && args.prompt_tokens > 0 && args.new_tokens > 0, "batch and tokens must be at least 1");
     let config = ModelConfig::load(&args.model)?;
     let options = Generator { max_num_seqs: args.batch as usize, threads: args.threads, ..Generator::default() };
-    let options =
-        Generator { max_num_batched_tokens: options.max_num_batched_tokens.max(args.batch as usize), ..options };
+    let options = Generator {
+        max_num_batched_tokens: options.max_num_batched_tokens.max(args.batch as usize),
+        // The warm-up has the same prompt, and must not compute it for the measured run.
+        enable_prefix_caching: false,
+        ..options
+    };
     let generator = LocalGenerator::load(&local_options(&args.model, options))?;
     // The embedding of a repeated token would stay in cache; random ones do not.
     let prompt: Vec<TokenId> = (0..args.prompt_tokens as u64)

@@ -249,6 +249,8 @@ pub struct Generator {
     pub max_model_len: usize,
     /// What happens to the cache of running sequences when weights change.
     pub kv: KvPolicy,
+    /// Keep the keys and values of finished sequences for prompts that begin alike, until the memory is needed.
+    pub enable_prefix_caching: bool,
     /// Threads of the engine; 0 takes all cores.
     pub threads: usize,
     /// A client waits this long for a generator that does not answer yet.
@@ -437,6 +439,7 @@ impl Default for Generator {
             max_num_batched_tokens: 2048,
             max_model_len: 0,
             kv: KvPolicy::Recompute,
+            enable_prefix_caching: true,
             threads: 0,
             connect_timeout_seconds: 60.0,
         }
