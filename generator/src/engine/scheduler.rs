@@ -132,7 +132,7 @@ impl Scheduler {
             self.counters.prompt_tokens += if running.is_decoding() { 0 } else { item.tokens.len() as u64 };
             running.num_computed += item.tokens.len();
             // One that ran across a swap has attended to keys and values of the weights before.
-            if self.config.enable_prefix_caching && running.version == self.version {
+            if self.config.enable_prefix_caching && !running.ran_across_swap {
                 running.register_computed(&mut self.blocks, self.config.block_size);
             }
             let Some(&Sampled { token, logprob }) = item.choose.as_ref().and_then(|_| sampled.next()) else { continue };
@@ -183,7 +183,10 @@ impl Scheduler {
     pub(super) fn set_version(&mut self, version: PolicyVersion) {
         match self.config.kv {
             KvPolicy::Recompute => self.release_all(),
-            KvPolicy::Keep => self.blocks.unregister_all(),
+            KvPolicy::Keep => {
+                self.blocks.unregister_all();
+                self.running.values_mut().for_each(|running| running.ran_across_swap = true);
+            }
         }
         self.version = version;
     }

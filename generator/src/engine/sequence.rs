@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 
-use aha_core::ids::{PolicyVersion, TokenId};
+use aha_core::ids::TokenId;
 use aha_core::random::sampling_uniform;
 use aha_core::rollout::{FinishReason, Sampling};
 
@@ -117,8 +117,8 @@ pub(super) struct Running {
     pub(super) num_computed: usize,
     /// Its blocks that are registered.
     pub(super) prefix: Prefix,
-    /// Weights that served when the sequence was admitted: its oldest keys and values may be theirs.
-    pub(super) version: PolicyVersion,
+    /// Whether weights changed since it was admitted: its oldest keys and values may be of other ones.
+    pub(super) ran_across_swap: bool,
 }
 
 impl Running {

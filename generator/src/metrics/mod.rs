@@ -66,7 +66,7 @@ impl Latencies {
         self.inter_token.observe(after);
     }
 
-    /// A sample ended by itself, this long after its request.
+    /// A sample ended, this long after its request.
     pub(crate) fn finished(&self, reason: FinishReason, after: Duration) {
         self.ended(reason, 1);
         if reason != FinishReason::Aborted {
@@ -74,7 +74,7 @@ impl Latencies {
         }
     }
 
-    /// So many samples are given up.
+    /// So many samples will not end: their client, the engine, or the time they had is gone.
     pub(crate) fn given_up(&self, num_samples: usize) {
         self.ended(FinishReason::Aborted, num_samples);
     }

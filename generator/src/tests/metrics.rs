@@ -28,8 +28,7 @@ async fn ask(server: &Server, method: &str, path: &str) -> (u16, String, String)
     (status, headers.to_lowercase(), body.to_owned())
 }
 
-/// Samples by name and labels, and the type of each metric. Panics at any line that is not
-/// of the format.
+/// Samples by name and labels, and the type of each metric. Panics at any line that is not of the format.
 #[derive(Debug, Default)]
 struct Page {
     types: BTreeMap<String, String>,

@@ -88,7 +88,7 @@ impl Scheduler {
             self.blocks.free(std::mem::replace(&mut block_table, forked));
             num_computed = num_shared;
         }
-        Running { sequence, block_table, num_computed, prefix, version: self.version }
+        Running { sequence, block_table, num_computed, prefix, ran_across_swap: false }
     }
 
     /// A table over the longest run of registered blocks that a sequence begins with. Its last token is never among
@@ -110,7 +110,7 @@ impl Scheduler {
     fn prompt_source(&self, key: RequestKey) -> PromptSource {
         let mut source = PromptSource::Absent;
         for (&id, member) in self.running.range(self.groups[&key].members.clone()) {
-            if member.version == self.version {
+            if !member.ran_across_swap {
                 match member.num_tokens_to_share(self.config.block_size) {
                     Some(num_tokens) => return PromptSource::Running(id, num_tokens),
                     None => source = PromptSource::InProgress,

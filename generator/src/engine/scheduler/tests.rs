@@ -49,7 +49,10 @@ impl Harness {
     }
 
     fn swap(&mut self) {
-        let version = self.scheduler.version().next();
+        self.swap_to(self.scheduler.version().next());
+    }
+
+    fn swap_to(&mut self, version: PolicyVersion) {
         self.runner.swap(version.0);
         self.scheduler.set_version(version);
     }
@@ -65,7 +68,7 @@ impl Harness {
         assert_eq!(self.in_flight().into_iter().collect::<BTreeSet<_>>(), self.unfinished, "a sample was lost");
         for running in self.scheduler.running.values() {
             let tokens = running.sequence.tokens(0..running.num_computed);
-            let weights = (running.version == self.scheduler.version).then_some(running.version.0);
+            let weights = (!running.ran_across_swap).then_some(self.scheduler.version().0);
             self.runner.check_history(running.block_table.ids(), &tokens, weights);
         }
     }
@@ -224,14 +227,14 @@ fn sleep_forgets_everything() {
 }
 
 /// A sequence that ran across a swap attended to keys and values of the weights before: nobody may find its blocks,
-/// whether they were full before the swap or after it.
+/// whether they were full before the swap or after it, and whatever the versions are called.
 #[test]
 fn blocks_of_other_or_mixed_weights_are_not_found() {
-    for kv in [KvPolicy::Keep, KvPolicy::Recompute] {
+    for (kv, next) in [(KvPolicy::Keep, 0), (KvPolicy::Keep, 1), (KvPolicy::Recompute, 0), (KvPolicy::Recompute, 1)] {
         let mut harness = Harness::new(|config| config.kv = kv);
         harness.add(&Ask { sampling: Ask::new(1, 10, 1, 9).sampling, ..same_prompt(1, 10) });
         harness.step();
-        harness.swap();
+        harness.swap_to(PolicyVersion(next));
         assert_eq!(harness.scheduler.num_cached_blocks(), 0);
         let step = harness.step();
         let whole = [same_prompt(1, 10).prompt, step.batch.items[0].tokens.clone()].concat();
