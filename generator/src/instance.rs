@@ -77,6 +77,7 @@ impl Instance {
             max_num_batched_tokens: generator.max_num_batched_tokens,
             max_model_len,
             kv: generator.kv,
+            enable_prefix_caching: generator.enable_prefix_caching,
             eos_token_ids: tokenizer.eos_token_ids().to_vec(),
             version: PolicyVersion(0),
         };

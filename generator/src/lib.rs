@@ -6,6 +6,7 @@ pub mod engine;
 mod error;
 mod instance;
 mod local;
+mod metrics;
 mod outputs;
 mod request;
 mod server;

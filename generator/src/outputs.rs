@@ -16,6 +16,7 @@ use tokio::sync::{Semaphore, mpsc};
 
 use crate::engine::{EngineHandle, Request, RequestKey, TokenEvent};
 use crate::error::GeneratorError;
+use crate::metrics::Latencies;
 use crate::request::GenerateRequest;
 use crate::stop::StopFinder;
 use crate::torch::ServingWeights;
@@ -34,11 +35,18 @@ pub(crate) struct Outputs {
     engine: EngineHandle<ServingWeights>,
     tokenizer: Arc<Tokenizer>,
     judging: Arc<Semaphore>,
+    latencies: Arc<Latencies>,
 }
 
 impl Outputs {
     pub(crate) fn new(engine: EngineHandle<ServingWeights>, tokenizer: Arc<Tokenizer>) -> Self {
-        Self { engine, tokenizer, judging: Arc::new(Semaphore::new(MAX_JUDGED_AT_ONCE)) }
+        let judging = Arc::new(Semaphore::new(MAX_JUDGED_AT_ONCE));
+        Self { engine, tokenizer, judging, latencies: Arc::default() }
+    }
+
+    /// Of all requests.
+    pub(crate) fn latencies(&self) -> Arc<Latencies> {
+        Arc::clone(&self.latencies)
     }
 
     /// Hands a request to the engine. Dropping what is returned aborts it.
@@ -54,6 +62,7 @@ impl Outputs {
         deadline: Instant,
         at_end: G,
     ) -> Result<Completions, GeneratorError> {
+        let start = Instant::now();
         let num_samples = request.sample_indices.len();
         let (events, incoming) = mpsc::channel(Request::events_capacity(num_samples, request.sampling.max_tokens));
         let (completions, outgoing) = mpsc::channel(num_samples + 1);
@@ -64,6 +73,7 @@ impl Outputs {
         let judge = Judge { prompt_id, rewards, columns, tokenizer: Arc::clone(&self.tokenizer) };
         let follower = Follower {
             key,
+            start,
             deadline,
             num_samples,
             samples,
@@ -72,6 +82,7 @@ impl Outputs {
             engine: self.engine.clone(),
             judge: Arc::new(judge),
             judging: Arc::clone(&self.judging),
+            latencies: self.latencies(),
             completions,
         };
         tokio::spawn(async move {
@@ -89,6 +100,7 @@ struct Sample {
     token_ids: Vec<TokenId>,
     logprobs: Vec<f32>,
     spans: Vec<Span>,
+    last_token: Option<Instant>,
     /// Where stop strings are asked for.
     stop: Option<StopFinder>,
 }
@@ -96,7 +108,7 @@ struct Sample {
 impl Sample {
     fn new(index: u32, stop: &[String]) -> Self {
         let stop = (!stop.is_empty()).then(StopFinder::default);
-        Self { index, token_ids: Vec::new(), logprobs: Vec::new(), spans: Vec::new(), stop }
+        Self { index, token_ids: Vec::new(), logprobs: Vec::new(), spans: Vec::new(), last_token: None, stop }
     }
 
     fn push(&mut self, token: TokenId, logprob: f32, version: PolicyVersion) {
@@ -112,6 +124,7 @@ impl Sample {
 /// The task of one request.
 struct Follower {
     key: RequestKey,
+    start: Instant,
     deadline: Instant,
     num_samples: usize,
     /// Those that are not finished.
@@ -121,13 +134,19 @@ struct Follower {
     engine: EngineHandle<ServingWeights>,
     judge: Arc<Judge>,
     judging: Arc<Semaphore>,
+    latencies: Arc<Latencies>,
     /// Holds every completion, so that sending never waits for the client.
     completions: mpsc::Sender<Result<Completion, GeneratorError>>,
 }
 
 impl Follower {
     /// Ends with the last sample, with the client, or with the engine.
-    async fn follow(mut self, mut events: mpsc::Receiver<TokenEvent>) {
+    async fn follow(mut self, events: mpsc::Receiver<TokenEvent>) {
+        self.take_all(events).await;
+        self.latencies.given_up(self.samples.len());
+    }
+
+    async fn take_all(&mut self, mut events: mpsc::Receiver<TokenEvent>) {
         while !self.samples.is_empty() {
             let event = tokio::select! {
                 event = events.recv() => event,
@@ -153,7 +172,12 @@ impl Follower {
         // Tokens that were under way when a stop string was found belong to no sample any more.
         let Some(sample) = self.samples.get_mut(&event.sample_index()) else { return Ok(()) };
         let mut finish = event.finish();
+        let now = Instant::now();
         if let TokenEvent::Token { token, logprob, version, .. } = event {
+            match sample.last_token.replace(now) {
+                None => self.latencies.first_token(now - self.start),
+                Some(before) => self.latencies.next_token(now - before),
+            }
             sample.push(token, logprob, version);
             let num_tokens = sample.token_ids.len();
             if let Some(finder) = &mut sample.stop {
@@ -167,11 +191,12 @@ impl Follower {
             }
         }
         let Some(finish) = finish else { return Ok(()) };
-        if finish == FinishReason::Aborted && Instant::now() >= self.deadline {
+        if finish == FinishReason::Aborted && now >= self.deadline {
             let finished = self.num_samples - self.samples.len();
             return Err(GeneratorError::Deadline { finished, asked: self.num_samples });
         }
         if let Some(sample) = self.samples.remove(&event.sample_index()) {
+            self.latencies.finished(finish, now - self.start);
             self.complete(sample, finish);
         }
         Ok(())

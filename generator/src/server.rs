@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
+use std::sync::Arc;
 use std::time::Duration;
 
 use aha_proto::v1;
@@ -10,13 +11,14 @@ use aha_proto::v1::generator_server::GeneratorServer as GeneratorService;
 use anyhow::{Context, anyhow, bail};
 use tokio::runtime::Handle;
 use tokio::sync::{oneshot, watch};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
 
 use crate::engine::{EngineHandle, EngineHealth};
 use crate::instance::{GeneratorOptions, Instance};
+use crate::metrics::{Latencies, MetricsServer};
 use crate::service::Service;
 use crate::torch::{ServingWeights, WeightReceiver};
 
@@ -35,7 +37,9 @@ pub struct GeneratorServer {
     incoming: TcpIncoming,
     address: SocketAddr,
     engine: EngineHandle<ServingWeights>,
+    latencies: Arc<Latencies>,
     service: Service,
+    metrics: Option<MetricsServer>,
 }
 
 impl GeneratorServer {
@@ -48,24 +52,31 @@ impl GeneratorServer {
         aha_nn::runtime::set_num_threads(NonZeroUsize::MIN);
         let incoming =
             TcpIncoming::bind(listen).with_context(|| format!("listening on {listen}"))?.with_nodelay(Some(true));
+        let metrics = MetricsServer::bind(&options.model, &options.generator)?;
         let options = options.clone();
         let instance = tokio::task::spawn_blocking(move || Instance::start(&options)).await??;
-        Self::over(instance, incoming)
+        Ok(Self { metrics, ..Self::over(instance, incoming)? })
     }
 
     /// Puts the service on top of an engine.
     pub(crate) fn over(instance: Instance, incoming: TcpIncoming) -> anyhow::Result<Self> {
         let address = incoming.local_addr().context("asking for the address that was taken")?;
-        let engine = instance.engine.clone();
+        let (engine, latencies) = (instance.engine.clone(), instance.outputs.latencies());
         let Instance { config, push_kind, quantization, .. } = &instance;
         let receiver = WeightReceiver::start(config, *push_kind, *quantization, engine.clone(), Handle::current())?;
-        Ok(Self { incoming, address, engine, service: Service::new(instance, receiver) })
+        Ok(Self { incoming, address, engine, latencies, service: Service::new(instance, receiver), metrics: None })
     }
 
     /// Where it listens.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Where it serves metrics, if it does.
+    #[must_use]
+    pub fn metrics_address(&self) -> Option<SocketAddr> {
+        self.metrics.as_ref().map(|metrics| metrics.address)
     }
 
     /// Answers until `shutdown` resolves; requests then have `grace` to finish before they are aborted.
@@ -87,6 +98,11 @@ impl GeneratorServer {
             .add_service(service)
             .add_service(health_service)
             .add_service(reflection);
+        // Ends with this function.
+        let mut beside = JoinSet::new();
+        if let Some(metrics) = self.metrics {
+            beside.spawn(metrics.serve(self.engine.clone(), self.latencies));
+        }
         let (stop, stopped) = oneshot::channel::<()>();
         let mut serving = tokio::spawn(router.serve_with_incoming_shutdown(self.incoming, async {
             // Either a word or the end of whoever could have said it.

@@ -84,6 +84,9 @@ impl Generator for Service {
             steps: status.counters.steps,
             manifest_hash: self.instance.manifest_hash,
             paused: status.activity != Activity::Serving,
+            prefix_cache_queries: status.counters.prefix_cache_queries,
+            prefix_cache_hits: status.counters.prefix_cache_hits,
+            cached_blocks: count(status.cached_blocks),
         }))
     }
 

@@ -2,8 +2,10 @@
 
 mod generate;
 mod lifecycle;
+mod metrics;
 mod update;
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use aha_core::rollout::Sampling;
@@ -29,8 +31,9 @@ struct Server {
     channel: Channel,
     /// Tells the server to stop, by being dropped too.
     stop: oneshot::Sender<()>,
+    metrics_address: Option<SocketAddr>,
     serving: JoinHandle<anyhow::Result<()>>,
-    _folder: TempDir,
+    folder: TempDir,
 }
 
 impl Server {
@@ -43,12 +46,12 @@ impl Server {
         let mut options = tiny_options(folder.path());
         adjust(&mut options);
         let server = GeneratorServer::bind(&options, "127.0.0.1:0".parse().unwrap()).await.unwrap();
-        let address = server.address();
+        let (address, metrics_address) = (server.address(), server.metrics_address());
         let (stop, stopped) = oneshot::channel();
         let serving = tokio::spawn(server.serve(grace, async { drop(stopped.await) }));
         let endpoint = Channel::from_shared(format!("http://{address}")).unwrap();
         let channel = endpoint.connect().await.unwrap();
-        Self { client: GeneratorClient::new(channel.clone()), channel, stop, serving, _folder: folder }
+        Self { client: GeneratorClient::new(channel.clone()), channel, stop, metrics_address, serving, folder }
     }
 
     async fn generate(&mut self, request: v1::GenerateRequest) -> Result<Streaming<v1::Completion>, Status> {

@@ -19,15 +19,22 @@ pub(crate) struct Args {
     /// Address to listen on; port 0 takes a free one
     #[arg(long, default_value = "127.0.0.1:50051")]
     listen: SocketAddr,
+    /// Address to serve Prometheus metrics at (generator.metrics_address); port 0 takes a free one
+    #[arg(long)]
+    metrics_address: Option<SocketAddr>,
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     supervised::follow_parent()?;
-    let config = args.config.load()?;
+    let mut config = args.config.load()?;
+    config.generator.metrics_address = args.metrics_address.or(config.generator.metrics_address);
     let grace = Duration::from_secs_f64(config.launch.grace_seconds);
     network_runtime()?.block_on(async {
         let server = GeneratorServer::bind(&GeneratorOptions::from(&config), args.listen).await?;
         tracing::info!("generator listens on {}", server.address());
+        if let Some(address) = server.metrics_address() {
+            tracing::info!("metrics are at http://{address}/metrics");
+        }
         // Requests in flight get half of what the launcher grants this process.
         server.serve(grace / 2, stop_signal()).await
     })?;

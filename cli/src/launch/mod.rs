@@ -4,7 +4,7 @@ mod role;
 pub(crate) mod supervised;
 mod supervisor;
 
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -50,6 +50,9 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         let mut arguments = vec!["generator".to_owned()];
         arguments.extend(config_args.to_arguments());
         arguments.extend(["--listen".to_owned(), address.clone()]);
+        if let Some(first) = config.generator.metrics_address {
+            arguments.extend(["--metrics-address".to_owned(), metrics_address(first, index)?.to_string()]);
+        }
         roles.push(Role::new(RoleKind::Generator, index, arguments));
     }
     for rank in 0..num_trainers {
@@ -67,6 +70,16 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     );
     let grace = Duration::from_secs_f64(config.launch.grace_seconds);
     Supervisor::start(roles, config.run_dir().join("logs"), grace)?.supervise()
+}
+
+/// Where the generator number `index` serves its metrics: at the first one's port and those after it.
+fn metrics_address(first: SocketAddr, index: usize) -> Result<SocketAddr> {
+    let port = match usize::from(first.port()) {
+        0 => Some(0),
+        port => u16::try_from(port + index).ok(),
+    };
+    let port = port.with_context(|| format!("generator.metrics_address: {first} has no {index} ports after it"))?;
+    Ok(SocketAddr::new(first.ip(), port))
 }
 
 /// Trainer ranks to start: as configured, or one for each GPU that the generators leave.
@@ -100,4 +113,19 @@ fn free_addresses(count: usize) -> Result<Vec<String>> {
         bail!("found no {count} free ports from {} to {}", PORTS.start, PORTS.end);
     }
     Ok(addresses)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_generator_has_a_port_of_its_own_for_metrics() {
+        let of = |first: &str, index| metrics_address(first.parse().unwrap(), index);
+        assert_eq!(of("127.0.0.1:9400", 0).unwrap().to_string(), "127.0.0.1:9400");
+        assert_eq!(of("[::1]:9400", 2).unwrap().to_string(), "[::1]:9402");
+        assert_eq!(of("127.0.0.1:0", 2).unwrap().to_string(), "127.0.0.1:0");
+        let error = of("127.0.0.1:65535", 1).unwrap_err().to_string();
+        assert!(error.starts_with("generator.metrics_address: 127.0.0.1:65535"), "{error}");
+    }
 }

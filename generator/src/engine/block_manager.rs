@@ -1,10 +1,19 @@
-//! The KV cache as numbered blocks: which are free, and how many tables hold each of the others.
+//! The KV cache as numbered blocks: which are free, how many tables hold each of the others, and which can be found
+//! again by what they hold.
 //!
 //! A block has room for the keys and values of `block_size` consecutive tokens. Tables may share blocks, and a shared
-//! block is never written: [`BlockManager::grow`] first replaces it in the writer's table. Everything is O(1) per block
-//! that changes hands. The scheme is that of PagedAttention (Kwon et al., SOSP 2023).
+//! block is never written: [`BlockManager::grow`] first replaces it in the writer's table. The scheme is that of
+//! PagedAttention (Kwon et al., SOSP 2023).
+//!
+//! A full block may be registered under the [`Prefix`] that ends with it. When no table holds it any more it is free
+//! and can be found all the same, until it is taken for something else: those that hold nothing of use are taken first,
+//! then registered ones, the one that has been free longest first. Everything is O(1) per block that changes hands.
 
+use std::collections::HashMap;
 use std::ops::Range;
+
+use super::free_queue::FreeQueue;
+use super::prefix::Prefix;
 
 /// A block of the KV cache, `0..num_blocks`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -35,20 +44,32 @@ pub(super) struct OutOfBlocks;
 #[derive(Debug)]
 pub(super) struct BlockManager {
     block_size: usize,
-    /// `[num_blocks]`, tables that hold each block.
-    ref_counts: Vec<u32>,
-    /// Blocks that no table holds; the last one freed is taken first.
-    free: Vec<BlockId>,
+    /// `[num_blocks]`
+    blocks: Vec<Block>,
+    /// Blocks that no table holds: those that are not registered, the last one freed first, then the registered ones,
+    /// the first one freed first.
+    free: FreeQueue,
+    registered: HashMap<Prefix, BlockId>,
+    /// Of the free blocks, those that are registered.
+    num_cached: usize,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Block {
+    /// Tables that hold it.
+    num_holders: u32,
+    /// What it is registered under.
+    prefix: Option<Prefix>,
 }
 
 impl BlockManager {
     pub(super) fn new(num_blocks: usize, block_size: usize) -> Self {
-        let free = (0..num_blocks as u32).rev().map(BlockId).collect();
-        Self { block_size, ref_counts: vec![0; num_blocks], free }
+        let blocks = vec![Block::default(); num_blocks];
+        Self { block_size, blocks, free: FreeQueue::full(num_blocks), registered: HashMap::new(), num_cached: 0 }
     }
 
     pub(super) fn num_total(&self) -> usize {
-        self.ref_counts.len()
+        self.blocks.len()
     }
 
     pub(super) fn num_free(&self) -> usize {
@@ -57,6 +78,11 @@ impl BlockManager {
 
     pub(super) fn num_used(&self) -> usize {
         self.num_total() - self.num_free()
+    }
+
+    /// Blocks that are free and can be found.
+    pub(super) fn num_cached(&self) -> usize {
+        self.num_cached
     }
 
     /// Free blocks that [`BlockManager::grow`] would take.
@@ -77,7 +103,7 @@ impl BlockManager {
         table: &mut BlockTable,
         positions: Range<usize>,
     ) -> Result<Option<BlockCopy>, OutOfBlocks> {
-        if self.num_to_grow(table, &positions) > self.free.len() {
+        if self.num_to_grow(table, &positions) > self.num_free() {
             return Err(OutOfBlocks);
         }
         let (first, end) = (positions.start / self.block_size, positions.end.div_ceil(self.block_size));
@@ -91,6 +117,8 @@ impl BlockManager {
                 if index == first && !positions.start.is_multiple_of(self.block_size) {
                     copy = Some(BlockCopy { from, to });
                 }
+            } else {
+                self.unregister(from);
             }
         }
         while table.0.len() < end {
@@ -102,65 +130,127 @@ impl BlockManager {
     /// A second table over the blocks that hold the first `num_tokens` tokens of `table`.
     pub(super) fn fork(&mut self, table: &BlockTable, num_tokens: usize) -> BlockTable {
         let blocks = table.0[..num_tokens.div_ceil(self.block_size)].to_vec();
-        blocks.iter().for_each(|block| self.ref_counts[block.0 as usize] += 1);
+        blocks.iter().for_each(|&block| self.block_mut(block).num_holders += 1);
         BlockTable(blocks)
     }
 
-    /// `table` without the blocks beyond its first `num_tokens` tokens.
-    pub(super) fn truncate(&mut self, mut table: BlockTable, num_tokens: usize) -> BlockTable {
-        for block in table.0.drain(num_tokens.div_ceil(self.block_size)..) {
-            self.release(block);
-        }
-        table
+    pub(super) fn free(&mut self, table: BlockTable) {
+        // Backwards: the end of a prefix is of no use without its start, and so is to be taken first.
+        table.0.into_iter().rev().for_each(|block| self.release(block));
     }
 
-    pub(super) fn free(&mut self, table: BlockTable) {
-        self.truncate(table, 0);
+    /// Registers the block of `table` that `prefix` ends with, whose keys and values are complete. If another block is
+    /// registered under it already, that one stays.
+    pub(super) fn register(&mut self, table: &BlockTable, prefix: Prefix) {
+        let block = table.0[prefix.num_blocks() - 1];
+        if self.block(block).prefix.is_none() && !self.registered.contains_key(&prefix) {
+            self.registered.insert(prefix, block);
+            self.block_mut(block).prefix = Some(prefix);
+        }
+    }
+
+    /// Appends the block that is registered under `prefix` to a table of those before it; false if there is none.
+    pub(super) fn append_registered(&mut self, table: &mut BlockTable, prefix: Prefix) -> bool {
+        debug_assert_eq!(table.0.len() + 1, prefix.num_blocks());
+        let Some(&block) = self.registered.get(&prefix) else { return false };
+        if self.block(block).num_holders == 0 {
+            self.free.remove(block);
+            self.num_cached -= 1;
+        }
+        self.block_mut(block).num_holders += 1;
+        table.0.push(block);
+        true
+    }
+
+    /// Forgets what the blocks hold: none of them is found any more. O(registered blocks).
+    pub(super) fn unregister_all(&mut self) {
+        for block in std::mem::take(&mut self.registered).into_values() {
+            self.block_mut(block).prefix = None;
+        }
+        self.num_cached = 0;
     }
 
     /// Says what is wrong if `tables`, which are all that exist, do not account for every block.
     pub(super) fn check_invariants<'a>(&self, tables: impl Iterator<Item = &'a BlockTable>) -> Result<(), String> {
-        let mut held = vec![0_u32; self.ref_counts.len()];
+        let mut held = vec![0_u32; self.blocks.len()];
         for block in tables.flat_map(BlockTable::ids) {
             held[block.0 as usize] += 1;
         }
-        for (index, (&held, &counted)) in held.iter().zip(&self.ref_counts).enumerate() {
-            if held != counted {
-                return Err(format!("block {index} is held {held} times and counted {counted} times"));
+        for (index, (&held, block)) in held.iter().zip(&self.blocks).enumerate() {
+            if held != block.num_holders {
+                return Err(format!("block {index} is held {held} times and counted {} times", block.num_holders));
+            }
+            let found = block.prefix.map(|prefix| self.registered.get(&prefix));
+            if found.is_some_and(|found| found != Some(&BlockId(index as u32))) {
+                return Err(format!("block {index} is not found under its own prefix"));
             }
         }
-        for block in &self.free {
+        for block in self.free.iter() {
             if std::mem::replace(&mut held[block.0 as usize], 1) != 0 {
                 return Err(format!("block {} is free, and held or free a second time", block.0));
             }
         }
-        match held.iter().position(|&count| count == 0) {
-            Some(lost) => Err(format!("block {lost} is neither free nor held")),
-            None => Ok(()),
+        if let Some(lost) = held.iter().position(|&count| count == 0) {
+            return Err(format!("block {lost} is neither free nor held"));
         }
+        let is_registered: Vec<bool> = self.free.iter().map(|block| self.block(block).prefix.is_some()).collect();
+        let num_cached = is_registered.iter().filter(|&&is_registered| is_registered).count();
+        if num_cached != self.num_cached || !is_registered.is_sorted() {
+            return Err(format!("{} blocks are cached by count, in the free queue {is_registered:?}", self.num_cached));
+        }
+        let num_registered = self.blocks.iter().filter(|block| block.prefix.is_some()).count();
+        if num_registered != self.registered.len() {
+            return Err(format!("{num_registered} blocks have a prefix, {} are registered", self.registered.len()));
+        }
+        Ok(())
     }
 
     fn is_shared(&self, block: BlockId) -> bool {
-        self.ref_counts[block.0 as usize] > 1
+        self.block(block).num_holders > 1
     }
 
     fn take(&mut self) -> BlockId {
-        let block = self.free.pop().expect("grow compares what it needs with the free list first");
-        self.ref_counts[block.0 as usize] = 1;
+        let block = self.free.pop_front().expect("grow compares what it needs with the free queue first");
+        if self.unregister(block) {
+            self.num_cached -= 1;
+        }
+        self.block_mut(block).num_holders = 1;
         block
     }
 
-    fn release(&mut self, block: BlockId) {
-        let count = &mut self.ref_counts[block.0 as usize];
-        *count -= 1;
-        if *count == 0 {
-            self.free.push(block);
+    fn release(&mut self, id: BlockId) {
+        let block = self.block_mut(id);
+        block.num_holders -= 1;
+        match block {
+            Block { num_holders: 0, prefix: Some(_) } => {
+                self.free.push_back(id);
+                self.num_cached += 1;
+            }
+            Block { num_holders: 0, prefix: None } => self.free.push_front(id),
+            Block { .. } => {}
         }
+    }
+
+    /// Whether it was registered.
+    fn unregister(&mut self, block: BlockId) -> bool {
+        let prefix = self.block_mut(block).prefix.take();
+        prefix.is_some_and(|prefix| self.registered.remove(&prefix).is_some())
+    }
+
+    fn block(&self, id: BlockId) -> &Block {
+        &self.blocks[id.0 as usize]
+    }
+
+    fn block_mut(&mut self, id: BlockId) -> &mut Block {
+        &mut self.blocks[id.0 as usize]
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use aha_core::ids::{PolicyVersion, TokenId};
+    use aha_core::random::derive_seed;
+
     use super::super::testing::Random;
     use super::*;
 
@@ -220,46 +310,227 @@ mod tests {
         manager.check_invariants([&table].into_iter()).unwrap();
     }
 
-    /// What a table holds, and what each slot of the cache holds, as a model beside the manager: a write gives a fresh
-    /// value to a position of one table, and no other table may see it.
-    #[derive(Debug, Default)]
-    struct Model {
-        tables: Vec<(BlockTable, Vec<u64>)>,
-        slots: Vec<u64>,
-        num_writes: u64,
+    const VERSION: PolicyVersion = PolicyVersion(3);
+
+    /// The prefix of `num_blocks` blocks that begins with `first`, and goes on with the same tokens for all.
+    fn prefix(first: TokenId, num_blocks: usize) -> Prefix {
+        (0..num_blocks as TokenId)
+            .fold(Prefix::new(VERSION), |prefix, index| prefix.then(&[if index == 0 { first } else { 0 }, 0, 0, 0]))
     }
 
+    /// A table of full blocks, registered, for tokens that begin with `first`.
+    fn registered_table(manager: &mut BlockManager, first: TokenId, num_blocks: usize) -> BlockTable {
+        let table = table_of(manager, num_blocks * BLOCK_SIZE);
+        (1..=num_blocks).for_each(|len| manager.register(&table, prefix(first, len)));
+        table
+    }
+
+    /// Blocks that are found again, from the first on; they are free again afterwards.
+    fn num_found(manager: &mut BlockManager, first: TokenId) -> usize {
+        let mut table = BlockTable::default();
+        let num_found = (1..=2).take_while(|&len| manager.append_registered(&mut table, prefix(first, len))).count();
+        manager.free(table);
+        num_found
+    }
+
+    #[test]
+    fn what_was_free_longest_is_evicted_first_and_ends_before_starts() {
+        let mut manager = manager(6);
+        let tables = [1, 2].map(|first| registered_table(&mut manager, first, 2));
+        tables.into_iter().for_each(|table| manager.free(table));
+        assert_eq!((manager.num_free(), manager.num_cached()), (6, 4));
+        let mut table = table_of(&mut manager, 8);
+        assert_eq!(manager.num_cached(), 4, "blocks that hold nothing are taken first");
+        let mut found = Vec::new();
+        for end in [12, 16, 20, 24] {
+            manager.grow(&mut table, end - 4..end).unwrap();
+            found.push(prefixes_left(&manager));
+        }
+        assert_eq!(found, [vec![(1, 1), (2, 1), (2, 2)], vec![(2, 1), (2, 2)], vec![(2, 1)], vec![]]);
+        manager.check_invariants([&table].into_iter()).unwrap();
+    }
+
+    /// First token and length of all that can be found.
+    fn prefixes_left(manager: &BlockManager) -> Vec<(TokenId, usize)> {
+        let all = [(1, 1), (1, 2), (2, 1), (2, 2)];
+        all.into_iter().filter(|&(first, len)| manager.registered.contains_key(&prefix(first, len))).collect()
+    }
+
+    #[test]
+    fn what_is_found_is_held_and_free_longest_last() {
+        let mut manager = manager(4);
+        let (old, new) = (registered_table(&mut manager, 1, 2), registered_table(&mut manager, 2, 2));
+        manager.free(old);
+        manager.free(new);
+        assert_eq!(num_found(&mut manager, 1), 2, "the older one has been used last now");
+        let table = table_of(&mut manager, 8);
+        assert_eq!([num_found(&mut manager, 1), num_found(&mut manager, 2)], [2, 0]);
+        let mut found = BlockTable::default();
+        assert!(manager.append_registered(&mut found, prefix(1, 1)));
+        assert_eq!((manager.num_used(), manager.num_cached()), (3, 1));
+        let mut second = BlockTable::default();
+        assert!(manager.append_registered(&mut second, prefix(1, 1)), "a held block is found too");
+        assert_eq!((second.ids(), manager.num_used()), (found.ids(), 3));
+        manager.check_invariants([&table, &found, &second].into_iter()).unwrap();
+    }
+
+    #[test]
+    fn of_equal_blocks_the_first_one_stays_registered() {
+        let mut manager = manager(4);
+        let (first, second) = (registered_table(&mut manager, 1, 1), registered_table(&mut manager, 1, 1));
+        manager.free(second);
+        assert_eq!(manager.num_cached(), 0);
+        manager.free(first);
+        assert_eq!((manager.num_cached(), num_found(&mut manager, 1)), (1, 1));
+    }
+
+    #[test]
+    fn a_block_that_is_written_or_forgotten_is_not_found() {
+        let mut manager = manager(4);
+        let mut table = registered_table(&mut manager, 1, 2);
+        assert_eq!(manager.grow(&mut table, 6..7), Ok(None));
+        assert_eq!(num_found(&mut manager, 1), 1);
+        manager.unregister_all();
+        assert_eq!(num_found(&mut manager, 1), 0);
+        manager.free(table);
+        let table = registered_table(&mut manager, 1, 2);
+        manager.free(table);
+        manager.unregister_all();
+        assert_eq!((num_found(&mut manager, 1), manager.num_cached(), manager.num_free()), (0, 0, 4));
+        manager.check_invariants(std::iter::empty()).unwrap();
+    }
+
+    /// What tables hold, and what each slot of the cache holds, as a model beside the manager. A slot's value is a hash
+    /// of its token, of the version that wrote it, and of the value before it.
+    #[derive(Debug)]
+    struct Model {
+        manager: BlockManager,
+        random: Random,
+        tables: Vec<ModelTable>,
+        slots: Vec<u64>,
+        version: PolicyVersion,
+        /// What the block at the end of each prefix held when it was registered.
+        contents: HashMap<Prefix, Vec<u64>>,
+        num_hits: usize,
+        num_evictions: usize,
+    }
+
+    #[derive(Debug, Clone)]
+    struct Held {
+        tokens: Vec<TokenId>,
+        values: Vec<u64>,
+        /// None if several versions wrote.
+        version: Option<PolicyVersion>,
+    }
+
+    type ModelTable = (BlockTable, Held);
+
     impl Model {
-        fn write(&mut self, manager: &mut BlockManager, index: usize, positions: Range<usize>) -> bool {
-            let (table, values) = &mut self.tables[index];
+        fn new(seed: u64, num_blocks: usize) -> Self {
+            Self {
+                manager: manager(num_blocks),
+                random: Random::new(seed),
+                tables: Vec::new(),
+                slots: vec![0; num_blocks * BLOCK_SIZE],
+                version: PolicyVersion(0),
+                contents: HashMap::new(),
+                num_hits: 0,
+                num_evictions: 0,
+            }
+        }
+
+        /// Of an alphabet so small that sequences often begin alike.
+        fn some_tokens(&mut self, most: usize) -> Vec<TokenId> {
+            (0..=self.random.below(most)).map(|_| self.random.below(2) as TokenId).collect()
+        }
+
+        /// Writes tokens from a position on; false if there are not enough blocks.
+        fn write(&mut self, index: usize, start: usize, tokens: &[TokenId]) -> bool {
+            let Self { manager, tables, slots, version, num_evictions, .. } = self;
+            let (table, held) = &mut tables[index];
+            let positions = start..start + tokens.len();
             let needed = manager.num_to_grow(table, &positions);
-            let free = manager.num_free();
+            let (free, cached) = (manager.num_free(), manager.num_cached());
             let Ok(copy) = manager.grow(table, positions.clone()) else {
                 assert!(needed > free && manager.num_free() == free);
                 return false;
             };
             assert_eq!(free - manager.num_free(), needed);
+            *num_evictions += cached.saturating_sub(manager.num_cached());
             if let Some(BlockCopy { from, to }) = copy {
                 let from = from.0 as usize * BLOCK_SIZE;
-                self.slots.copy_within(from..from + BLOCK_SIZE, to.0 as usize * BLOCK_SIZE);
+                slots.copy_within(from..from + BLOCK_SIZE, to.0 as usize * BLOCK_SIZE);
             }
-            values.truncate(positions.start);
-            for position in positions {
-                self.num_writes += 1;
-                values.push(self.num_writes);
-                self.slots[slot(table, position)] = self.num_writes;
+            held.tokens.truncate(start);
+            held.values.truncate(start);
+            held.version = held.version.filter(|written| written == version);
+            for (position, &token) in positions.zip(tokens) {
+                let value = value(held.values.last(), token, *version);
+                slots[slot(table, position)] = value;
+                held.tokens.push(token);
+                held.values.push(value);
             }
             true
         }
 
-        fn check(&self, manager: &BlockManager) {
-            manager.check_invariants(self.tables.iter().map(|(table, _)| table)).unwrap();
-            for (table, values) in &self.tables {
+        /// A table over what is found of some tokens, as a sequence is admitted.
+        fn find(&mut self, tokens: &[TokenId]) -> ModelTable {
+            let (mut table, mut prefix) = (BlockTable::default(), Prefix::new(self.version));
+            for block in tokens[..tokens.len() - 1].chunks_exact(BLOCK_SIZE) {
+                prefix = prefix.then(block);
+                if !self.manager.append_registered(&mut table, prefix) {
+                    break;
+                }
+            }
+            self.num_hits += table.ids().len();
+            let tokens = tokens[..table.ids().len() * BLOCK_SIZE].to_vec();
+            let mut values = Vec::new();
+            tokens.iter().for_each(|&token| values.push(value(values.last(), token, self.version)));
+            (table, Held { tokens, values, version: Some(self.version) })
+        }
+
+        fn add(&mut self) {
+            let tokens = self.some_tokens(20);
+            let found = self.find(&tokens);
+            let start = found.1.tokens.len();
+            self.tables.push(found);
+            let youngest = self.tables.len() - 1;
+            if !self.write(youngest, start, &tokens[start..]) {
+                // It does not fit: it goes, and the youngest of the others is preempted.
+                for (table, _) in self.tables.split_off(youngest.saturating_sub(1)) {
+                    self.manager.free(table);
+                }
+            }
+        }
+
+        fn register(&mut self, index: usize) {
+            let (table, held) = &self.tables[index];
+            if held.version != Some(self.version) {
+                return;
+            }
+            let mut prefix = Prefix::new(self.version);
+            for (tokens, values) in held.tokens.chunks_exact(BLOCK_SIZE).zip(held.values.chunks_exact(BLOCK_SIZE)) {
+                prefix = prefix.then(tokens);
+                self.manager.register(table, prefix);
+                self.contents.insert(prefix, values.to_vec());
+            }
+        }
+
+        fn check(&self) {
+            self.manager.check_invariants(self.tables.iter().map(|(table, _)| table)).unwrap();
+            for (table, Held { values, .. }) in &self.tables {
                 for (position, &value) in values.iter().enumerate() {
                     assert_eq!(self.slots[slot(table, position)], value);
                 }
             }
+            for (prefix, block) in &self.manager.registered {
+                assert_eq!(self.slots[block.0 as usize * BLOCK_SIZE..][..BLOCK_SIZE], self.contents[prefix]);
+            }
         }
+    }
+
+    fn value(before: Option<&u64>, token: TokenId, version: PolicyVersion) -> u64 {
+        derive_seed(before.copied().unwrap_or(0), &[u64::from(token), version.0])
     }
 
     fn slot(table: &BlockTable, position: usize) -> usize {
@@ -268,47 +539,46 @@ mod tests {
 
     #[test]
     fn invariants_hold_through_100_000_random_operations() {
-        let (mut random, mut manager) = (Random::new(1), manager(24));
-        let mut model = Model { slots: vec![0; 24 * BLOCK_SIZE], ..Model::default() };
+        let mut model = Model::new(1, 24);
         let mut counts = [0_u32; 5];
-        for _ in 0..100_000 {
-            let operation = random.below(5);
+        for number in 0..100_000 {
+            let operation = model.random.below(5);
             counts[operation] += 1;
-            let index = random.below(model.tables.len().max(1));
+            let index = model.random.below(model.tables.len().max(1));
             match operation {
-                // A new sequence; if it does not fit, the youngest is preempted.
-                0 => {
-                    model.tables.push((BlockTable::default(), Vec::new()));
-                    let youngest = model.tables.len() - 1;
-                    if !model.write(&mut manager, youngest, 0..1 + random.below(20)) {
-                        model.tables.pop().into_iter().for_each(|(table, _)| manager.free(table));
-                        model.tables.pop().into_iter().for_each(|(table, _)| manager.free(table));
-                    }
-                }
+                0 => model.add(),
                 _ if model.tables.is_empty() => {}
                 1 => {
-                    let len = model.tables[index].1.len();
-                    let start = len - random.below(len.min(3) + 1);
-                    model.write(&mut manager, index, start..start + 1 + random.below(6));
+                    let len = model.tables[index].1.tokens.len();
+                    let start = len - model.random.below(len.min(3) + 1);
+                    let tokens = model.some_tokens(6);
+                    model.write(index, start, &tokens);
                 }
                 2 => {
-                    let (table, values) = &model.tables[index];
-                    let num_tokens = random.below(values.len() + 1);
-                    let forked = (manager.fork(table, num_tokens), values[..num_tokens].to_vec());
-                    model.tables.push(forked);
+                    let (table, held) = &model.tables[index];
+                    let num_tokens = model.random.below(held.tokens.len() + 1);
+                    let (mut tokens, mut values) = (held.tokens.clone(), held.values.clone());
+                    tokens.truncate(num_tokens);
+                    values.truncate(num_tokens);
+                    let forked = model.manager.fork(table, num_tokens);
+                    let held = Held { tokens, values, version: held.version };
+                    model.tables.push((forked, held));
                 }
-                3 => {
-                    let (table, mut values) = model.tables.swap_remove(index);
-                    values.truncate(random.below(values.len() + 1));
-                    model.tables.push((manager.truncate(table, values.len()), values));
-                }
-                _ => manager.free(model.tables.swap_remove(index).0),
+                3 => model.register(index),
+                _ => model.manager.free(model.tables.swap_remove(index).0),
             }
-            model.check(&manager);
+            if number % 500 == 499 {
+                model.version = model.version.next();
+                model.manager.unregister_all();
+                assert_eq!(model.manager.num_cached(), 0);
+                model.contents.clear();
+            }
+            model.check();
         }
         assert!(counts.iter().all(|&count| count > 15_000), "{counts:?}");
-        model.tables.into_iter().for_each(|(table, _)| manager.free(table));
-        assert_eq!(manager.num_free(), 24);
-        manager.check_invariants(std::iter::empty()).unwrap();
+        assert!(model.num_hits > 2_000 && model.num_evictions > 1_000, "{} {}", model.num_hits, model.num_evictions);
+        model.tables.into_iter().for_each(|(table, _)| model.manager.free(table));
+        assert_eq!(model.manager.num_free(), 24);
+        model.manager.check_invariants(std::iter::empty()).unwrap();
     }
 }

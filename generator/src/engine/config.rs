@@ -20,6 +20,8 @@ pub struct EngineConfig {
     pub max_model_len: usize,
     /// What happens to running sequences when weights change.
     pub kv: KvPolicy,
+    /// Whether what one sequence computed serves others that begin with the same tokens.
+    pub enable_prefix_caching: bool,
     /// The model's end-of-sequence tokens.
     pub eos_token_ids: Vec<TokenId>,
     /// Of the weights that serve at the start.
@@ -84,6 +86,7 @@ mod tests {
         max_num_batched_tokens: 2,
         max_model_len: 20,
         kv: KvPolicy::Keep,
+        enable_prefix_caching: true,
         eos_token_ids: Vec::new(),
         version: PolicyVersion(0),
     };

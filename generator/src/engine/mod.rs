@@ -7,7 +7,9 @@
 mod batch;
 mod block_manager;
 mod config;
+mod free_queue;
 mod handle;
+mod prefix;
 mod request;
 mod scheduler;
 mod sequence;

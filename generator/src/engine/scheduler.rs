@@ -89,14 +89,14 @@ impl Scheduler {
             self.waiting.insert(SequenceId(self.next_id), sequence);
             self.next_id += 1;
         }
-        self.groups.insert(key, Group { members: first..SequenceId(self.next_id), parked_prompt: None });
+        self.groups.insert(key, Group { members: first..SequenceId(self.next_id) });
         Ok(())
     }
 
     /// Decides on the next step. It is empty only if nothing is in flight.
     pub(super) fn schedule(&mut self) -> Step {
         debug_assert_eq!(self.check_invariants(), Ok(()));
-        let (mut copies, mut decodes, mut prefills) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut copies, mut scheduled) = (Vec::new(), Vec::new());
         let num_decodes = self.running.values().filter(|running| running.is_decoding()).count();
         let mut budget = self.config.max_num_batched_tokens - num_decodes;
         let preemptions = self.counters.preemptions;
@@ -105,20 +105,17 @@ impl Scheduler {
             let decodes_now = self.running[&id].is_decoding();
             let num_tokens = if decodes_now { 1 } else { self.running[&id].num_uncomputed().min(budget) };
             if num_tokens > 0 && self.grow_or_preempt(id, num_tokens, &mut copies) {
-                if decodes_now {
-                    decodes.push((id, num_tokens));
-                } else {
-                    budget -= num_tokens;
-                    prefills.push((id, num_tokens));
-                }
+                budget -= if decodes_now { 0 } else { num_tokens };
+                scheduled.push((id, num_tokens));
             }
             next = self.running.range((Excluded(id), Unbounded)).next().map(|(&id, _)| id);
         }
         // Whoever was preempted just now would be admitted again at once, at the cost of those who needed the blocks.
         if self.counters.preemptions == preemptions {
-            self.admit(budget, &mut copies, &mut prefills);
+            self.admit(budget, &mut copies, &mut scheduled);
         }
-        self.step_of(copies, [decodes, prefills].concat())
+        scheduled.sort_by_cached_key(|(id, _)| !self.running[id].is_decoding());
+        self.step_of(copies, scheduled)
     }
 
     /// Takes what the runner made of a step. Between the two calls nothing else may be called.
@@ -134,6 +131,10 @@ impl Scheduler {
             let running = self.running.get_mut(&id).expect("a sequence runs from its scheduling to its completion");
             self.counters.prompt_tokens += if running.is_decoding() { 0 } else { item.tokens.len() as u64 };
             running.num_computed += item.tokens.len();
+            // One that ran across a swap has attended to keys and values of the weights before.
+            if self.config.enable_prefix_caching && !running.ran_across_swap {
+                running.register_computed(&mut self.blocks, self.config.block_size);
+            }
             let Some(&Sampled { token, logprob }) = item.choose.as_ref().and_then(|_| sampled.next()) else { continue };
             self.counters.generation_tokens += 1;
             let finish = running.sequence.push(token);
@@ -174,23 +175,26 @@ impl Scheduler {
                 running.sequence.sample_index
             }));
         }
-        group.parked_prompt.into_iter().for_each(|table| self.blocks.free(table));
         unfinished.sort_unstable();
         unfinished
     }
 
     /// Goes on under other weights.
     pub(super) fn set_version(&mut self, version: PolicyVersion) {
-        while self.drop_parked_prompt() {}
-        if self.config.kv == KvPolicy::Recompute {
-            self.release_all();
+        match self.config.kv {
+            KvPolicy::Recompute => self.release_all(),
+            KvPolicy::Keep => {
+                self.blocks.unregister_all();
+                self.running.values_mut().for_each(|running| running.ran_across_swap = true);
+            }
         }
         self.version = version;
     }
 
-    /// Frees every block: all running sequences wait, to be computed again.
+    /// Frees every block and forgets what it held: all running sequences wait, to be computed again.
     pub(super) fn release_all(&mut self) {
-        while self.drop_parked_prompt() || self.preempt_youngest() {}
+        while self.preempt_youngest() {}
+        self.blocks.unregister_all();
     }
 
     /// A table of blocks for `num_tokens` tokens that belong to no sequence; [`Scheduler::give_back`] takes it back.
@@ -202,8 +206,7 @@ impl Scheduler {
         self.config.check_fits(num_tokens, 0)?;
         let mut table = BlockTable::default();
         while self.blocks.grow(&mut table, 0..num_tokens).is_err() {
-            let freed = self.drop_parked_prompt() || self.preempt_youngest();
-            assert!(freed, "{num_tokens} tokens do not fit into a cache that holds nothing else");
+            assert!(self.preempt_youngest(), "{num_tokens} tokens do not fit into a cache that holds nothing else");
         }
         Ok(table)
     }
@@ -237,6 +240,10 @@ impl Scheduler {
         self.blocks.num_used()
     }
 
+    pub(super) fn num_cached_blocks(&self) -> usize {
+        self.blocks.num_cached()
+    }
+
     pub(super) fn counters(&self) -> Counters {
         self.counters
     }
@@ -268,9 +275,7 @@ impl Scheduler {
                 copies.extend(copy);
                 return true;
             }
-            if !self.drop_parked_prompt() {
-                self.preempt_youngest();
-            }
+            self.preempt_youngest();
         }
         false
     }

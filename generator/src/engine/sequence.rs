@@ -4,12 +4,13 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 
-use aha_core::ids::{PolicyVersion, TokenId};
+use aha_core::ids::TokenId;
 use aha_core::random::sampling_uniform;
 use aha_core::rollout::{FinishReason, Sampling};
 
 use super::batch::Choose;
-use super::block_manager::BlockTable;
+use super::block_manager::{BlockManager, BlockTable};
+use super::prefix::Prefix;
 use super::request::RequestKey;
 
 /// Names a sequence inside the scheduler, in order of arrival: the smaller, the older.
@@ -72,6 +73,11 @@ impl Sequence {
         [prompt, completion].concat()
     }
 
+    /// Tokens of one whole block.
+    pub(super) fn block(&self, index: usize, block_size: usize) -> Vec<TokenId> {
+        self.tokens(index * block_size..(index + 1) * block_size)
+    }
+
     /// How the next token is to be sampled.
     pub(super) fn choose(&self) -> Choose {
         let Sampling { temperature, top_k, top_p, min_p, min_tokens, .. } = self.task.sampling;
@@ -109,8 +115,10 @@ pub(super) struct Running {
     pub(super) block_table: BlockTable,
     /// Tokens whose keys and values are in the cache; under the number of tokens.
     pub(super) num_computed: usize,
-    /// Weights that served when the sequence was admitted: its oldest keys and values may be theirs.
-    pub(super) version: PolicyVersion,
+    /// Its blocks that are registered.
+    pub(super) prefix: Prefix,
+    /// Whether weights changed since it was admitted: its oldest keys and values may be of other ones.
+    pub(super) ran_across_swap: bool,
 }
 
 impl Running {
@@ -118,9 +126,23 @@ impl Running {
         self.sequence.num_tokens() - self.num_computed
     }
 
-    /// Whether the prompt's shared tokens are in the cache.
-    pub(super) fn has_prompt(&self) -> bool {
-        self.num_computed >= self.sequence.task.num_shared_tokens()
+    /// Tokens of the prompt that other samples can take over: all that they share, or else all whole blocks of those.
+    pub(super) fn num_tokens_to_share(&self, block_size: usize) -> Option<usize> {
+        let all = self.sequence.task.num_shared_tokens();
+        let whole_blocks = all - all % block_size;
+        if self.num_computed >= all {
+            Some(all)
+        } else {
+            (0 < whole_blocks && whole_blocks <= self.num_computed).then_some(whole_blocks)
+        }
+    }
+
+    /// Registers the blocks that are computed to their end.
+    pub(super) fn register_computed(&mut self, blocks: &mut BlockManager, block_size: usize) {
+        for index in self.prefix.num_blocks()..self.num_computed / block_size {
+            self.prefix = self.prefix.then(&self.sequence.block(index, block_size));
+            blocks.register(&self.block_table, self.prefix);
+        }
     }
 
     /// Whether only the newest token is to be computed, and it was sampled.

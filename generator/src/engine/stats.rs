@@ -15,7 +15,10 @@ pub struct EngineStatus {
     pub num_running: usize,
     /// Sequences that wait for blocks or for a place in the batch.
     pub num_waiting: usize,
+    /// Blocks that sequences hold.
     pub used_blocks: usize,
+    /// Blocks that no sequence holds, and whose keys and values are kept until the blocks are needed.
+    pub cached_blocks: usize,
     pub total_blocks: usize,
     /// Tokens of a block.
     pub block_size: usize,
@@ -43,6 +46,10 @@ pub struct Counters {
     pub preemptions: u64,
     /// Tokens prefilled; what is computed again after a preemption counts again.
     pub prompt_tokens: u64,
+    /// Tokens that sequences had when they were given blocks, those that come back after a preemption included.
+    pub prefix_cache_queries: u64,
+    /// Of those, tokens whose keys and values were there already. Both stay 0 without prefix caching.
+    pub prefix_cache_hits: u64,
     /// Tokens sampled.
     pub generation_tokens: u64,
     /// Of those, dropped because a stop string had been completed before them.

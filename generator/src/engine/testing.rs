@@ -25,6 +25,7 @@ pub(super) const ROOMY: EngineConfig = EngineConfig {
     max_num_batched_tokens: 512,
     max_model_len: 200,
     kv: KvPolicy::Recompute,
+    enable_prefix_caching: true,
     eos_token_ids: Vec::new(),
     version: PolicyVersion(0),
 };
@@ -52,9 +53,12 @@ impl Random {
         (derive_seed(self.seed, &[self.num_drawn]) % bound as u64) as usize
     }
 
-    /// A prompt of 1 to `max_len` tokens.
+    /// A prompt of 1 to `max_len` tokens, which may begin as others do.
     pub(super) fn prompt(&mut self, max_len: usize) -> Vec<TokenId> {
-        (0..=self.below(max_len)).map(|_| self.below(VOCAB_SIZE as usize) as TokenId).collect()
+        let len = 1 + self.below(max_len);
+        let common = 0..self.below(len + 1);
+        let mut token = |index| if common.contains(&index) { index * 3 } else { self.below(VOCAB_SIZE as usize) };
+        (0..len).map(|index| token(index) as TokenId % VOCAB_SIZE as TokenId).collect()
     }
 }
 
@@ -138,6 +142,7 @@ struct Slot {
     token: TokenId,
     position: usize,
     value: u64,
+    weights: u64,
 }
 
 #[derive(Debug)]
@@ -168,11 +173,15 @@ impl FakeRunner {
         Self { trouble, ..Self::new(config) }
     }
 
-    /// Checks that the cache holds exactly `tokens` under a block table.
-    pub(super) fn check_history(&self, block_table: &[BlockId], tokens: &[TokenId]) {
+    /// Checks that the cache holds exactly `tokens` under a block table, and of these weights where they are given.
+    pub(super) fn check_history(&self, block_table: &[BlockId], tokens: &[TokenId], weights: Option<u64>) {
+        let mut hidden = 0;
         for (position, &token) in tokens.iter().enumerate() {
             let slot = self.slots[self.slot(block_table, position)].expect("the slot was written");
             assert_eq!((slot.token, slot.position), (token, position));
+            assert_eq!(slot.value, key_value(hidden, token, slot.weights), "it attended to other tokens");
+            assert!(weights.is_none_or(|weights| weights == slot.weights), "it is of other weights");
+            hidden = attend(hidden, slot.value);
         }
     }
 
@@ -212,7 +221,7 @@ impl FakeRunner {
         for (position, &token) in (item.start..).zip(&item.tokens) {
             let value = key_value(hidden, token, self.weights);
             let slot = self.slot(&item.block_table, position);
-            self.slots[slot] = Some(Slot { token, position, value });
+            self.slots[slot] = Some(Slot { token, position, value, weights: self.weights });
             hidden = attend(hidden, value);
         }
         hidden

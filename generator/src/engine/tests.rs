@@ -106,7 +106,7 @@ fn assert_expected(ask: &Ask, outcomes: &BTreeMap<u32, Outcome>) {
 fn outputs_depend_on_seed_prompt_and_sample_alone() {
     let mut random = Random::new(3);
     let asks: Vec<Ask> = (0..40).map(|key| Ask::random(&mut random, key)).collect();
-    let mut num_preemptions = 0;
+    let (mut num_preemptions, mut num_hits) = (0, 0);
     for round in 0..40 {
         let mut order = asks.clone();
         (1..order.len()).for_each(|index| order.swap(index, random.below(index + 1)));
@@ -117,6 +117,7 @@ fn outputs_depend_on_seed_prompt_and_sample_alone() {
             config.max_num_seqs = 1 + random.below(24);
             config.max_num_batched_tokens = config.max_num_seqs + random.below(40);
             config.kv = [KvPolicy::Keep, KvPolicy::Recompute][round % 2];
+            config.enable_prefix_caching = round % 4 > 0;
         });
         let mut events = Vec::new();
         for ask in order {
@@ -128,13 +129,49 @@ fn outputs_depend_on_seed_prompt_and_sample_alone() {
             }
         }
         drain(&mut engine);
-        num_preemptions += engine.status().counters.preemptions;
+        let counters = engine.status().counters;
+        num_preemptions += counters.preemptions;
+        num_hits += counters.prefix_cache_hits;
         for (mut events, ask) in events {
             assert_expected(&ask, &received(&mut events));
             assert_eq!(events.try_recv(), Err(mpsc::error::TryRecvError::Disconnected));
         }
     }
-    assert!(num_preemptions > 200, "{num_preemptions}");
+    assert!(num_preemptions > 200 && num_hits > 20_000, "{num_preemptions} {num_hits}");
+}
+
+#[test]
+fn a_repeated_request_is_the_same_and_mostly_found() {
+    let mut engine = engine(|_| {});
+    let (first, again) = (Ask::new(1, 30, 3, 20), Ask { key: RequestKey(2), ..Ask::new(1, 30, 3, 20) });
+    let mut events = [&first, &again].map(|ask| {
+        let events = add(&mut engine, ask);
+        drain(&mut engine);
+        events
+    });
+    events.iter_mut().for_each(|events| assert_expected(&first, &received(events)));
+    let status = engine.status();
+    // Of 30 tokens the siblings fork 29 from a leader; in the second round everyone finds 28, and nobody waits.
+    let (queries, hits) = (6 * 30, 2 * 29 + 3 * 28);
+    assert_eq!((status.counters.prefix_cache_queries, status.counters.prefix_cache_hits), (queries, hits));
+    assert_eq!(status.counters.prompt_tokens, queries - hits);
+    assert!(status.cached_blocks > 0);
+
+    // Its answer is found too when it comes back in a longer prompt, and all is forgotten at a swap.
+    let conversation = [&first.prompt[..], &first.expect(0, |_| 0, |_, _| 0).tokens].concat();
+    for (key, expect) in [(3, hits + 48), (4, hits + 48 + 48), (5, hits + 48 + 48)] {
+        let ask = Ask { prompt: conversation.clone(), sample_indices: vec![0], ..Ask::new(key, 1, 1, 2) };
+        let version = if key == 5 { 1 } else { 0 };
+        if key == 5 {
+            swap(&mut engine, version);
+            assert_eq!(engine.status().cached_blocks, 0);
+        }
+        let mut events = add(&mut engine, &ask);
+        drain(&mut engine);
+        assert_eq!(engine.status().counters.prefix_cache_hits, expect);
+        let expected = ask.expect(0, |_| version, |_, _| version).tokens;
+        assert_eq!(received(&mut events)[&0].tokens, expected);
+    }
 }
 
 #[test]

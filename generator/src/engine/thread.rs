@@ -330,6 +330,7 @@ impl<R: Runner> Engine<R> {
             num_running: self.scheduler.num_running(),
             num_waiting: self.scheduler.num_waiting(),
             used_blocks: self.scheduler.num_used_blocks(),
+            cached_blocks: self.scheduler.num_cached_blocks(),
             total_blocks: self.config.num_blocks,
             block_size: self.config.block_size,
             max_model_len: self.config.max_model_len,

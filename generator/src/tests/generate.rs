@@ -65,6 +65,38 @@ async fn completions_do_not_depend_on_what_else_runs() {
     assert_eq!((status.used_blocks, status.running, status.waiting), (0, 0, 0), "{status:?}");
 }
 
+/// What is found in the cache is to the last bit what would be computed again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_repeated_request_is_found_and_the_same() {
+    for tiny in [Tiny::Qwen2, Tiny::Qwen3, Tiny::Llama] {
+        let mut cold = Server::start_with(tiny, Duration::ZERO, |options| {
+            options.generator.enable_prefix_caching = false;
+        })
+        .await;
+        let mut server = Server::start(tiny).await;
+        let mut asked = request("first", 1, 40);
+        asked.token_ids.extend((0..50).map(|index| index * 11 % 256));
+        let first = server.completions(asked.clone()).await;
+        // 73 tokens of prompt are 4 blocks and a rest, and 112 computed ones are 7 blocks.
+        let status = server.status().await;
+        assert_eq!((status.prefix_cache_queries, status.prefix_cache_hits, status.cached_blocks), (73, 0, 7));
+        asked.request_id = "again".to_owned();
+        assert_eq!(server.completions(asked.clone()).await, first);
+        let status = server.status().await;
+        assert_eq!((status.prefix_cache_queries, status.prefix_cache_hits), (2 * 73, 64));
+        assert_eq!((status.prompt_tokens, status.used_blocks), (73 + 9, 0));
+
+        // A conversation goes on: its answer is found too.
+        asked.token_ids.extend(&first[0].token_ids);
+        asked.token_ids.extend([3, 1, 4]);
+        asked.sample_indices = vec![0, 1, 2];
+        let longer = server.completions(asked.clone()).await;
+        assert_eq!(server.status().await.prefix_cache_hits, 64 + 3 * 112);
+        assert_eq!(cold.completions(asked).await, longer);
+        assert_eq!(cold.status().await.prefix_cache_queries, 0);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stop_string_ends_a_completion_with_the_token_that_completes_it() {
     let mut server = Server::start(Tiny::Qwen3).await;

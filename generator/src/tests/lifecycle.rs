@@ -187,6 +187,7 @@ fn broken_instance() -> Instance {
         max_num_batched_tokens: 16,
         max_model_len: 64,
         kv: KvPolicy::Recompute,
+        enable_prefix_caching: true,
         eos_token_ids: Vec::new(),
         version: PolicyVersion(0),
     };

@@ -117,6 +117,31 @@ async fn a_push_changes_the_version_once_in_the_middle_of_a_request() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn nothing_that_other_weights_computed_is_found_after_a_push() {
+    let mut server = Server::start(TINY).await;
+    let (old, new) = (tiny_weights(&tiny_config(TINY), 1), tiny_weights(&tiny_config(TINY), 2));
+    let mut group = Trainer::new().meet(&mut server, PATIENCE).await;
+    let asked = request("again", 1, 40);
+    let before = server.completions(asked.clone()).await;
+    assert_eq!(server.completions(asked.clone()).await, before);
+    let hits = server.status().await.prefix_cache_hits;
+    assert!(hits > 0);
+    for (version, weights) in [(1, &new), (2, &old)] {
+        let sending = send(group, weights.copy());
+        server.client.update_weights(announcement(version, weights)).await.unwrap();
+        group = sending.join().unwrap();
+        assert_eq!(server.status().await.cached_blocks, 0);
+        let after = server.completions(asked.clone()).await;
+        assert_eq!(server.status().await.prefix_cache_hits, hits);
+        assert_eq!(after[0].token_ids == before[0].token_ids, version == 2);
+        let scored = server.score([&asked.token_ids[..], &after[0].token_ids].concat()).await;
+        let scored = &scored[asked.token_ids.len() - 1..];
+        let close = scored.iter().zip(&after[0].logprobs).all(|(scored, sampled)| (scored - sampled).abs() < 1e-4);
+        assert!(close, "{scored:?} and {:?}", after[0].logprobs);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn weights_with_another_hash_are_not_taken_and_the_next_push_is() {
     let mut server = Server::start(TINY).await;
     let (old, new) = (tiny_weights(&tiny_config(TINY), 1), tiny_weights(&tiny_config(TINY), 2));

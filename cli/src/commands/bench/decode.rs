@@ -95,6 +95,8 @@ fn start(args: &Args, folder: &Path, batch: usize, prompt_tokens: usize) -> Resu
         max_model_len: prompt_tokens + args.new_tokens as usize,
         threads: args.threads,
         quantization: args.quantization.into(),
+        // The warm-up may have the same prompts, and must not compute them for the measured run.
+        enable_prefix_caching: false,
         ..defaults
     };
     let mut options = local_options(folder, options);

@@ -225,6 +225,13 @@ rewards: [{function: equation}]
     }
 
     #[test]
+    fn an_address_is_checked_where_it_is_read() {
+        let config = load_text(MINIMAL, &[], &["generator.metrics_address=127.0.0.1:9400"]).unwrap();
+        assert_eq!(config.generator.metrics_address.unwrap().port(), 9400);
+        check_problems("generator: {metrics_address: nowhere}\n", &["generator.metrics_address: ", "socket address"]);
+    }
+
+    #[test]
     fn the_resolved_configuration_reads_back_equal() {
         let config = load_text(MINIMAL, &[], &[]).unwrap();
         let text = serde_saphyr::to_string(&config).unwrap();

@@ -5,6 +5,7 @@
 mod load;
 mod validate;
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -251,8 +252,15 @@ pub struct Generator {
     pub kv: KvPolicy,
     /// How the layers' matrices are stored and multiplied on the CPU.
     pub quantization: Quantization,
+    /// Keep the keys and values of finished sequences for prompts that begin alike, until the memory is needed.
+    pub enable_prefix_caching: bool,
     /// Threads of the engine; 0 takes all cores.
     pub threads: usize,
+    /// Where Prometheus metrics are served, at `/metrics` over HTTP; unset serves none. The generators of `aha launch`
+    /// take this port and those after it.
+    pub metrics_address: Option<SocketAddr>,
+    /// Serve the metrics under vLLM's names too, for dashboards that know those.
+    pub vllm_metric_names: bool,
     /// A client waits this long for a generator that does not answer yet.
     pub connect_timeout_seconds: f64,
 }
@@ -450,7 +458,10 @@ impl Default for Generator {
             max_model_len: 0,
             kv: KvPolicy::Recompute,
             quantization: Quantization::None,
+            enable_prefix_caching: true,
             threads: 0,
+            metrics_address: None,
+            vllm_metric_names: false,
             connect_timeout_seconds: 60.0,
         }
     }

@@ -1,31 +1,28 @@
-//! Groups of samples: how waiting ones are admitted and get their prompt, and who leaves it to them.
+//! Groups of samples: how waiting ones are admitted, and get their prompt from those that run.
 
 use std::ops::Range;
 
 use super::{Scheduler, WATERMARK_DIVISOR};
 use crate::engine::block_manager::{BlockCopy, BlockTable};
+use crate::engine::prefix::Prefix;
 use crate::engine::request::RequestKey;
-use crate::engine::sequence::{Running, SequenceId, Task};
+use crate::engine::sequence::{Running, Sequence, SequenceId};
 
 /// The samples of one request; gone when the last one ends.
 #[derive(Debug)]
 pub(super) struct Group {
     /// Ids of its sequences, ended ones included.
     pub(super) members: Range<SequenceId>,
-    /// Blocks of the prompt's shared tokens, left by a sample that ended for the next one to be admitted. Nobody else
-    /// of the group has them.
-    pub(super) parked_prompt: Option<BlockTable>,
 }
 
 /// Where a waiting sample gets the shared tokens of its prompt from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum PromptSource {
-    /// A running sample that has them in the cache.
-    Running(SequenceId),
-    Parked,
+    /// A running sample that has so many of them in the cache.
+    Running(SequenceId, usize),
     /// The leader is computing them: wait for it.
     InProgress,
-    /// Nobody: become the leader.
+    /// Nobody of the group: become the leader.
     Absent,
 }
 
@@ -59,62 +56,75 @@ impl Scheduler {
     /// Gives a waiting sequence blocks for all the tokens it has; false if there are not enough.
     fn admit_one(&mut self, id: SequenceId, source: PromptSource, copies: &mut Vec<BlockCopy>) -> bool {
         let Some(sequence) = self.waiting.remove(&id) else { return false };
-        let key = sequence.task.key;
-        let (mut block_table, num_computed) = self.take_prompt(source, &sequence.task);
-        let positions = num_computed..sequence.num_tokens();
+        let mut running = self.start(source, sequence);
+        let (num_known, num_tokens) = (running.num_computed, running.sequence.num_tokens());
         let watermark = if self.running.is_empty() { 0 } else { self.blocks.num_total() / WATERMARK_DIVISOR };
-        let num_wanted = self.blocks.num_to_grow(&block_table, &positions) + watermark;
-        // What is still parked is for younger groups: an older one's would have been taken before this sequence's turn.
-        while self.blocks.num_free() < num_wanted && self.drop_parked_prompt() {}
+        let num_wanted = self.blocks.num_to_grow(&running.block_table, &(num_known..num_tokens)) + watermark;
         if self.blocks.num_free() >= num_wanted
-            && let Ok(copy) = self.blocks.grow(&mut block_table, positions)
+            && let Ok(copy) = self.blocks.grow(&mut running.block_table, num_known..num_tokens)
         {
             copies.extend(copy);
-            self.running.insert(id, Running { sequence, block_table, num_computed, version: self.version });
+            self.running.insert(id, running);
+            if self.config.enable_prefix_caching {
+                self.counters.prefix_cache_queries += num_tokens as u64;
+                self.counters.prefix_cache_hits += num_known as u64;
+            }
             return true;
         }
-        self.waiting.insert(id, sequence);
-        match self.groups.get_mut(&key) {
-            Some(group) if source == PromptSource::Parked => group.parked_prompt = Some(block_table),
-            _ => self.blocks.free(block_table),
-        }
+        self.blocks.free(running.block_table);
+        self.waiting.insert(id, running.sequence);
         false
     }
 
-    fn prompt_source(&self, key: RequestKey) -> PromptSource {
-        let group = &self.groups[&key];
-        let mut source = if group.parked_prompt.is_some() { PromptSource::Parked } else { PromptSource::Absent };
-        for (&id, member) in self.running.range(group.members.clone()) {
-            if member.version != self.version {
-                continue;
-            }
-            if member.has_prompt() {
-                return PromptSource::Running(id);
-            }
-            source = PromptSource::InProgress;
+    /// A sequence with those of its tokens that are in the cache: registered ones, or what a sample of its group has
+    /// where that is more.
+    fn start(&mut self, source: PromptSource, sequence: Sequence) -> Running {
+        let (mut block_table, prefix) = self.find_registered(&sequence);
+        let mut num_computed = prefix.num_blocks() * self.config.block_size;
+        if let PromptSource::Running(donor, num_shared) = source
+            && num_shared > num_computed
+        {
+            let forked = self.blocks.fork(&self.running[&donor].block_table, num_shared);
+            self.blocks.free(std::mem::replace(&mut block_table, forked));
+            num_computed = num_shared;
         }
-        source
+        Running { sequence, block_table, num_computed, prefix, ran_across_swap: false }
     }
 
-    /// A table over the shared tokens of a prompt, and how many tokens are computed in it.
-    fn take_prompt(&mut self, source: PromptSource, task: &Task) -> (BlockTable, usize) {
-        let parked = match source {
-            PromptSource::Running(donor) => {
-                let donor = &self.running[&donor].block_table;
-                Some(self.blocks.fork(donor, task.num_shared_tokens()))
+    /// A table over the longest run of registered blocks that a sequence begins with. Its last token is never among
+    /// them: the next one is sampled from its row.
+    fn find_registered(&mut self, sequence: &Sequence) -> (BlockTable, Prefix) {
+        let (mut block_table, mut prefix) = (BlockTable::default(), Prefix::new(self.version));
+        let is_on = self.config.enable_prefix_caching;
+        let most = if is_on { (sequence.num_tokens() - 1) / self.config.block_size } else { 0 };
+        for index in 0..most {
+            let longer = prefix.then(&sequence.block(index, self.config.block_size));
+            if !self.blocks.append_registered(&mut block_table, longer) {
+                break;
             }
-            PromptSource::Parked => self.groups.get_mut(&task.key).and_then(|group| group.parked_prompt.take()),
-            PromptSource::InProgress | PromptSource::Absent => None,
-        };
-        parked.map_or((BlockTable::default(), 0), |table| (table, task.num_shared_tokens()))
+            prefix = longer;
+        }
+        (block_table, prefix)
+    }
+
+    fn prompt_source(&self, key: RequestKey) -> PromptSource {
+        let mut source = PromptSource::Absent;
+        for (&id, member) in self.running.range(self.groups[&key].members.clone()) {
+            if !member.ran_across_swap {
+                match member.num_tokens_to_share(self.config.block_size) {
+                    Some(num_tokens) => return PromptSource::Running(id, num_tokens),
+                    None => source = PromptSource::InProgress,
+                }
+            }
+        }
+        source
     }
 
     /// Takes a sequence that ended out of the scheduler.
     pub(super) fn retire(&mut self, id: SequenceId) {
         let key = if let Some(running) = self.running.remove(&id) {
-            let key = running.sequence.task.key;
-            self.park_or_free(running);
-            key
+            self.blocks.free(running.block_table);
+            running.sequence.task.key
         } else if let Some(sequence) = self.waiting.remove(&id) {
             sequence.task.key
         } else {
@@ -122,43 +132,13 @@ impl Scheduler {
         };
         let members = self.groups[&key].members.clone();
         if self.waiting.range(members.clone()).next().is_none() && self.running.range(members).next().is_none() {
-            let group = self.groups.remove(&key);
-            group.and_then(|group| group.parked_prompt).into_iter().for_each(|table| self.blocks.free(table));
-        }
-    }
-
-    /// Frees the blocks of a sequence that ended, but for the prompt's if it was the last to have the prompt and others
-    /// of its group wait.
-    fn park_or_free(&mut self, ended: Running) {
-        let task = &ended.sequence.task;
-        let is_usable = ended.has_prompt() && ended.version == self.version;
-        let is_last = self.prompt_source(task.key) == PromptSource::Absent;
-        match self.groups.get_mut(&task.key) {
-            Some(group) if is_usable && is_last && self.waiting.range(group.members.clone()).next().is_some() => {
-                group.parked_prompt = Some(self.blocks.truncate(ended.block_table, task.num_shared_tokens()));
-            }
-            _ => self.blocks.free(ended.block_table),
-        }
-    }
-
-    /// Frees the prompt that is parked for the youngest group; false if none is parked.
-    pub(super) fn drop_parked_prompt(&mut self) -> bool {
-        let parked = self.groups.values_mut().filter(|group| group.parked_prompt.is_some());
-        let youngest = parked.max_by_key(|group| group.members.start);
-        match youngest.and_then(|group| group.parked_prompt.take()) {
-            Some(table) => {
-                self.blocks.free(table);
-                true
-            }
-            None => false,
+            self.groups.remove(&key);
         }
     }
 
     /// Says what is wrong if the parts of the scheduler contradict each other.
     pub(super) fn check_invariants(&self) -> Result<(), String> {
-        let parked = self.groups.values().filter_map(|group| group.parked_prompt.as_ref());
-        let tables = self.running.values().map(|running| &running.block_table).chain(parked);
-        self.blocks.check_invariants(tables)?;
+        self.blocks.check_invariants(self.running.values().map(|running| &running.block_table))?;
         if self.running.len() > self.config.max_num_seqs {
             return Err(format!("{} sequences are running", self.running.len()));
         }
@@ -168,9 +148,6 @@ impl Scheduler {
                 self.running.range(group.members.clone()).map(|(_, running)| running).collect();
             if num_waiting + running.len() == 0 {
                 return Err(format!("{key} has no sequence left"));
-            }
-            if group.parked_prompt.is_some() && running.iter().any(|running| running.version == self.version) {
-                return Err(format!("{key} has a parked prompt and a running sample"));
             }
             for Running { sequence, block_table, num_computed, .. } in running {
                 let num_slots = block_table.ids().len() * self.config.block_size;

@@ -48,12 +48,28 @@ impl Harness {
         step
     }
 
+    fn swap(&mut self) {
+        self.swap_to(self.scheduler.version().next());
+    }
+
+    fn swap_to(&mut self, version: PolicyVersion) {
+        self.runner.swap(version.0);
+        self.scheduler.set_version(version);
+    }
+
+    fn sleep_and_wake(&mut self) {
+        self.scheduler.release_all();
+        self.runner.release_cache();
+        self.runner.restore_cache().unwrap();
+    }
+
     fn check(&self) {
         assert_eq!(self.scheduler.check_invariants(), Ok(()));
         assert_eq!(self.in_flight().into_iter().collect::<BTreeSet<_>>(), self.unfinished, "a sample was lost");
         for running in self.scheduler.running.values() {
             let tokens = running.sequence.tokens(0..running.num_computed);
-            self.runner.check_history(running.block_table.ids(), &tokens);
+            let weights = (!running.ran_across_swap).then_some(self.scheduler.version().0);
+            self.runner.check_history(running.block_table.ids(), &tokens, weights);
         }
     }
 
@@ -99,7 +115,7 @@ fn a_prompt_outlives_the_sample_that_computed_it_for_those_that_wait() {
     let mut harness = Harness::new(|config| config.max_num_seqs = 1);
     harness.add(&Ask::new(1, 10, 4, 1));
     let items: Vec<usize> = (0..4).map(|_| harness.step().batch.items[0].tokens.len()).collect();
-    assert_eq!(items, [10, 1, 1, 1]);
+    assert_eq!(items, [10, 2, 2, 2], "its two full blocks are found");
     harness.drain();
     // One token, and the leader is gone after it.
     let mut harness = Harness::new(|_| {});
@@ -109,17 +125,130 @@ fn a_prompt_outlives_the_sample_that_computed_it_for_those_that_wait() {
 }
 
 #[test]
-fn a_parked_prompt_gives_way_to_a_running_sequence() {
+fn cached_blocks_give_way_to_a_running_sequence() {
     let mut harness = Harness::new(|config| config.num_blocks = 3);
     harness.add(&Ask::new(1, 4, 1, 5));
     harness.add(&Ask::new(2, 8, 2, 1));
     harness.step();
-    assert!(harness.scheduler.groups[&RequestKey(2)].parked_prompt.is_some());
+    assert_eq!((harness.scheduler.num_used_blocks(), harness.scheduler.num_cached_blocks()), (1, 2));
     harness.step();
-    assert!(harness.scheduler.groups[&RequestKey(2)].parked_prompt.is_none());
+    assert_eq!((harness.scheduler.num_used_blocks(), harness.scheduler.num_cached_blocks()), (2, 1));
     harness.drain();
     let counters = harness.scheduler.counters();
-    assert_eq!((counters.preemptions, counters.prompt_tokens), (0, 4 + 8 + 8));
+    assert_eq!((counters.preemptions, counters.prompt_tokens), (0, 4 + 8 + 4));
+    assert_eq!((counters.prefix_cache_queries, counters.prefix_cache_hits), (4 + 8 + 8, 4));
+}
+
+/// Where the only item of a step starts, and how many tokens it has.
+#[track_caller]
+fn check_item(step: &Step, start: usize, num_tokens: usize) {
+    let items: Vec<_> = step.batch.items.iter().map(|item| (item.start, item.tokens.len())).collect();
+    assert_eq!(items, [(start, num_tokens)]);
+}
+
+fn same_prompt(key: u64, prompt_len: usize) -> Ask {
+    Ask { key: RequestKey(key), ..Ask::new(1, prompt_len, 1, 3) }
+}
+
+#[test]
+fn a_prompt_is_found_in_whole_blocks_and_never_to_its_last_token() {
+    let mut harness = Harness::new(|_| {});
+    harness.add(&same_prompt(1, 10));
+    harness.drain();
+    // 10 tokens of prompt and 2 of completion were computed: three blocks, of which the third begins in the prompt.
+    assert_eq!(harness.scheduler.num_cached_blocks(), 3);
+    for (prompt_len, start) in [(10, 8), (9, 8), (8, 4), (5, 4), (4, 0)] {
+        harness.add(&same_prompt(2, prompt_len));
+        check_item(&harness.step(), start, prompt_len - start);
+        harness.drain();
+    }
+    let other = Ask::new(3, 10, 1, 3);
+    harness.add(&Ask { prompt: [&same_prompt(1, 4).prompt[..], &other.prompt].concat(), ..other });
+    check_item(&harness.step(), 4, 10);
+    harness.drain();
+}
+
+#[test]
+fn a_prompt_is_found_while_another_request_holds_it() {
+    let mut harness = Harness::new(|_| {});
+    harness.add(&same_prompt(1, 10));
+    harness.step();
+    harness.add(&Ask { sample_indices: vec![0, 1, 2], ..same_prompt(2, 10) });
+    let starts: Vec<usize> = harness.step().batch.items.iter().map(|item| item.start).collect();
+    assert_eq!(starts, [10, 8, 8, 8], "with every full block there, nobody waits for a leader");
+    // The two full blocks are there once, and each of the four has one of its own.
+    assert_eq!(harness.scheduler.num_used_blocks(), 2 + 4);
+    harness.drain();
+}
+
+#[test]
+fn without_prefix_caching_nothing_is_found() {
+    let mut harness = Harness::new(|config| config.enable_prefix_caching = false);
+    for key in 1..3 {
+        harness.add(&same_prompt(key, 10));
+        check_item(&harness.step(), 0, 10);
+        harness.drain();
+    }
+    let counters = harness.scheduler.counters();
+    assert_eq!((counters.prefix_cache_queries, counters.prefix_cache_hits), (0, 0));
+    assert_eq!(harness.scheduler.num_cached_blocks(), 0);
+}
+
+#[test]
+fn a_preempted_sequence_finds_what_is_left_of_it() {
+    let mut harness = Harness::new(|config| config.num_blocks = 7);
+    harness.add(&Ask::new(1, 6, 1, 14));
+    harness.add(&Ask::new(2, 6, 1, 14));
+    while harness.scheduler.num_running() != 1 || harness.scheduler.num_waiting() != 1 {
+        harness.step();
+    }
+    // Three blocks each; both want a fourth at 13 tokens. The first takes a fifth too before it ends.
+    while harness.scheduler.num_waiting() == 1 {
+        harness.step();
+        if harness.scheduler.num_running() == 0 {
+            check_item(&harness.step(), 8, 5);
+        }
+    }
+    assert_eq!(harness.scheduler.counters().preemptions, 1);
+    harness.drain();
+}
+
+#[test]
+fn sleep_forgets_everything() {
+    let mut harness = Harness::new(|_| {});
+    harness.add(&same_prompt(1, 10));
+    harness.drain();
+    harness.add(&same_prompt(2, 10));
+    harness.step();
+    harness.sleep_and_wake();
+    assert_eq!(harness.scheduler.num_cached_blocks(), 0);
+    check_item(&harness.step(), 0, 11);
+    harness.drain();
+}
+
+/// A sequence that ran across a swap attended to keys and values of the weights before: nobody may find its blocks,
+/// whether they were full before the swap or after it, and whatever the versions are called.
+#[test]
+fn blocks_of_other_or_mixed_weights_are_not_found() {
+    for (kv, next) in [(KvPolicy::Keep, 0), (KvPolicy::Keep, 1), (KvPolicy::Recompute, 0), (KvPolicy::Recompute, 1)] {
+        let mut harness = Harness::new(|config| config.kv = kv);
+        harness.add(&Ask { sampling: Ask::new(1, 10, 1, 9).sampling, ..same_prompt(1, 10) });
+        harness.step();
+        harness.swap_to(PolicyVersion(next));
+        assert_eq!(harness.scheduler.num_cached_blocks(), 0);
+        let step = harness.step();
+        let whole = [same_prompt(1, 10).prompt, step.batch.items[0].tokens.clone()].concat();
+        harness.drain();
+        match kv {
+            KvPolicy::Keep => assert_eq!(harness.scheduler.num_cached_blocks(), 0),
+            KvPolicy::Recompute => assert!(harness.scheduler.num_cached_blocks() > 0),
+        }
+        harness.swap();
+        assert_eq!(harness.scheduler.num_cached_blocks(), 0);
+        harness.add(&Ask { prompt: whole.clone(), ..same_prompt(2, 1) });
+        check_item(&harness.step(), 0, whole.len());
+        harness.drain();
+    }
 }
 
 #[test]
@@ -182,7 +311,7 @@ fn prompts_of_other_weights_are_not_shared() {
         let mut harness = Harness::new(|config| config.kv = kv);
         harness.add(&Ask::new(1, 10, 3, 9));
         harness.step();
-        harness.scheduler.set_version(PolicyVersion(1));
+        harness.swap();
         let step = harness.step();
         let shape: Vec<_> = step.batch.items.iter().map(|item| (item.start, item.tokens.len())).collect();
         match kv {
@@ -190,12 +319,6 @@ fn prompts_of_other_weights_are_not_shared() {
             KvPolicy::Recompute => assert_eq!(shape, [(0, 11)], "the first is computed again"),
         }
         assert_eq!(harness.step().batch.items.len(), 3);
-        harness.drain();
-        harness.add(&Ask::new(2, 10, 2, 1));
-        harness.step();
-        assert!(harness.scheduler.groups[&RequestKey(2)].parked_prompt.is_some());
-        harness.scheduler.set_version(PolicyVersion(2));
-        assert_eq!(harness.step().batch.items[0].start, 0, "the parked prompt is gone");
         harness.drain();
     }
 }
@@ -218,8 +341,8 @@ fn random_operation(random: &mut Random, harness: &mut Harness, next_key: &mut u
             harness.scheduler.finish(key, sample_index, 1);
             harness.unfinished.remove(&(key, sample_index));
         }
-        8 => harness.scheduler.set_version(harness.scheduler.version().next()),
-        9 => harness.scheduler.release_all(),
+        8 => harness.swap(),
+        9 => harness.sleep_and_wake(),
         10 => {
             let table = harness.scheduler.borrow_blocks(1 + random.below(50)).unwrap();
             harness.scheduler.give_back(table);
@@ -241,12 +364,15 @@ fn random_operations_lose_nothing_and_everything_finishes() {
             config.max_num_seqs = 1 + random.below(12);
             config.max_num_batched_tokens = config.max_num_seqs + random.below(30);
             config.kv = [KvPolicy::Keep, KvPolicy::Recompute][random.below(2)];
+            config.enable_prefix_caching = seed % 4 > 0;
         });
         let mut next_key = 0;
         for _ in 0..1_500 {
             random_operation(&mut random, &mut harness, &mut next_key);
         }
-        assert!(next_key > 20 && harness.scheduler.counters().preemptions > 0);
+        let counters = harness.scheduler.counters();
+        assert!(next_key > 20 && counters.preemptions > 0);
+        assert_eq!(counters.prefix_cache_hits > 100, seed % 4 > 0, "{counters:?}");
         harness.drain();
     }
 }

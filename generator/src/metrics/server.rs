@@ -1,0 +1,81 @@
+//! `GET /metrics` over HTTP.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use aha_core::config;
+use anyhow::Context;
+use axum::http::StatusCode;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use tonic::service::Routes;
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+
+use super::{Latencies, exposition, page};
+use crate::engine::EngineHandle;
+use crate::torch::ServingWeights;
+
+/// Prometheus' own patience, by default; the engine answers between two steps.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A listener that does not answer yet.
+#[derive(Debug)]
+pub(crate) struct MetricsServer {
+    incoming: TcpIncoming,
+    pub(crate) address: SocketAddr,
+    /// Where vLLM's names are wanted.
+    vllm_model: Option<String>,
+}
+
+impl MetricsServer {
+    /// Takes the address, where one is asked for.
+    ///
+    /// # Errors
+    /// If the address is not to be had.
+    pub(crate) fn bind(model: &config::Model, generator: &config::Generator) -> anyhow::Result<Option<Self>> {
+        let Some(address) = generator.metrics_address else { return Ok(None) };
+        let incoming =
+            TcpIncoming::bind(address).with_context(|| format!("generator.metrics_address: listening on {address}"))?;
+        let address = incoming.local_addr().context("asking for the address that was taken")?;
+        let vllm_model = generator.vllm_metric_names.then(|| model.path.display().to_string());
+        Ok(Some(Self { incoming, address, vllm_model }))
+    }
+
+    /// Answers until it is dropped.
+    pub(crate) async fn serve(self, engine: EngineHandle<ServingWeights>, latencies: Arc<Latencies>) {
+        let source = Arc::new(Source { engine, latencies, vllm_model: self.vllm_model });
+        let answer = move || {
+            let source = Arc::clone(&source);
+            async move { source.answer().await }
+        };
+        let router = axum::Router::new().route("/metrics", get(answer));
+        let server = Server::builder().accept_http1(true).add_routes(Routes::from(router));
+        if let Err(error) = server.serve_with_incoming(self.incoming).await {
+            tracing::error!(%error, "metrics are no longer served");
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Source {
+    engine: EngineHandle<ServingWeights>,
+    latencies: Arc<Latencies>,
+    vllm_model: Option<String>,
+}
+
+impl Source {
+    async fn answer(&self) -> Response {
+        let problem = match tokio::time::timeout(PATIENCE, self.engine.status()).await {
+            Ok(Ok(status)) => {
+                let text = page(&status, &self.latencies, self.vllm_model.as_deref());
+                return ([(CONTENT_TYPE, exposition::CONTENT_TYPE)], text).into_response();
+            }
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("the engine did not answer within {} s", PATIENCE.as_secs()),
+        };
+        (StatusCode::SERVICE_UNAVAILABLE, problem).into_response()
+    }
+}
