@@ -33,7 +33,7 @@ pub struct BatchItem {
 /// How to sample one token.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Choose {
-    /// `allowed_token_ids` is ascending.
+    /// `allowed_token_ids` is ascending, none twice.
     pub sampling: Arc<Sampling>,
     /// In [0, 1): the randomness of this token, a function of (seed, sample index, position) alone.
     pub uniform: f32,

@@ -21,7 +21,7 @@ pub(super) struct SequenceId(pub(super) u64);
 pub(super) struct Task {
     pub(super) key: RequestKey,
     pub(super) prompt: Vec<TokenId>,
-    /// `allowed_token_ids` is ascending.
+    /// `allowed_token_ids` is ascending, none twice.
     pub(super) sampling: Arc<Sampling>,
     pub(super) seed: u64,
     /// Tokens that end a completion, sorted.
@@ -43,6 +43,7 @@ impl Task {
         };
         let stop_token_ids = stop_token_ids.into_iter().collect();
         sampling.allowed_token_ids.sort_unstable();
+        sampling.allowed_token_ids.dedup();
         Self { key, prompt, sampling: Arc::new(sampling), seed, stop_token_ids, nothing: Arc::new([]) }
     }
 
@@ -193,7 +194,9 @@ mod tests {
     fn penalties_count_the_prompt_once_and_the_completion_as_it_grows() {
         let counts = |sampling| {
             let mut sequence = sequence(sampling);
-            [20, 11, 20, 5].into_iter().for_each(|token| drop(sequence.push(token)));
+            for token in [20, 11, 20, 5] {
+                sequence.push(token);
+            }
             sequence.choose().counts
         };
         let penalty = |repetition_penalty, frequency_penalty| Sampling {

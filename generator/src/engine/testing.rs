@@ -252,7 +252,7 @@ impl Runner for FakeRunner {
         for item in &batch.items {
             let hidden = self.run_item(item);
             if let Some(choose) = &item.choose {
-                assert!(choose.sampling.allowed_token_ids.is_sorted());
+                assert!(choose.sampling.allowed_token_ids.is_sorted_by(|a, b| a < b));
                 sampled.push(sample(hidden, choose));
             }
         }

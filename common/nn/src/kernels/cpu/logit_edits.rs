@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 /// The edits of one row, by vLLM's names. Token ids are below the size of the vocabulary.
 #[derive(Debug, Clone, Copy)]
 pub struct LogitEdits<'a> {
-    /// Ascending. Every other token is masked; empty allows all.
+    /// Ascending, none twice. Every other token is masked; empty allows all.
     pub allowed: &'a [u32],
     /// Masked.
     pub bad: &'a [u32],
