@@ -89,8 +89,12 @@ impl Instance {
         Ok(Self {
             outputs: Outputs::new(engine.clone(), Arc::clone(&tokenizer)),
             engine,
+            limits: Limits {
+                vocab_size: config.vocab_size,
+                max_model_len,
+                eos_token_ids: tokenizer.eos_token_ids().into(),
+            },
             tokenizer,
-            limits: Limits { vocab_size: config.vocab_size, max_model_len },
             manifest_hash: config.manifest().hash(),
             config,
             quantization: generator.quantization,

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use aha_core::dataset::Row;
 use aha_core::ids::{PolicyVersion, PromptId, TokenId};
 use aha_core::reward::{Outcome, RewardFunction};
-use aha_core::rollout::{Completion, FinishReason, Reward, Span};
+use aha_core::rollout::{Completion, FinishReason, RawLogprobs, Reward, Span};
 use aha_core::tokenizer::{SpecialTokens, Tokenizer};
 use tokio::sync::{Semaphore, mpsc};
 
@@ -54,7 +54,7 @@ impl Outputs {
     /// `at_end` is dropped when the request is over.
     ///
     /// # Errors
-    /// If the engine refuses it, or is gone.
+    /// If the engine refuses it, or is gone; where the prompt's log-probs are asked for, if it is asleep, too.
     pub(crate) async fn start<G: Send + 'static>(
         &self,
         key: RequestKey,
@@ -69,8 +69,12 @@ impl Outputs {
         let GenerateRequest { prompt_id, prompt, sample_indices, sampling, seed, rewards, columns, .. } = request;
         let samples = sample_indices.iter().map(|&index| (index, Sample::new(index, &sampling.stop))).collect();
         let (stop, min_tokens) = (sampling.stop.clone(), sampling.min_tokens as usize);
+        let prompt_logprobs = match sampling.prompt_logprobs {
+            true => self.engine.score(prompt.clone()).await?.logprobs,
+            false => Vec::new(),
+        };
         self.engine.add(Request { key, prompt_id, prompt, sample_indices, sampling, seed, deadline, events }).await?;
-        let judge = Judge { prompt_id, rewards, columns, tokenizer: Arc::clone(&self.tokenizer) };
+        let judge = Judge { prompt_id, prompt_logprobs, rewards, columns, tokenizer: Arc::clone(&self.tokenizer) };
         let follower = Follower {
             key,
             start,
@@ -99,6 +103,7 @@ struct Sample {
     index: u32,
     token_ids: Vec<TokenId>,
     logprobs: Vec<f32>,
+    raw_logprobs: Vec<RawLogprobs>,
     spans: Vec<Span>,
     last_token: Option<Instant>,
     /// Where stop strings are asked for.
@@ -108,7 +113,8 @@ struct Sample {
 impl Sample {
     fn new(index: u32, stop: &[String]) -> Self {
         let stop = (!stop.is_empty()).then(StopFinder::default);
-        Self { index, token_ids: Vec::new(), logprobs: Vec::new(), spans: Vec::new(), last_token: None, stop }
+        let (token_ids, logprobs, raw_logprobs, spans) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        Self { index, token_ids, logprobs, raw_logprobs, spans, last_token: None, stop }
     }
 
     fn push(&mut self, token: TokenId, logprob: f32, version: PolicyVersion) {
@@ -173,18 +179,20 @@ impl Follower {
         let Some(sample) = self.samples.get_mut(&event.sample_index()) else { return Ok(()) };
         let mut finish = event.finish();
         let now = Instant::now();
-        if let TokenEvent::Token { token, logprob, version, .. } = event {
+        let sample_index = event.sample_index();
+        if let TokenEvent::Token { token, logprob, raw, version, .. } = event {
             match sample.last_token.replace(now) {
                 None => self.latencies.first_token(now - self.start),
                 Some(before) => self.latencies.next_token(now - before),
             }
             sample.push(token, logprob, version);
+            sample.raw_logprobs.extend(raw.map(|raw| *raw));
             let num_tokens = sample.token_ids.len();
             if let Some(finder) = &mut sample.stop {
                 let found = finder.push(&self.judge.tokenizer, &self.stop, token);
                 if found.map_err(internal)? && num_tokens >= self.min_tokens {
                     if finish.is_none() {
-                        self.engine.finish(self.key, event.sample_index(), num_tokens).await?;
+                        self.engine.finish(self.key, sample_index, num_tokens).await?;
                     }
                     finish = Some(FinishReason::Stop);
                 }
@@ -195,7 +203,7 @@ impl Follower {
             let finished = self.num_samples - self.samples.len();
             return Err(GeneratorError::Deadline { finished, asked: self.num_samples });
         }
-        if let Some(sample) = self.samples.remove(&event.sample_index()) {
+        if let Some(sample) = self.samples.remove(&sample_index) {
             self.latencies.finished(finish, now - self.start);
             self.complete(sample, finish);
         }
@@ -217,10 +225,12 @@ impl Follower {
     }
 }
 
-/// What completions are judged by.
+/// What completions are judged by, and have in common.
 #[derive(Debug)]
 struct Judge {
     prompt_id: PromptId,
+    /// Where they are asked for.
+    prompt_logprobs: Vec<f32>,
     rewards: Vec<RewardFunction>,
     columns: Row,
     tokenizer: Arc<Tokenizer>,
@@ -246,6 +256,8 @@ impl Judge {
             finish_reason: finish,
             text,
             rewards,
+            raw_logprobs: sample.raw_logprobs,
+            prompt_logprobs: self.prompt_logprobs.clone(),
         })
     }
 

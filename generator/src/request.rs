@@ -1,6 +1,7 @@
 //! Requests as they come in, checked once, here at the edge.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use aha_core::dataset::Row;
 use aha_core::ids::{PromptId, TokenId};
@@ -16,11 +17,12 @@ const MAX_SAMPLES: usize = 1024;
 const MAX_REQUEST_ID: usize = 256;
 
 /// What the serving model can take.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct Limits {
     pub vocab_size: usize,
     /// Longest sequence, prompt and completion together.
     pub max_model_len: usize,
+    pub eos_token_ids: Arc<[TokenId]>,
 }
 
 /// A request that makes sense.
@@ -50,7 +52,7 @@ pub(crate) fn check_request_id(request_id: &str) -> Result<(), GeneratorError> {
 impl Limits {
     /// # Errors
     /// Names the first field that is wrong, and says what it must be.
-    pub(crate) fn check(self, wire: v1::GenerateRequest) -> Result<GenerateRequest, GeneratorError> {
+    pub(crate) fn check(&self, wire: v1::GenerateRequest) -> Result<GenerateRequest, GeneratorError> {
         let sampling = wire.sampling.ok_or_else(|| invalid("sampling", "is missing"))?.try_into()?;
         let columns = parse_columns(&wire.columns)?;
         let rewards = parse_rewards(&wire.rewards, &columns)?;
@@ -63,13 +65,13 @@ impl Limits {
     }
 
     /// The part of [`Limits::check`] that callers within this process need too.
-    pub(crate) fn check_request(self, request: &GenerateRequest) -> Result<(), GeneratorError> {
+    pub(crate) fn check_request(&self, request: &GenerateRequest) -> Result<(), GeneratorError> {
         self.check_sequence(&request.prompt, &request.sampling)?;
         check_samples(&request.sample_indices)
     }
 
     /// Tokens to be scored.
-    pub(crate) fn check_tokens(self, tokens: &[TokenId]) -> Result<(), GeneratorError> {
+    pub(crate) fn check_tokens(&self, tokens: &[TokenId]) -> Result<(), GeneratorError> {
         self.check_ids("token_ids", tokens)?;
         if tokens.is_empty() || tokens.len() > self.max_model_len {
             let problem = format!("must have 1 to {} tokens, got {}", self.max_model_len, tokens.len());
@@ -78,7 +80,7 @@ impl Limits {
         Ok(())
     }
 
-    fn check_sequence(self, prompt: &[TokenId], sampling: &Sampling) -> Result<(), GeneratorError> {
+    fn check_sequence(&self, prompt: &[TokenId], sampling: &Sampling) -> Result<(), GeneratorError> {
         let problems = sampling.problems();
         if !problems.is_empty() {
             return Err(invalid("sampling", problems.join("; ")));
@@ -87,7 +89,11 @@ impl Limits {
             return Err(invalid("token_ids", "the prompt must have at least 1 token"));
         }
         self.check_ids("token_ids", prompt)?;
-        self.check_ids("sampling.stop_token_ids", &sampling.stop_token_ids)?;
+        self.check_list("sampling.stop_token_ids", &sampling.stop_token_ids)?;
+        self.check_list("sampling.allowed_token_ids", &sampling.allowed_token_ids)?;
+        self.check_list("sampling.bad_token_ids", &sampling.bad_token_ids)?;
+        self.check_list("sampling.logit_bias", &sampling.logit_bias.keys().copied().collect::<Vec<_>>())?;
+        self.check_something_allowed(sampling)?;
         let (len, max_tokens) = (prompt.len(), sampling.max_tokens as usize);
         if len + max_tokens > self.max_model_len {
             let most = self.max_model_len;
@@ -98,7 +104,34 @@ impl Limits {
         Ok(())
     }
 
-    fn check_ids(self, field: &'static str, tokens: &[TokenId]) -> Result<(), GeneratorError> {
+    fn check_list(&self, field: &'static str, tokens: &[TokenId]) -> Result<(), GeneratorError> {
+        if tokens.len() > self.vocab_size {
+            let problem = format!("has {} tokens, and the vocabulary {}", tokens.len(), self.vocab_size);
+            return Err(invalid(field, problem));
+        }
+        self.check_ids(field, tokens)
+    }
+
+    /// The engine would end with a row of logits that leaves nothing to sample.
+    fn check_something_allowed(&self, sampling: &Sampling) -> Result<(), GeneratorError> {
+        let Sampling { allowed_token_ids: allowed, bad_token_ids: bad, stop_token_ids, .. } = sampling;
+        let mut masked: HashSet<TokenId> = bad.iter().copied().collect();
+        if sampling.min_tokens > 0 && !sampling.ignore_eos {
+            masked.extend(stop_token_ids.iter().chain(&*self.eos_token_ids));
+        }
+        let (field, is_empty) = match allowed.is_empty() {
+            true => ("sampling.bad_token_ids", masked.len() >= self.vocab_size),
+            false => ("sampling.allowed_token_ids", allowed.iter().all(|token| masked.contains(token))),
+        };
+        match is_empty {
+            true => {
+                Err(invalid(field, "no token is left to sample beside bad_token_ids and what min_tokens holds back"))
+            }
+            false => Ok(()),
+        }
+    }
+
+    fn check_ids(&self, field: &'static str, tokens: &[TokenId]) -> Result<(), GeneratorError> {
         match tokens.iter().position(|&token| token as usize >= self.vocab_size) {
             None => Ok(()),
             Some(index) => {
@@ -148,7 +181,9 @@ fn parse_rewards(names: &[String], columns: &Row) -> Result<Vec<RewardFunction>,
 mod tests {
     use super::*;
 
-    const LIMITS: Limits = Limits { vocab_size: 100, max_model_len: 64 };
+    fn limits() -> Limits {
+        Limits { vocab_size: 100, max_model_len: 64, eos_token_ids: [2].into() }
+    }
 
     fn good() -> v1::GenerateRequest {
         v1::GenerateRequest {
@@ -165,25 +200,23 @@ mod tests {
 
     #[test]
     fn a_good_request_passes_whole() {
-        let request = LIMITS.check(good()).unwrap();
+        let request = limits().check(good()).unwrap();
         assert_eq!((request.prompt_id, request.prompt, request.sample_indices), (PromptId(7), vec![1, 99], vec![4, 0]));
         assert_eq!(request.rewards, [RewardFunction::Equation, RewardFunction::Format]);
         let bare = v1::GenerateRequest { rewards: Vec::new(), columns: String::new(), ..good() };
-        assert!(LIMITS.check(bare).unwrap().columns.is_empty());
+        assert!(limits().check(bare).unwrap().columns.is_empty());
     }
 
     #[test]
     fn every_bad_field_is_named() {
         type Damage = fn(&mut v1::GenerateRequest);
-        let cases: [(&str, &str, Damage); 13] = [
+        let cases: [(&str, &str, Damage); 11] = [
             ("token_ids", "at least 1", |r| r.token_ids.clear()),
             ("token_ids", "token 100 at index 1", |r| r.token_ids[1] = 100),
             ("sample_indices", "got 0", |r| r.sample_indices.clear()),
             ("sample_indices", "got 1025", |r| r.sample_indices = (0..1025).collect()),
             ("sample_indices", "4 is named twice", |r| r.sample_indices.push(4)),
             ("sampling", "missing", |r| r.sampling = None),
-            ("sampling", "top_p", |r| r.sampling.as_mut().unwrap().top_p = 0.0),
-            ("sampling.stop_token_ids", "token 500", |r| r.sampling.as_mut().unwrap().stop_token_ids = vec![500]),
             ("sampling.max_tokens", "over max_model_len 64", |r| r.token_ids.push(1)),
             ("rewards", "equasion", |r| r.rewards[0] = "equasion".to_owned()),
             ("rewards", "twice", |r| r.rewards[0] = "format".to_owned()),
@@ -193,9 +226,57 @@ mod tests {
         for (field, problem, damage) in cases {
             let mut request = good();
             damage(&mut request);
-            let error = LIMITS.check(request).unwrap_err().to_string();
-            assert!(error.starts_with(&format!("{field}: ")) && error.contains(problem), "{error}");
+            check_refused(request, field, problem);
         }
+    }
+
+    #[track_caller]
+    fn check_refused(request: v1::GenerateRequest, field: &str, problem: &str) {
+        let error = limits().check(request).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("{field}: ")) && error.contains(problem), "{error}");
+    }
+
+    #[test]
+    fn every_bad_sampling_option_is_named() {
+        type Damage = fn(&mut v1::Sampling);
+        let cases: [(&str, &str, Damage); 20] = [
+            ("sampling", "top_p", |s| s.top_p = 0.0),
+            ("sampling", "64 stop strings, got 1000000", |s| s.stop = vec!["x".to_owned(); 1_000_000]),
+            ("sampling", "repetition_penalty", |s| s.repetition_penalty = Some(0.0)),
+            ("sampling", "repetition_penalty", |s| s.repetition_penalty = Some(f32::INFINITY)),
+            ("sampling", "presence_penalty", |s| s.presence_penalty = f32::NAN),
+            ("sampling", "frequency_penalty", |s| s.frequency_penalty = -2.5),
+            ("sampling", "logit_bias of token 7", |s| s.logit_bias = [(7, f32::NAN)].into()),
+            ("sampling", "logprobs must be at most 20, got 21", |s| s.logprobs = 21),
+            ("sampling.stop_token_ids", "token 500", |s| s.stop_token_ids = vec![500]),
+            ("sampling.stop_token_ids", "has 101 tokens", |s| s.stop_token_ids = vec![1; 101]),
+            ("sampling.allowed_token_ids", "token 100 at index 1", |s| s.allowed_token_ids = vec![1, 100]),
+            ("sampling.allowed_token_ids", "has 101 tokens", |s| s.allowed_token_ids = vec![1; 101]),
+            ("sampling.bad_token_ids", "token 100", |s| s.bad_token_ids = vec![100]),
+            ("sampling.bad_token_ids", "has 101 tokens", |s| s.bad_token_ids = vec![1; 101]),
+            ("sampling.logit_bias", "token 4000000000", |s| s.logit_bias = [(4_000_000_000, 1.0)].into()),
+            ("sampling.logit_bias", "has 101 tokens", |s| s.logit_bias = (0..101).map(|token| (token, 0.0)).collect()),
+            ("sampling.bad_token_ids", "no token is left", |s| s.bad_token_ids = (0..100).collect()),
+            ("sampling.allowed_token_ids", "no token is left", |s| {
+                (s.allowed_token_ids, s.bad_token_ids) = (vec![4, 5], vec![5, 4]);
+            }),
+            // Token 2 ends a completion, and may not be the first one.
+            ("sampling.allowed_token_ids", "no token is left", |s| {
+                (s.allowed_token_ids, s.min_tokens, s.stop_token_ids) = (vec![2, 3], 1, vec![3]);
+            }),
+            ("sampling.bad_token_ids", "no token is left", |s| {
+                (s.bad_token_ids, s.min_tokens) = ((0..100).filter(|token| *token != 2).collect(), 1);
+            }),
+        ];
+        for (field, problem, damage) in cases {
+            let mut request = good();
+            damage(request.sampling.as_mut().unwrap());
+            check_refused(request, field, problem);
+        }
+        let mut allowed = good();
+        let sampling = allowed.sampling.as_mut().unwrap();
+        (sampling.allowed_token_ids, sampling.bad_token_ids, sampling.min_tokens) = (vec![2, 3, 4], vec![4], 1);
+        assert!(limits().check(allowed).is_ok());
     }
 
     #[test]
@@ -208,9 +289,9 @@ mod tests {
 
     #[test]
     fn scored_tokens_are_bounded() {
-        assert!(LIMITS.check_tokens(&[1; 64]).is_ok());
+        assert!(limits().check_tokens(&[1; 64]).is_ok());
         for bad in [vec![], vec![1; 65], vec![100]] {
-            assert!(LIMITS.check_tokens(&bad).unwrap_err().to_string().starts_with("token_ids: "));
+            assert!(limits().check_tokens(&bad).unwrap_err().to_string().starts_with("token_ids: "));
         }
     }
 }

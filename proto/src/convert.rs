@@ -25,6 +25,14 @@ impl From<&rollout::Sampling> for v1::Sampling {
             stop: sampling.stop.clone(),
             stop_token_ids: sampling.stop_token_ids.clone(),
             ignore_eos: sampling.ignore_eos,
+            repetition_penalty: Some(sampling.repetition_penalty),
+            presence_penalty: sampling.presence_penalty,
+            frequency_penalty: sampling.frequency_penalty,
+            logit_bias: sampling.logit_bias.iter().map(|(&token, &bias)| (token, bias)).collect(),
+            allowed_token_ids: sampling.allowed_token_ids.clone(),
+            bad_token_ids: sampling.bad_token_ids.clone(),
+            logprobs: sampling.logprobs,
+            prompt_logprobs: sampling.prompt_logprobs,
         }
     }
 }
@@ -43,6 +51,14 @@ impl TryFrom<v1::Sampling> for rollout::Sampling {
             stop: wire.stop,
             stop_token_ids: wire.stop_token_ids,
             ignore_eos: wire.ignore_eos,
+            repetition_penalty: wire.repetition_penalty.unwrap_or(1.0),
+            presence_penalty: wire.presence_penalty,
+            frequency_penalty: wire.frequency_penalty,
+            logit_bias: wire.logit_bias.into_iter().collect(),
+            allowed_token_ids: wire.allowed_token_ids,
+            bad_token_ids: wire.bad_token_ids,
+            logprobs: wire.logprobs,
+            prompt_logprobs: wire.prompt_logprobs,
         };
         let problems = sampling.problems();
         if problems.is_empty() {
@@ -72,6 +88,8 @@ impl From<rollout::Completion> for v1::Completion {
                 .into_iter()
                 .map(|reward| v1::Reward { function: reward.function, score: reward.score, outcome: reward.outcome })
                 .collect(),
+            raw_logprobs: completion.raw_logprobs.into_iter().map(v1::RawLogprobs::from).collect(),
+            prompt_logprobs: completion.prompt_logprobs,
         }
     }
 }
@@ -90,6 +108,10 @@ impl TryFrom<v1::Completion> for rollout::Completion {
             let problem = format!("cover {covered} of {} tokens", wire.token_ids.len());
             return Err(BadMessage { field: "spans", problem });
         }
+        if ![0, wire.token_ids.len()].contains(&wire.raw_logprobs.len()) {
+            let problem = format!("{} for {} tokens", wire.raw_logprobs.len(), wire.token_ids.len());
+            return Err(BadMessage { field: "raw_logprobs", problem });
+        }
         Ok(Self {
             prompt_id: PromptId(wire.prompt_id),
             sample_index: wire.sample_index,
@@ -107,7 +129,32 @@ impl TryFrom<v1::Completion> for rollout::Completion {
                 .into_iter()
                 .map(|wire| rollout::Reward { function: wire.function, score: wire.score, outcome: wire.outcome })
                 .collect(),
+            raw_logprobs: wire
+                .raw_logprobs
+                .into_iter()
+                .map(rollout::RawLogprobs::try_from)
+                .collect::<Result<_, _>>()?,
+            prompt_logprobs: wire.prompt_logprobs,
         })
+    }
+}
+
+impl From<rollout::RawLogprobs> for v1::RawLogprobs {
+    fn from(raw: rollout::RawLogprobs) -> Self {
+        let (top_token_ids, top_logprobs) = raw.top.into_iter().unzip();
+        Self { logprob: raw.logprob, top_token_ids, top_logprobs }
+    }
+}
+
+impl TryFrom<v1::RawLogprobs> for rollout::RawLogprobs {
+    type Error = BadMessage;
+
+    fn try_from(wire: v1::RawLogprobs) -> Result<Self, BadMessage> {
+        if wire.top_token_ids.len() != wire.top_logprobs.len() {
+            let problem = format!("{} for {} tokens", wire.top_logprobs.len(), wire.top_token_ids.len());
+            return Err(BadMessage { field: "raw_logprobs.top_logprobs", problem });
+        }
+        Ok(Self { logprob: wire.logprob, top: wire.top_token_ids.into_iter().zip(wire.top_logprobs).collect() })
     }
 }
 
@@ -151,6 +198,8 @@ mod tests {
             finish_reason: rollout::FinishReason::Stop,
             text: "a b".to_owned(),
             rewards: vec![rollout::Reward { function: "format".to_owned(), score: 1.0, outcome: "score".to_owned() }],
+            raw_logprobs: vec![rollout::RawLogprobs { logprob: -0.25, top: vec![(9, -0.125), (5, -0.25)] }; 3],
+            prompt_logprobs: vec![-2.0, -0.5],
         }
     }
 
@@ -158,8 +207,22 @@ mod tests {
     fn completions_and_sampling_survive_the_wire() {
         let wire = v1::Completion::from(completion());
         assert_eq!(rollout::Completion::try_from(wire).unwrap(), completion());
-        let sampling = rollout::Sampling { stop: vec!["</answer>".to_owned()], top_k: 5, ..Default::default() };
+        let sampling = rollout::Sampling {
+            stop: vec!["</answer>".to_owned()],
+            top_k: 5,
+            repetition_penalty: 1.5,
+            presence_penalty: -0.5,
+            frequency_penalty: 0.25,
+            logit_bias: [(3, -100.0), (1, 2.0)].into(),
+            allowed_token_ids: vec![1, 3, 4],
+            bad_token_ids: vec![4],
+            logprobs: 20,
+            prompt_logprobs: true,
+            ..Default::default()
+        };
         assert_eq!(rollout::Sampling::try_from(v1::Sampling::from(&sampling)).unwrap(), sampling);
+        let older = v1::Sampling { repetition_penalty: None, ..v1::Sampling::from(&rollout::Sampling::default()) };
+        assert_eq!(rollout::Sampling::try_from(older).unwrap(), rollout::Sampling::default());
     }
 
     #[test]
@@ -170,6 +233,12 @@ mod tests {
         let mut wire = v1::Completion::from(completion());
         wire.logprobs.pop();
         assert_eq!(rollout::Completion::try_from(wire).unwrap_err().field, "logprobs");
+        let mut wire = v1::Completion::from(completion());
+        wire.raw_logprobs.pop();
+        assert_eq!(rollout::Completion::try_from(wire).unwrap_err().field, "raw_logprobs");
+        let mut wire = v1::Completion::from(completion());
+        wire.raw_logprobs[1].top_token_ids.pop();
+        assert_eq!(rollout::Completion::try_from(wire).unwrap_err().field, "raw_logprobs.top_logprobs");
         assert_eq!(rollout::Sampling::try_from(v1::Sampling::default()).unwrap_err().field, "sampling");
     }
 }

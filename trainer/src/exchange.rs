@@ -91,6 +91,8 @@ mod tests {
                 finish_reason: FinishReason::Stop,
                 text: "x".to_owned(),
                 rewards: Vec::new(),
+                raw_logprobs: Vec::new(),
+                prompt_logprobs: Vec::new(),
             })
             .collect();
         Group { prompt, completions }

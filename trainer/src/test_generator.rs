@@ -146,6 +146,7 @@ pub(crate) fn completion(request: &v1::GenerateRequest, sample_index: u32, versi
         finish_reason: v1::FinishReason::Stop.into(),
         text: format!("{sample_index}"),
         rewards: request.rewards.iter().map(reward).collect(),
+        ..Default::default()
     }
 }
 

@@ -1,5 +1,7 @@
 //! Prompts, completions and groups: what the generator and the trainer exchange.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{PolicyVersion, PromptId, TokenId};
@@ -37,6 +39,22 @@ pub struct Sampling {
     pub stop_token_ids: Vec<TokenId>,
     /// Generate to `max_tokens` whatever the model says; for measurements.
     pub ignore_eos: bool,
+    /// Divides the positive logits of tokens in prompt and completion, and multiplies their other ones; 1 is off.
+    pub repetition_penalty: f32,
+    /// Subtracted from the logits of tokens in the completion.
+    pub presence_penalty: f32,
+    /// Subtracted from the logit of a token as often as it is in the completion.
+    pub frequency_penalty: f32,
+    /// Added to the logits of these tokens, before the penalties.
+    pub logit_bias: BTreeMap<TokenId, f32>,
+    /// Nothing else is sampled, not even an end-of-sequence token; empty allows all.
+    pub allowed_token_ids: Vec<TokenId>,
+    /// Never sampled.
+    pub bad_token_ids: Vec<TokenId>,
+    /// Report [`RawLogprobs`] with this many of the most likely tokens; 0 reports none.
+    pub logprobs: u32,
+    /// Report the log-probs of the prompt's tokens.
+    pub prompt_logprobs: bool,
 }
 
 impl Default for Sampling {
@@ -51,6 +69,14 @@ impl Default for Sampling {
             stop: Vec::new(),
             stop_token_ids: Vec::new(),
             ignore_eos: false,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: BTreeMap::new(),
+            allowed_token_ids: Vec::new(),
+            bad_token_ids: Vec::new(),
+            logprobs: 0,
+            prompt_logprobs: false,
         }
     }
 }
@@ -73,11 +99,31 @@ impl Sampling {
         check(min_tokens <= max_tokens, format!("min_tokens ({min_tokens}) is over max_tokens ({max_tokens})"));
         check(self.stop.iter().all(|stop| !stop.is_empty()), "a stop string must not be empty".to_owned());
         check(self.stop.len() <= MAX_STOPS, format!("at most {MAX_STOPS} stop strings, got {}", self.stop.len()));
+        let penalty = self.repetition_penalty;
+        let in_range = penalty.is_finite() && penalty > 0.0;
+        check(in_range, format!("repetition_penalty must be a finite number > 0, got {penalty}"));
+        for (name, penalty) in
+            [("presence_penalty", self.presence_penalty), ("frequency_penalty", self.frequency_penalty)]
+        {
+            check((-2.0..=2.0).contains(&penalty), format!("{name} must be in [-2, 2], got {penalty}"));
+        }
+        if let Some((token, bias)) = self.logit_bias.iter().find(|(_, bias)| !bias.is_finite()) {
+            check(false, format!("logit_bias of token {token} must be a finite number, got {bias}"));
+        }
+        check(self.logprobs <= MAX_LOGPROBS, format!("logprobs must be at most {MAX_LOGPROBS}, got {}", self.logprobs));
         problems
+    }
+
+    /// Whether what was sampled changes what is sampled next, beside by the model.
+    #[must_use]
+    pub fn has_penalties(&self) -> bool {
+        self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
     }
 }
 
 const MAX_STOPS: usize = 64;
+/// vLLM's limit, too.
+const MAX_LOGPROBS: u32 = 20;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -106,6 +152,15 @@ pub struct Reward {
     pub outcome: String,
 }
 
+/// Log-probs of the model itself where a token was sampled: before penalties, bias, temperature and restrictions.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RawLogprobs {
+    /// Of the sampled token.
+    pub logprob: f32,
+    /// Of the most likely tokens, most likely first.
+    pub top: Vec<(TokenId, f32)>,
+}
+
 /// One sampled answer to a prompt.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Completion {
@@ -121,6 +176,13 @@ pub struct Completion {
     /// For rewards and people only.
     pub text: String,
     pub rewards: Vec<Reward>,
+    /// `[T]` where [`Sampling::logprobs`] asks for them, else empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub raw_logprobs: Vec<RawLogprobs>,
+    /// `[P - 1]` where [`Sampling::prompt_logprobs`] asks for them, else empty: log-probs of the prompt's tokens after
+    /// the first under the weights that served when the request came.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub prompt_logprobs: Vec<f32>,
 }
 
 /// A prompt with its `G` completions, in the order of their sample index.
@@ -137,10 +199,38 @@ mod tests {
     #[test]
     fn every_bad_sampling_value_is_named() {
         assert!(Sampling::default().problems().is_empty());
-        let bad = Sampling { temperature: f32::NAN, top_p: 0.0, min_p: 2.0, max_tokens: 0, ..Sampling::default() };
-        let problems = bad.problems().join("; ");
-        for field in ["temperature", "top_p", "min_p", "max_tokens"] {
-            assert!(problems.contains(field), "{problems}");
+        let bad = Sampling {
+            temperature: f32::NAN,
+            top_p: 0.0,
+            min_p: 2.0,
+            max_tokens: 0,
+            stop: vec!["x".to_owned(); 1_000_000],
+            repetition_penalty: 0.0,
+            presence_penalty: f32::NAN,
+            frequency_penalty: 2.1,
+            logit_bias: BTreeMap::from([(5, 1.0), (6, f32::INFINITY)]),
+            logprobs: 21,
+            ..Sampling::default()
+        };
+        let problems = bad.problems();
+        let named = [
+            "temperature",
+            "top_p",
+            "min_p",
+            "max_tokens",
+            "64 stop strings, got 1000000",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+            "logit_bias of token 6",
+            "logprobs",
+        ];
+        assert_eq!(problems.len(), named.len(), "{problems:?}");
+        for (problem, name) in problems.iter().zip(named) {
+            assert!(problem.contains(name), "no {name:?} in {problem}");
+        }
+        for repetition_penalty in [-1.0, f32::NAN, f32::INFINITY] {
+            assert_eq!(Sampling { repetition_penalty, ..Sampling::default() }.problems().len(), 1);
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use aha_core::ids::TokenId;
+use aha_core::rollout::{RawLogprobs, Sampling};
 
 use super::block_manager::{BlockCopy, BlockId};
 use super::stats::StepTimes;
@@ -30,25 +31,27 @@ pub struct BatchItem {
     pub choose: Option<Choose>,
 }
 
-/// How to sample one token. The fields up to `min_p` are those of [`aha_core::rollout::Sampling`].
+/// How to sample one token.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Choose {
-    pub temperature: f32,
-    pub top_k: u32,
-    pub top_p: f32,
-    pub min_p: f32,
+    /// `allowed_token_ids` is ascending, none twice.
+    pub sampling: Arc<Sampling>,
     /// In [0, 1): the randomness of this token, a function of (seed, sample index, position) alone.
     pub uniform: f32,
     /// Tokens that must not be sampled: those that end a completion, while it is under `min_tokens`; else empty.
     pub suppress: Arc<[TokenId]>,
+    /// Tokens that penalties concern, ascending, with the times that they are in the completion; empty without any.
+    pub counts: Vec<(TokenId, u32)>,
 }
 
 /// A sampled token.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Sampled {
     pub token: TokenId,
     /// Under the distribution that it was sampled from.
     pub logprob: f32,
+    /// Where the request asks for them.
+    pub raw: Option<Box<RawLogprobs>>,
 }
 
 /// Who computes steps: the owner of the weights and of the KV cache. Lives on the engine thread.

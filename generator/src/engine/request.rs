@@ -4,7 +4,7 @@ use std::fmt;
 use std::time::Instant;
 
 use aha_core::ids::{PolicyVersion, PromptId, TokenId};
-use aha_core::rollout::{FinishReason, Sampling};
+use aha_core::rollout::{FinishReason, RawLogprobs, Sampling};
 use tokio::sync::mpsc;
 
 /// Names a request inside the engine. The caller chooses it, unique among the requests in flight.
@@ -46,7 +46,7 @@ impl Request {
 
 /// Progress of one sample. The channel closes after the last sample's last event; if it closes earlier, the engine
 /// has failed.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum TokenEvent {
     /// A token was sampled; the last one of a sample says why it ended.
     Token {
@@ -54,6 +54,8 @@ pub enum TokenEvent {
         token: TokenId,
         /// Under the distribution that the token was sampled from.
         logprob: f32,
+        /// Where the request asks for them.
+        raw: Option<Box<RawLogprobs>>,
         /// Of the weights that sampled it.
         version: PolicyVersion,
         finish: Option<FinishReason>,

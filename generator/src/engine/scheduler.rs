@@ -85,8 +85,7 @@ impl Scheduler {
         let (key, task) = (task.key, Arc::new(task));
         let first = SequenceId(self.next_id);
         for &sample_index in sample_indices {
-            let sequence = Sequence { task: Arc::clone(&task), sample_index, completion: Vec::new() };
-            self.waiting.insert(SequenceId(self.next_id), sequence);
+            self.waiting.insert(SequenceId(self.next_id), Sequence::new(Arc::clone(&task), sample_index));
             self.next_id += 1;
         }
         self.groups.insert(key, Group { members: first..SequenceId(self.next_id) });
@@ -122,10 +121,10 @@ impl Scheduler {
     ///
     /// # Errors
     /// If there is not one sampled token for each that was asked for.
-    pub(super) fn complete(&mut self, step: &Step, sampled: &[Sampled]) -> anyhow::Result<Vec<Output>> {
+    pub(super) fn complete(&mut self, step: &Step, sampled: Vec<Sampled>) -> anyhow::Result<Vec<Output>> {
         let num_wanted = step.batch.items.iter().filter(|item| item.choose.is_some()).count();
         anyhow::ensure!(sampled.len() == num_wanted, "the runner sampled {} of {num_wanted} tokens", sampled.len());
-        let mut sampled = sampled.iter();
+        let mut sampled = sampled.into_iter();
         let mut outputs = Vec::with_capacity(num_wanted);
         for (&id, item) in step.sequences.iter().zip(&step.batch.items) {
             let running = self.running.get_mut(&id).expect("a sequence runs from its scheduling to its completion");
@@ -135,11 +134,13 @@ impl Scheduler {
             if self.config.enable_prefix_caching && !running.ran_across_swap {
                 running.register_computed(&mut self.blocks, self.config.block_size);
             }
-            let Some(&Sampled { token, logprob }) = item.choose.as_ref().and_then(|_| sampled.next()) else { continue };
+            let Some(sampled) = item.choose.as_ref().and_then(|_| sampled.next()) else { continue };
+            let Sampled { token, logprob, raw } = sampled;
             self.counters.generation_tokens += 1;
             let finish = running.sequence.push(token);
             let (key, sample_index) = (running.sequence.task.key, running.sequence.sample_index);
-            outputs.push((key, TokenEvent::Token { sample_index, token, logprob, version: self.version, finish }));
+            let version = self.version;
+            outputs.push((key, TokenEvent::Token { sample_index, token, logprob, raw, version, finish }));
             if finish.is_some() {
                 self.retire(id);
             }

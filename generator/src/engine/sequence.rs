@@ -22,7 +22,8 @@ pub(super) struct SequenceId(pub(super) u64);
 pub(super) struct Task {
     pub(super) key: RequestKey,
     pub(super) prompt: Vec<TokenId>,
-    pub(super) sampling: Sampling,
+    /// `allowed_token_ids` is ascending, none twice.
+    pub(super) sampling: Arc<Sampling>,
     pub(super) seed: u64,
     /// Tokens that end a completion, sorted.
     stop_token_ids: Arc<[TokenId]>,
@@ -33,7 +34,7 @@ impl Task {
     pub(super) fn new(
         key: RequestKey,
         prompt: Vec<TokenId>,
-        sampling: Sampling,
+        mut sampling: Sampling,
         seed: u64,
         eos_token_ids: &[TokenId],
     ) -> Self {
@@ -42,7 +43,9 @@ impl Task {
             false => eos_token_ids.iter().chain(&sampling.stop_token_ids).copied().collect(),
         };
         let stop_token_ids = stop_token_ids.into_iter().collect();
-        Self { key, prompt, sampling, seed, stop_token_ids, nothing: Arc::new([]) }
+        sampling.allowed_token_ids.sort_unstable();
+        sampling.allowed_token_ids.dedup();
+        Self { key, prompt, sampling: Arc::new(sampling), seed, stop_token_ids, nothing: Arc::new([]) }
     }
 
     /// Tokens of the prompt whose keys and values its samples share. The last one is computed by every sample for
@@ -58,9 +61,21 @@ pub(super) struct Sequence {
     pub(super) task: Arc<Task>,
     pub(super) sample_index: u32,
     pub(super) completion: Vec<TokenId>,
+    /// Of [`Choose::counts`]: a function of prompt and completion.
+    counts: Vec<(TokenId, u32)>,
 }
 
 impl Sequence {
+    pub(super) fn new(task: Arc<Task>, sample_index: u32) -> Self {
+        let mut counts = Vec::new();
+        if task.sampling.repetition_penalty != 1.0 {
+            counts.extend(task.prompt.iter().map(|&token| (token, 0)));
+            counts.sort_unstable();
+            counts.dedup();
+        }
+        Self { task, sample_index, completion: Vec::new(), counts }
+    }
+
     pub(super) fn num_tokens(&self) -> usize {
         self.task.prompt.len() + self.completion.len()
     }
@@ -80,23 +95,27 @@ impl Sequence {
 
     /// How the next token is to be sampled.
     pub(super) fn choose(&self) -> Choose {
-        let Sampling { temperature, top_k, top_p, min_p, min_tokens, .. } = self.task.sampling;
         let position = self.completion.len() as u32;
-        let suppress = if position < min_tokens { &self.task.stop_token_ids } else { &self.task.nothing };
+        let suppress =
+            if position < self.task.sampling.min_tokens { &self.task.stop_token_ids } else { &self.task.nothing };
         Choose {
-            temperature,
-            top_k,
-            top_p,
-            min_p,
+            sampling: Arc::clone(&self.task.sampling),
             uniform: sampling_uniform(self.task.seed, self.sample_index, position),
             suppress: Arc::clone(suppress),
+            counts: self.counts.clone(),
         }
     }
 
     /// Takes the next token; says why if the sequence ends with it.
     pub(super) fn push(&mut self, token: TokenId) -> Option<FinishReason> {
         self.completion.push(token);
-        let Sampling { min_tokens, max_tokens, .. } = self.task.sampling;
+        let Sampling { min_tokens, max_tokens, .. } = *self.task.sampling;
+        if self.task.sampling.has_penalties() {
+            match self.counts.binary_search_by_key(&token, |&(counted, _)| counted) {
+                Ok(place) => self.counts[place].1 += 1,
+                Err(place) => self.counts.insert(place, (token, 1)),
+            }
+        }
         let may_stop = self.completion.len() > min_tokens as usize;
         if may_stop && self.task.stop_token_ids.binary_search(&token).is_ok() {
             Some(FinishReason::Stop)
@@ -157,7 +176,7 @@ mod tests {
 
     fn sequence(sampling: Sampling) -> Sequence {
         let task = Task::new(RequestKey(1), vec![10, 11, 12], sampling, 7, &[2]);
-        Sequence { task: Arc::new(task), sample_index: 3, completion: Vec::new() }
+        Sequence::new(Arc::new(task), 3)
     }
 
     #[track_caller]
@@ -191,6 +210,26 @@ mod tests {
             sequence.push(5);
         }
         assert_eq!(suppressed, [vec![2], vec![2], vec![]]);
+    }
+
+    #[test]
+    fn penalties_count_the_prompt_once_and_the_completion_as_it_grows() {
+        let counts = |sampling| {
+            let mut sequence = sequence(sampling);
+            for token in [20, 11, 20, 5] {
+                sequence.push(token);
+            }
+            sequence.choose().counts
+        };
+        let penalty = |repetition_penalty, frequency_penalty| Sampling {
+            repetition_penalty,
+            frequency_penalty,
+            ..Sampling::default()
+        };
+        assert_eq!(counts(penalty(1.1, 0.0)), [(5, 1), (10, 0), (11, 1), (12, 0), (20, 2)]);
+        assert_eq!(counts(penalty(1.0, -0.1)), [(5, 1), (11, 1), (20, 2)]);
+        assert_eq!(counts(Sampling { presence_penalty: 1.0, ..penalty(1.0, 0.0) }), [(5, 1), (11, 1), (20, 2)]);
+        assert_eq!(counts(penalty(1.0, 0.0)), []);
     }
 
     #[test]

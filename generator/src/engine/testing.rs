@@ -1,6 +1,7 @@
 //! A runner whose "model" is a hash, over a KV cache that remembers who wrote what.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use aha_core::config::KvPolicy;
 use aha_core::ids::{PolicyVersion, TokenId};
@@ -88,6 +89,10 @@ impl Ask {
             temperature: random.below(4) as f32,
             stop_token_ids: vec![random.below(VOCAB_SIZE as usize) as TokenId],
             ignore_eos: random.below(8) == 0,
+            repetition_penalty: [1.0, 1.0, 1.5][random.below(3)],
+            frequency_penalty: [0.0, 0.0, 0.5][random.below(3)],
+            bad_token_ids: vec![random.below(VOCAB_SIZE as usize) as TokenId],
+            allowed_token_ids: [vec![], (5..35).rev().chain([7]).collect()][random.below(2)].clone(),
             ..Sampling::default()
         };
         let first = random.below(3) as u32;
@@ -119,14 +124,29 @@ impl Ask {
             stops.push(EOS);
             stops.retain(|_| !self.sampling.ignore_eos);
             let uniform = sampling_uniform(self.seed, sample_index, index as u32);
-            let suppress: &[TokenId] = if stop_allowed { &[] } else { &stops };
-            let sampled = sample(hidden, self.sampling.temperature, uniform, suppress);
+            let sampling = Arc::new(self.sampling.clone());
+            let suppress = if stop_allowed { Vec::new() } else { stops.clone() }.into();
+            let counts = self.counts(&tokens[self.prompt.len()..]);
+            let sampled = sample(hidden, &Choose { sampling, uniform, suppress, counts });
             tokens.push(sampled.token);
             if stop_allowed && stops.contains(&sampled.token) {
                 return Expected { tokens: tokens.split_off(self.prompt.len()), finish: FinishReason::Stop };
             }
         }
         Expected { tokens: tokens.split_off(self.prompt.len()), finish: FinishReason::Length }
+    }
+
+    /// Tokens that penalties concern, counted anew.
+    fn counts(&self, completion: &[TokenId]) -> Vec<(TokenId, u32)> {
+        let Sampling { repetition_penalty, frequency_penalty, presence_penalty, .. } = self.sampling;
+        let mut counts = BTreeMap::new();
+        if repetition_penalty != 1.0 {
+            counts.extend(self.prompt.iter().map(|&token| (token, 0)));
+        }
+        if repetition_penalty != 1.0 || frequency_penalty != 0.0 || presence_penalty != 0.0 {
+            completion.iter().for_each(|&token| *counts.entry(token).or_insert(0) += 1);
+        }
+        counts.into_iter().collect()
     }
 }
 
@@ -241,8 +261,9 @@ impl Runner for FakeRunner {
         let mut sampled = Vec::new();
         for item in &batch.items {
             let hidden = self.run_item(item);
-            if let Some(Choose { temperature, uniform, suppress, .. }) = &item.choose {
-                sampled.push(sample(hidden, *temperature, *uniform, suppress));
+            if let Some(choose) = &item.choose {
+                assert!(choose.sampling.allowed_token_ids.is_sorted_by(|a, b| a < b));
+                sampled.push(sample(hidden, choose));
             }
         }
         self.num_steps += 1;
@@ -284,12 +305,18 @@ impl Runner for FakeRunner {
     }
 }
 
-fn sample(hidden: u64, temperature: f32, uniform: f32, suppress: &[TokenId]) -> Sampled {
-    let randomness = if temperature > 0.0 { u64::from(uniform.to_bits()) } else { 0 };
-    let hash = derive_seed(hidden, &[randomness]);
+/// Every count changes the outcome.
+fn sample(hidden: u64, Choose { sampling, uniform, suppress, counts }: &Choose) -> Sampled {
+    let randomness = if sampling.temperature > 0.0 { u64::from(uniform.to_bits()) } else { 0 };
+    let counted = counts.iter().fold(0, |hash, &(token, count)| mix(hash, u64::from(token) << 32 | u64::from(count)));
+    let hash = derive_seed(hidden, &[randomness, counted]);
+    let Sampling { allowed_token_ids: allowed, bad_token_ids: bad, .. } = &**sampling;
+    let is_open = |token: &TokenId| {
+        !suppress.contains(token) && !bad.contains(token) && (allowed.is_empty() || allowed.contains(token))
+    };
     let candidates = (0..VOCAB_SIZE).map(|offset| ((hash + offset) % VOCAB_SIZE) as TokenId);
-    let token = candidates.into_iter().find(|token| !suppress.contains(token)).expect("some token is left");
-    Sampled { token, logprob: -((hash >> 32) as f32) / u32::MAX as f32 }
+    let token = candidates.into_iter().find(is_open).expect("some token is left");
+    Sampled { token, logprob: -((hash >> 32) as f32) / u32::MAX as f32, raw: None }
 }
 
 fn key_value(hidden: u64, token: TokenId, weights: u64) -> u64 {

@@ -174,6 +174,22 @@ fn a_repeated_request_is_the_same_and_mostly_found() {
     }
 }
 
+/// Without room for all, sequences are computed again and again; what they have sampled counts all the same.
+#[test]
+fn penalties_survive_preemption() {
+    let mut ask = Ask::new(1, 10, 4, 20);
+    ask.sampling.repetition_penalty = 1.2;
+    ask.sampling.presence_penalty = 0.5;
+    let mut tight = engine(|config| config.num_blocks = 9);
+    let mut events = add(&mut tight, &ask);
+    drain(&mut tight);
+    assert!(tight.status().counters.preemptions > 0);
+    let outcomes = received(&mut events);
+    assert_expected(&ask, &outcomes);
+    let plain = Ask::new(1, 10, 4, 20).expect(0, |_| 0, |_, _| 0);
+    assert_ne!(outcomes[&0].tokens, plain.tokens, "penalties make a difference");
+}
+
 #[test]
 fn equal_requests_with_different_seeds_or_samples_differ() {
     let outcome = |seed: u64, sample_index: u32| {

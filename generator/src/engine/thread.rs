@@ -126,7 +126,7 @@ impl<R: Runner> Engine<R> {
         self.scheduling += scheduled.elapsed();
         let sampled = self.runner.run(&step.batch).context("compute an engine step")?;
         let ran = Instant::now();
-        let outputs = self.scheduler.complete(&step, &sampled)?;
+        let outputs = self.scheduler.complete(&step, sampled)?;
         self.emit(outputs);
         self.scheduling += ran.elapsed();
         Ok(())
@@ -251,7 +251,9 @@ impl<R: Runner> Engine<R> {
     }
 
     fn emit(&mut self, outputs: Vec<Output>) {
-        for &(key, event) in &outputs {
+        let mut finished = Vec::new();
+        for (key, event) in outputs {
+            finished.extend(event.finish().map(|_| key));
             let Some(client) = self.clients.get(&key) else { continue };
             // The channel holds every event that there can be, so it is never full.
             if client.events.try_send(event).is_err() {
@@ -260,9 +262,7 @@ impl<R: Runner> Engine<R> {
             }
         }
         // Only now: the samples of a request may end in one step.
-        for (key, _) in outputs.into_iter().filter(|(_, event)| event.finish().is_some()) {
-            self.forget_if_done(key);
-        }
+        finished.into_iter().for_each(|key| self.forget_if_done(key));
     }
 
     /// Closes the event channel of a request that has no unfinished samples.

@@ -40,8 +40,15 @@ async fn a_group_comes_back_whole_scored_and_reproducible() {
 /// Neighbours, small chunks and preemption must not change a bit of a completion.
 #[tokio::test(flavor = "multi_thread")]
 async fn completions_do_not_depend_on_what_else_runs() {
+    // Whoever is computed again must count its tokens as before.
+    let penalised = |id: &str| {
+        let mut asked = request(id, 3, 60);
+        let sampling = asked.sampling.as_mut().unwrap();
+        (sampling.repetition_penalty, sampling.frequency_penalty) = (Some(1.3), 0.4);
+        asked
+    };
     let mut roomy = Server::start(Tiny::Llama).await;
-    let alone = roomy.completions(request("alone", 3, 60)).await;
+    let alone = roomy.completions(penalised("alone")).await;
 
     let mut cramped = Server::start_with(Tiny::Llama, Duration::ZERO, |options| {
         options.generator.kv_cache_mib = 1;
@@ -55,7 +62,7 @@ async fn completions_do_not_depend_on_what_else_runs() {
         other.seed = u64::from(index);
         others.push(cramped.generate(other).await.unwrap());
     }
-    let crowded = cramped.completions(request("crowded", 3, 60)).await;
+    let crowded = cramped.completions(penalised("crowded")).await;
     assert_eq!(crowded, alone);
     for other in others {
         assert_eq!(collect(other).await.unwrap().len(), 16);
@@ -94,6 +101,48 @@ async fn a_repeated_request_is_found_and_the_same() {
         assert_eq!(server.status().await.prefix_cache_hits, 64 + 3 * 112);
         assert_eq!(cold.completions(asked).await, longer);
         assert_eq!(cold.status().await.prefix_cache_queries, 0);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn raw_and_prompt_logprobs_are_the_models_own_and_only_where_asked_for() {
+    let mut server = Server::start(Tiny::Qwen3).await;
+    let mut asked = request("raw", 3, 20);
+    let sampling = asked.sampling.as_mut().unwrap();
+    (sampling.temperature, sampling.top_k, sampling.repetition_penalty) = (0.7, 40, Some(1.5));
+    let plain = server.completions(asked.clone()).await;
+    let sampling = asked.sampling.as_mut().unwrap();
+    (sampling.logprobs, sampling.prompt_logprobs) = (4, true);
+    let completions = server.completions(asked.clone()).await;
+    let prompt = server.score(asked.token_ids.clone()).await;
+    assert_eq!(prompt.len(), asked.token_ids.len() - 1);
+    for (plain, completion) in plain.into_iter().zip(completions) {
+        let scored = server.score([asked.token_ids.clone(), completion.token_ids.clone()].concat()).await;
+        assert_eq!(completion.raw_logprobs.len(), 20);
+        for ((raw, sampled), scored) in
+            completion.raw_logprobs.iter().zip(&completion.logprobs).zip(&scored[prompt.len()..])
+        {
+            assert!((raw.logprob - scored).abs() < 1e-4 && (sampled - scored).abs() > 1e-4, "{raw:?}, {scored}");
+            assert!(raw.top_logprobs.len() == 4 && raw.top_logprobs.is_sorted_by(|a, b| a >= b), "{raw:?}");
+        }
+        assert_eq!(completion.prompt_logprobs, prompt);
+        let bare = v1::Completion { raw_logprobs: Vec::new(), prompt_logprobs: Vec::new(), ..completion };
+        assert_eq!(plain, bare, "what is reported changes nothing else");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_allowed_tokens_are_sampled_and_bad_ones_never() {
+    let mut server = Server::start(Tiny::Qwen2).await;
+    let mut asked = request("letters", 2, 30);
+    let sampling = asked.sampling.as_mut().unwrap();
+    // Not in order, and one of them twice.
+    sampling.allowed_token_ids = b"edcbaa".iter().map(|&byte| u32::from(byte)).collect();
+    sampling.bad_token_ids = vec![u32::from(b'c')];
+    for completion in server.completions(asked).await {
+        let letters: std::collections::BTreeSet<char> = completion.text.chars().collect();
+        assert!(letters.iter().all(|letter| "abde".contains(*letter)), "{}", completion.text);
+        assert!(completion.text.len() == 30 && letters.len() > 1, "{}", completion.text);
     }
 }
 

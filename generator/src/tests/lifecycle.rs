@@ -197,7 +197,7 @@ fn broken_instance() -> Instance {
         outputs: Outputs::new(engine.clone(), Arc::clone(&tokenizer)),
         engine,
         tokenizer,
-        limits: Limits { vocab_size: config.vocab_size, max_model_len: 64 },
+        limits: Limits { vocab_size: config.vocab_size, max_model_len: 64, eos_token_ids: [].into() },
         manifest_hash: config.manifest().hash(),
         config,
         quantization: aha_core::config::Quantization::None,

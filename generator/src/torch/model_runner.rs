@@ -5,8 +5,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aha_core::ids::TokenId;
+use aha_core::rollout::{RawLogprobs, Sampling};
 use aha_nn::kernels::cpu::{
-    KvCache, KvLayout, Pool, RopeTables, SampleRequest, SamplingParams, log_softmax_at, sample_rows,
+    Drawn, KvCache, KvLayout, LogitEdits, Pool, RawLogProbs, RopeTables, SampleRequest, SamplingParams, log_softmax_at,
+    sample_rows,
 };
 use aha_nn::logprob::chunk_rows;
 use aha_nn::model_config::ModelConfig;
@@ -94,7 +96,7 @@ impl CpuRunner {
             let selected: Vec<usize> = chosen.iter().map(|(row, _)| *row).collect();
             let mut logits = ops.logits(&hidden, &selected);
             let start = Instant::now();
-            sampled.extend(sample(ops.pool, ops.config.vocab_size, &mut logits.data_mut(), chosen)?);
+            sampled.extend(sample(ops.pool, &mut logits.data_mut(), chosen)?);
             sampling += start.elapsed();
         }
         let Clock { gemm, attention } = &ops.clock;
@@ -178,26 +180,37 @@ fn raw_blocks(table: &[BlockId]) -> Vec<u32> {
 }
 
 /// Chooses a token for each row of `logits: [M, V]`.
-fn sample(
-    pool: &Pool,
-    vocab_size: usize,
-    logits: &mut [f32],
-    chosen: &[(usize, &Choose)],
-) -> anyhow::Result<Vec<Sampled>> {
-    let mut requests = Vec::with_capacity(chosen.len());
-    for (logits, (_, choose)) in logits.chunks_exact_mut(vocab_size).zip(chosen) {
-        for &token in choose.suppress.iter() {
-            logits[token as usize] = f32::NEG_INFINITY;
-        }
-        let Choose { temperature, top_k, top_p, min_p, uniform, .. } = **choose;
-        let params = SamplingParams { temperature, top_k, top_p, min_p };
-        requests.push(SampleRequest { params, uniform: f64::from(uniform) });
-    }
-    let samples = sample_rows(pool, logits, &requests).into_iter().enumerate();
-    samples
-        .map(|(index, sample)| {
-            let sample = sample.with_context(|| format!("row {index} of {} sampled ones", chosen.len()))?;
-            Ok(Sampled { token: sample.token, logprob: sample.log_prob })
+fn sample(pool: &Pool, logits: &mut [f32], chosen: &[(usize, &Choose)]) -> anyhow::Result<Vec<Sampled>> {
+    let requests: Vec<_> = chosen.iter().map(|(_, choose)| request(choose)).collect();
+    let drawn = sample_rows(pool, logits, &requests).into_iter().enumerate();
+    drawn
+        .map(|(index, drawn)| {
+            let Drawn { sample, raw } =
+                drawn.with_context(|| format!("row {index} of {} sampled ones", chosen.len()))?;
+            Ok(Sampled { token: sample.token, logprob: sample.log_prob, raw: raw.map(raw_logprobs) })
         })
         .collect()
+}
+
+fn request(Choose { sampling, uniform, suppress, counts }: &Choose) -> SampleRequest<'_> {
+    let Sampling { temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, .. } = **sampling;
+    SampleRequest {
+        params: SamplingParams { temperature, top_k, top_p, min_p },
+        uniform: f64::from(*uniform),
+        edits: LogitEdits {
+            allowed: &sampling.allowed_token_ids,
+            bad: &sampling.bad_token_ids,
+            suppress,
+            bias: &sampling.logit_bias,
+            repetition_penalty,
+            presence_penalty,
+            frequency_penalty: sampling.frequency_penalty,
+            counts,
+        },
+        num_top: (sampling.logprobs > 0).then_some(sampling.logprobs as usize),
+    }
+}
+
+fn raw_logprobs(RawLogProbs { log_prob, top }: RawLogProbs) -> Box<RawLogprobs> {
+    Box::new(RawLogprobs { logprob: log_prob, top: top.iter().map(|top| (top.token, top.log_prob)).collect() })
 }

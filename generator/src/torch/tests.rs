@@ -2,6 +2,7 @@
 
 use aha_core::config::Quantization;
 use aha_core::ids::TokenId;
+use aha_core::rollout::Sampling;
 use aha_nn::forward::{head_matrix, hidden_states, score};
 use aha_nn::kernels::cpu::Pool;
 use aha_nn::rotary::RotaryTable;
@@ -33,7 +34,8 @@ fn some_tokens(len: usize, salt: u32) -> Vec<TokenId> {
 }
 
 fn choose(temperature: f32, uniform: f32) -> Choose {
-    Choose { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, uniform, suppress: [].into() }
+    let sampling = Sampling { temperature, ..Sampling::default() }.into();
+    Choose { sampling, uniform, suppress: [].into(), counts: Vec::new() }
 }
 
 /// A sequence that is computed with some others.
@@ -192,6 +194,68 @@ fn suppressed_tokens_are_not_sampled() {
     let second = first(vec![likeliest]);
     assert_ne!(second, likeliest);
     assert!(![likeliest, second].contains(&first(vec![second, likeliest])));
+}
+
+/// Every edit at once, greedily, against the trainer's logits in f64 and vLLM's formulas token by token.
+#[test]
+fn edits_and_raw_logprobs_agree_with_the_trainers_path() {
+    let config = tiny_config(Tiny::Llama);
+    let (weights, prompt) = (tiny_weights(&config, 1), some_tokens(9, 1));
+    let table = RotaryTable::new(&config, prompt.len(), Device::Cpu);
+    let hidden = hidden_states(&config, &weights, &PackedBatch::new(&[&prompt], &table, Kind::Float));
+    let logits = hidden.matmul(&head_matrix(&config, &weights).tr()).select(0, prompt.len() as i64 - 1);
+    let logits = Vec::<f64>::try_from(logits.to_kind(Kind::Double)).unwrap();
+    let log_softmax = |logits: &[f64]| {
+        let total: f64 = logits.iter().map(|logit| logit.exp()).sum();
+        logits.iter().map(|logit| (logit - total.ln()) as f32).collect::<Vec<f32>>()
+    };
+    let by_rank = |logits: &[f64]| {
+        let mut tokens: Vec<TokenId> = (0..logits.len() as TokenId).collect();
+        tokens.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]));
+        tokens
+    };
+    let ranked = by_rank(&logits);
+
+    let sampling = Sampling {
+        temperature: 0.0,
+        repetition_penalty: 1.8,
+        presence_penalty: 0.3,
+        frequency_penalty: 0.2,
+        // The likeliest tokens each meet another edit.
+        logit_bias: [(ranked[1], -3.0), (ranked[6], 1.0)].into(),
+        bad_token_ids: vec![ranked[0]],
+        allowed_token_ids: (0..260).filter(|token| *token != ranked[2]).collect(),
+        logprobs: 5,
+        ..Sampling::default()
+    };
+    let counts = [(ranked[4], 1), (ranked[5], 3), (ranked[6], 2), (ranked[7], 0), (ranked[200], 0)];
+    let edited: Vec<f64> = (0..)
+        .zip(&logits)
+        .map(|(token, &logit)| {
+            let logit = logit + f64::from(*sampling.logit_bias.get(&token).unwrap_or(&0.0));
+            let logit = match counts.iter().find(|(counted, _)| *counted == token) {
+                None => logit,
+                Some((_, count)) => {
+                    let repeated = if logit > 0.0 { logit / 1.8 } else { logit * 1.8 };
+                    repeated - 0.2 * f64::from(*count) - if *count > 0 { 0.3 } else { 0.0 }
+                }
+            };
+            if [ranked[0], ranked[2], ranked[3]].contains(&token) { f64::NEG_INFINITY } else { logit }
+        })
+        .collect();
+    let choose =
+        Choose { counts: counts.into(), suppress: [ranked[3]].into(), sampling: sampling.into(), uniform: 0.0 };
+    let items = vec![BatchItem { tokens: prompt, start: 0, block_table: vec![BlockId(0)], choose: Some(choose) }];
+    let sampled = runner(&config, &weights).run(&StepBatch { copies: Vec::new(), items }).unwrap().pop().unwrap();
+
+    let token = by_rank(&edited)[0];
+    assert_eq!(sampled.token, token);
+    assert_close(&[sampled.logprob], &[log_softmax(&edited)[token as usize]]);
+    let (raw, expected) = (sampled.raw.unwrap(), log_softmax(&logits));
+    assert_close(&[raw.logprob], &[expected[token as usize]]);
+    let (top, logprobs): (Vec<TokenId>, Vec<f32>) = raw.top.into_iter().unzip();
+    assert_eq!(top, ranked[..5]);
+    assert_close(&logprobs, &top.iter().map(|&token| expected[token as usize]).collect::<Vec<_>>());
 }
 
 #[test]

@@ -232,6 +232,13 @@ rewards: [{function: equation}]
     }
 
     #[test]
+    fn sampling_options_are_checked_and_passed_on() {
+        check_problems("rollout: {repetition_penalty: 0, min_p: 2.0}\n", &["rollout: repetition_penalty", "min_p"]);
+        let config = load_text(&format!("{MINIMAL}rollout: {{repetition_penalty: 1.1}}\n"), &[], &[]).unwrap();
+        assert_eq!(config.rollout.sampling().repetition_penalty, 1.1);
+    }
+
+    #[test]
     fn the_resolved_configuration_reads_back_equal() {
         let config = load_text(MINIMAL, &[], &[]).unwrap();
         let text = serde_saphyr::to_string(&config).unwrap();

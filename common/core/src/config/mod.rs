@@ -156,6 +156,9 @@ pub struct Rollout {
     pub top_k: u32,
     pub top_p: f32,
     pub min_p: f32,
+    /// Over 1 makes tokens of prompt and completion less likely. As in TRL, it takes part in sampling alone: the
+    /// trainer's log-probs leave it out, as they do the cuts above.
+    pub repetition_penalty: f32,
     pub stop: Vec<String>,
     pub stop_token_ids: Vec<u32>,
     /// A step whose completions take longer fails, naming the generator it waited for.
@@ -361,6 +364,7 @@ impl Default for Rollout {
             top_k: 0,
             top_p: 1.0,
             min_p: 0.0,
+            repetition_penalty: 1.0,
             stop: Vec::new(),
             stop_token_ids: Vec::new(),
             deadline_seconds: 1800.0,
@@ -382,6 +386,7 @@ impl Rollout {
             top_k: self.top_k,
             top_p: self.top_p,
             min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
             max_tokens: self.max_completion_length,
             min_tokens: self.min_completion_length,
             stop: self.stop.clone(),

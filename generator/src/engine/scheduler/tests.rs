@@ -39,7 +39,7 @@ impl Harness {
         let decodes: Vec<bool> = step.sequences.iter().map(|id| running[id].is_decoding()).collect();
         assert!(decodes.is_sorted_by(|a, b| a >= b), "decodes come first");
         let sampled = self.runner.run(&step.batch).unwrap();
-        for (key, event) in self.scheduler.complete(&step, &sampled).unwrap() {
+        for (key, event) in self.scheduler.complete(&step, sampled).unwrap() {
             if event.finish().is_some() {
                 assert!(self.unfinished.remove(&(key, event.sample_index())), "a sample finished twice");
             }

@@ -5,6 +5,7 @@
 //! or min-p keep; nothing the size of the vocabulary is stored or sorted.
 
 use super::Pool;
+use super::logit_edits::LogitEdits;
 use super::nucleus::{self, Candidate, Limits};
 use super::simd::{Kernel, Simd};
 use std::cell::RefCell;
@@ -30,11 +31,14 @@ pub struct SamplingParams {
 }
 
 /// One row of [`sample_rows`].
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct SampleRequest {
+#[derive(Debug, Clone, Copy)]
+pub struct SampleRequest<'a> {
     pub params: SamplingParams,
     /// In 0..1; makes no difference when the most likely token is taken.
     pub uniform: f64,
+    pub edits: LogitEdits<'a>,
+    /// Asks for [`RawLogProbs`] with so many tokens.
+    pub num_top: Option<usize>,
 }
 
 /// A chosen token.
@@ -44,6 +48,22 @@ pub struct Sample {
     /// Natural logarithm of its probability in the distribution it was drawn from: after temperature and restriction,
     /// or that of the model itself when the most likely token is taken.
     pub log_prob: f32,
+}
+
+/// Log-probabilities in the distribution of the model itself, before edits, temperature and restriction.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RawLogProbs {
+    /// Of the chosen token.
+    pub log_prob: f32,
+    /// The most likely tokens, most likely first.
+    pub top: Vec<Sample>,
+}
+
+/// A chosen token, with what else was asked for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Drawn {
+    pub sample: Sample,
+    pub raw: Option<RawLogProbs>,
 }
 
 /// Why no token could be chosen.
@@ -112,22 +132,39 @@ pub fn sample_row(pool: &Pool, logits: &[f32], params: &SamplingParams, uniform:
     })
 }
 
-/// [`sample_row`] for every row, on all threads.
+/// Edits every row and chooses by [`sample_row`], on all threads.
 ///
 /// # Shapes
-/// - logits: `[rows, V]`, requests: `[rows]`, the result: `[rows]`.
-pub fn sample_rows(pool: &Pool, logits: &[f32], requests: &[SampleRequest]) -> Vec<Result<Sample, SampleError>> {
-    let mut samples = vec![Err(SampleError::NothingAllowed); requests.len()];
+/// - logits: `[rows, V]`, edited in place, requests: `[rows]`, the result: `[rows]`.
+pub fn sample_rows(pool: &Pool, logits: &mut [f32], requests: &[SampleRequest<'_>]) -> Vec<Result<Drawn, SampleError>> {
     if requests.is_empty() {
-        return samples;
+        return Vec::new();
     }
     let vocab = logits.len() / requests.len();
     assert_eq!(logits.len(), vocab * requests.len(), "{} rows need equally many logits each", requests.len());
-    pool.for_each_mut(&mut samples, vocab / LOGITS_PER_NANO, |i, sample| {
-        let SampleRequest { params, uniform } = &requests[i];
-        *sample = sample_row(pool, &logits[i * vocab..][..vocab], params, *uniform);
+    let rows = logits.chunks_exact_mut(vocab).zip(requests);
+    let mut rows: Vec<_> = rows.map(|(logits, request)| (logits, request, Err(SampleError::NothingAllowed))).collect();
+    pool.for_each_mut(&mut rows, vocab / LOGITS_PER_NANO, |_, (logits, request, drawn)| {
+        *drawn = request.draw(pool, logits);
     });
-    samples
+    rows.into_iter().map(|(_, _, drawn)| drawn).collect()
+}
+
+impl SampleRequest<'_> {
+    fn draw(&self, pool: &Pool, logits: &mut [f32]) -> Result<Drawn, SampleError> {
+        let Self { params, uniform, edits, num_top } = self;
+        let Some(num_top) = *num_top else {
+            edits.apply(logits);
+            return Ok(Drawn { sample: sample_row(pool, logits, params, *uniform)?, raw: None });
+        };
+        let (summary, top) = top_log_probs(pool, logits, num_top)?;
+        let before: Vec<(u32, f32)> = edits.changed().map(|token| (token, logits[token as usize])).collect();
+        edits.apply(logits);
+        let sample = sample_row(pool, logits, params, *uniform)?;
+        let changed = before.iter().find(|(token, _)| *token == sample.token);
+        let logit = changed.map_or(logits[sample.token as usize], |(_, logit)| *logit);
+        Ok(Drawn { sample, raw: Some(RawLogProbs { log_prob: summary.log_prob(logit), top }) })
+    }
 }
 
 /// Log-probability of `token` in the distribution of the model itself.
@@ -143,17 +180,17 @@ pub fn log_softmax_at(pool: &Pool, logits: &[f32], token: u32) -> Result<f32, Sa
 /// first among equals. Masked tokens are left out.
 ///
 /// # Shapes
-/// - logits: `[V]`; the result holds at most `num_tokens`.
-pub fn top_log_probs(pool: &Pool, logits: &[f32], num_tokens: usize) -> Result<Vec<Sample>, SampleError> {
+/// - logits: `[V]`; the list holds at most `num_tokens`.
+fn top_log_probs(pool: &Pool, logits: &[f32], num_tokens: usize) -> Result<(Summary, Vec<Sample>), SampleError> {
     with_workspace(|work| {
         let summary = work.summarise(pool, logits, 1.0)?;
         if num_tokens == 0 {
-            return Ok(Vec::new());
+            return Ok((summary, Vec::new()));
         }
         work.collect(logits, nucleus::kth_peak(&work.chunks, num_tokens));
         work.candidates.sort_unstable_by(Candidate::by_rank);
         let top = work.candidates.iter().take(num_tokens);
-        Ok(top.map(|c| Sample { token: c.token, log_prob: summary.log_prob(c.logit) }).collect())
+        Ok((summary, top.map(|c| Sample { token: c.token, log_prob: summary.log_prob(c.logit) }).collect()))
     })
 }
 

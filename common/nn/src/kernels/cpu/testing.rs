@@ -1,6 +1,7 @@
 //! What the tests of the kernels share.
 
-use super::{Isa, Pool};
+use super::{Isa, LogitEdits, Pool, SamplingParams};
+use std::collections::BTreeMap;
 
 /// One and two threads on every instruction set of this machine.
 pub(super) fn pools() -> Vec<Pool> {
@@ -36,4 +37,47 @@ pub(super) fn assert_close(actual: &[f32], expect: &[f64], tolerance: f64) {
 #[track_caller]
 pub(super) fn assert_same_bits(actual: &[f32], expect: &[f32], what: &str) {
     assert!(actual.iter().map(|x| x.to_bits()).eq(expect.iter().map(|x| x.to_bits())), "{what} differs");
+}
+
+pub(super) const PLAIN: SamplingParams = SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
+
+pub(super) const NO_EDITS: LogitEdits<'static> = LogitEdits {
+    allowed: &[],
+    bad: &[],
+    suppress: &[],
+    bias: &BTreeMap::new(),
+    repetition_penalty: 1.0,
+    presence_penalty: 0.0,
+    frequency_penalty: 0.0,
+    counts: &[],
+};
+
+/// Probabilities of the whole vocabulary, the way transformers gets them: warp, sort, drop, renormalise.
+pub(super) fn probabilities(logits: &[f64], params: &SamplingParams) -> Vec<f64> {
+    let scaled: Vec<f64> = logits.iter().map(|x| x / f64::from(params.temperature)).collect();
+    let softmax = |kept: &[bool]| -> Vec<f64> {
+        let of_kept = scaled.iter().zip(kept).map(|(x, k)| if *k { *x } else { f64::NEG_INFINITY });
+        let largest = of_kept.clone().fold(f64::NEG_INFINITY, f64::max);
+        let weights: Vec<f64> = of_kept.map(|x| (x - largest).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        weights.iter().map(|w| w / total).collect()
+    };
+    let mut order: Vec<usize> = (0..logits.len()).collect();
+    order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b)));
+    let mut kept = vec![true; logits.len()];
+    if params.top_k > 0 && (params.top_k as usize) < logits.len() {
+        let kth = logits[order[params.top_k as usize - 1]];
+        (0..logits.len()).for_each(|i| kept[i] &= logits[i] >= kth);
+    }
+    if params.top_p < 1.0 {
+        let (probs, mut before) = (softmax(&kept), 0.0);
+        for i in &order {
+            kept[*i] &= before < f64::from(params.top_p);
+            before += probs[*i];
+        }
+    }
+    let probs = softmax(&kept);
+    let largest = probs.iter().copied().fold(0.0, f64::max);
+    (0..logits.len()).for_each(|i| kept[i] &= probs[i] >= f64::from(params.min_p) * largest);
+    softmax(&kept)
 }
