@@ -21,7 +21,7 @@ mod rope;
 mod sampling;
 mod simd;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 mod threads;
 mod tile;
 
@@ -32,6 +32,8 @@ pub use gemm::PackedMatrix;
 pub use kv_cache::{KvCache, KvLayout};
 pub use norm::RmsNorm;
 pub use rope::RopeTables;
+#[cfg(test)]
+pub(crate) use sampling::tests::reference as reference_probabilities;
 pub use sampling::{Sample, SampleError, SampleRequest, SamplingParams};
 pub use sampling::{log_softmax_at, sample_row, sample_rows, top_log_probs};
 pub use simd::Isa;

@@ -361,4 +361,4 @@ impl Kernel for Weigh<'_> {
 
 #[cfg(test)]
 #[path = "sampling_tests.rs"]
-mod tests;
+pub(super) mod tests;

@@ -4,7 +4,7 @@ use super::super::testing::{pools, random, uniform};
 use super::*;
 
 /// Probabilities of the whole vocabulary, the way transformers gets them: warp, sort, drop, renormalise.
-fn reference(logits: &[f32], params: &SamplingParams) -> Vec<f64> {
+pub(crate) fn reference(logits: &[f32], params: &SamplingParams) -> Vec<f64> {
     let scaled: Vec<f64> = logits.iter().map(|x| f64::from(*x) / f64::from(params.temperature)).collect();
     let softmax = |kept: &[bool]| -> Vec<f64> {
         let of_kept = scaled.iter().zip(kept).map(|(x, k)| if *k { *x } else { f64::NEG_INFINITY });
