@@ -42,13 +42,13 @@ pub struct Launch<'a> {
 pub unsafe fn launch(launch: &Launch, order: Order) -> Result<(), String> {
     let Launch { program, kernel, grid, num_threads, args } = launch;
     let entry = KERNELS.iter().find(|known| known.0 == *program && known.1 == *kernel).map(|known| known.2);
-    let entry = entry.ok_or_else(|| format!("no kernel {kernel} in {program:?}: see build.rs of aha-cuda-emulation"))?;
+    let entry =
+        entry.ok_or_else(|| format!("no kernel {kernel} in {program:?}: see build.rs of aha-cuda-emulation"))?;
     let values: Vec<*const c_void> = args.iter().map(|arg| arg.value).collect();
     let sizes: Vec<usize> = args.iter().map(|arg| arg.size).collect();
     let args = Args { values: values.as_ptr(), sizes: sizes.as_ptr(), count: args.len() };
     // SAFETY: `args` describes live arrays; the caller vouches for what their values point to.
-    let problem =
-        unsafe { aha_emulated_launch(entry, grid.as_ptr(), *num_threads, &args, order == Order::Descending) };
+    let problem = unsafe { aha_emulated_launch(entry, grid.as_ptr(), *num_threads, &args, order == Order::Descending) };
     if problem.is_null() {
         return Ok(());
     }

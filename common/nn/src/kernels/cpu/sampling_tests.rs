@@ -14,7 +14,7 @@ pub(crate) fn reference(logits: &[f32], params: &SamplingParams) -> Vec<f64> {
         weights.iter().map(|w| w / total).collect()
     };
     let mut order: Vec<usize> = (0..logits.len()).collect();
-    order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b)));
+    order.sort_by(|a, b| logits[*b].partial_cmp(&logits[*a]).unwrap().then(a.cmp(b)));
     let mut kept = vec![true; logits.len()];
     if params.top_k > 0 && (params.top_k as usize) < logits.len() {
         let kth = logits[order[params.top_k as usize - 1]];

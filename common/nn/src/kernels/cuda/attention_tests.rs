@@ -267,8 +267,15 @@ fn grids_cover_the_batch() {
         max_blocks: 64,
     };
     let [queries, context_lens, out, partial_out, partial_lse] = [DevicePtr(0); 5];
-    let decode = |max_context_len| {
-        DecodeAttention { kv, num_sequences: 5, max_context_len, queries, context_lens, out, partial_out, partial_lse }
+    let decode = |max_context_len| DecodeAttention {
+        kv,
+        num_sequences: 5,
+        max_context_len,
+        queries,
+        context_lens,
+        out,
+        partial_out,
+        partial_lse,
     };
     let grids = |max_context_len| {
         let launches = decode(max_context_len).launches();

@@ -1,7 +1,6 @@
 //! Tests of [`super`]: NVRTC needs no GPU.
 #![expect(clippy::print_stderr, reason = "a skipped test says why")]
 
-use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::thread;
 
@@ -13,9 +12,9 @@ const AMPERE: Gpu = Gpu { major: 8, minor: 0 };
 
 /// Head dim and query heads per key head of the models that are served: SmolLM2 135M and 360M (64, 3) and 1.7B (64, 1);
 /// Qwen2.5 0.5B (64, 7), 1.5B (128, 6), 3B (128, 8), 7B (128, 7); Qwen3 0.6B and 1.7B (128, 2), 4B and 8B (128, 4);
-/// Llama 3.2 1B (64, 4) and 3B (128, 3), 3.1 8B (128, 4); and a tiny one of the tests.
-const HEADS: [(usize, usize); 11] =
-    [(64, 3), (64, 1), (64, 7), (128, 6), (128, 8), (128, 7), (128, 2), (128, 4), (64, 4), (128, 3), (32, 2)];
+/// Llama 3.2 1B (64, 4) and 3B (128, 3), 3.1 8B (128, 4).
+const HEADS: [(usize, usize); 10] =
+    [(64, 3), (64, 1), (64, 7), (128, 6), (128, 8), (128, 7), (128, 2), (128, 4), (64, 4), (128, 3)];
 
 fn compiler() -> Option<Compiler> {
     match Compiler::open() {
@@ -31,20 +30,21 @@ fn compiler() -> Option<Compiler> {
 #[test]
 fn every_program_of_every_model_compiles() {
     let Some(compiler) = compiler() else { return };
-    let attention = HEADS
-        .map(|(head_dim, group)| Program::Attention(AttentionShape { head_dim, group, block_size: 16 }));
-    let larger_blocks = Program::Attention(AttentionShape { head_dim: 64, group: 7, block_size: 64 });
+    let attention = |(head_dim, group), block_size| Program::Attention(AttentionShape { head_dim, group, block_size });
     let rope = [32, 64, 128].map(|head_dim| Program::Rope { head_dim });
     let others = [
         Program::Sampling(LogitKind::Fp32),
         Program::Sampling(LogitKind::Bf16),
         Program::Elementwise,
         Program::Step,
-        larger_blocks,
+        attention((64, 7), 64),
+        attention((128, 6), 32),
+        attention((32, 2), 16),
     ];
-    let programs = others.into_iter().chain(attention).chain(rope);
-    let jobs: Vec<(Program, Gpu)> = programs.flat_map(|program| [HOPPER, AMPERE].map(|gpu| (program, gpu))).collect();
-    let (queue, sizes) = (Mutex::new(jobs.iter()), Mutex::new(BTreeMap::new()));
+    let everywhere = others.into_iter().chain(rope).flat_map(|program| [HOPPER, AMPERE].map(|gpu| (program, gpu)));
+    // The number of query heads changes constants only: one of a head dim will do for the older GPU.
+    let jobs: Vec<(Program, Gpu)> = everywhere.chain(HEADS.map(|heads| (attention(heads, 16), HOPPER))).collect();
+    let (queue, num_compiled) = (Mutex::new(jobs.iter()), Mutex::new(0));
     thread::scope(|scope| {
         for _ in 0..2 {
             scope.spawn(|| {
@@ -53,12 +53,12 @@ fn every_program_of_every_model_compiles() {
                     assert!(code.starts_with(b"\x7fELF"), "a CUBIN is an ELF file");
                     let names = program.kernels().filter(|name| contains(&code, name.as_bytes())).count();
                     assert_eq!(names, program.kernels().count(), "{program} lacks a kernel");
-                    sizes.lock().unwrap().insert(format!("{program} {}", gpu.architecture()), code.len());
+                    *num_compiled.lock().unwrap() += 1;
                 }
             });
         }
     });
-    assert_eq!(sizes.lock().unwrap().len(), jobs.len());
+    assert_eq!(*num_compiled.lock().unwrap(), jobs.len());
 }
 
 fn contains(code: &[u8], name: &[u8]) -> bool {

@@ -181,7 +181,13 @@ mod tests {
         let programs = shapes(json!({})).unwrap().programs().map(|program| program.to_string());
         assert_eq!(
             programs,
-            ["elementwise", "rope HEAD_DIM=64", "attention HEAD_DIM=64 GROUP=2 BLOCK_SIZE=16", "sampling LOGITS_BF16=0", "step"]
+            [
+                "elementwise",
+                "rope HEAD_DIM=64",
+                "attention HEAD_DIM=64 GROUP=2 BLOCK_SIZE=16",
+                "sampling LOGITS_BF16=0",
+                "step"
+            ]
         );
     }
 }

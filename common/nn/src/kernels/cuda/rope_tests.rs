@@ -54,24 +54,27 @@ impl Case {
         let rows = rounded(&self.qkv);
         let rows = rows.chunks(width).zip(&self.positions);
         let heads = rows.flat_map(|(row, position)| {
-            row.chunks(d).zip(bias.chunks(d)).enumerate().map(|(head, (x, bias))| {
-                let mut x: Vec<f64> = x.iter().zip(bias).map(|(x, b)| f64::from(*x) + f64::from(*b)).collect();
-                let kind = usize::from(head >= num_heads) + usize::from(head >= num_heads + self.num_kv_heads);
-                if let (Some(norms), true) = (&self.norms, kind < 2) {
-                    let mean = x.iter().map(|x| x * x).sum::<f64>() / d as f64;
-                    let scale = (mean + f64::from(EPSILON)).sqrt().recip();
-                    x.iter_mut().zip(rounded(&norms[kind])).for_each(|(x, w)| *x *= scale * f64::from(w));
-                }
-                if kind < 2 {
-                    for i in 0..d / 2 {
-                        let (sin, cos) = angle(*position, i, d).sin_cos();
-                        let (a, b) = (x[i], x[i + d / 2]);
-                        (x[i], x[i + d / 2]) = (a * cos - b * sin, b * cos + a * sin);
+            row.chunks(d)
+                .zip(bias.chunks(d))
+                .enumerate()
+                .map(|(head, (x, bias))| {
+                    let mut x: Vec<f64> = x.iter().zip(bias).map(|(x, b)| f64::from(*x) + f64::from(*b)).collect();
+                    let kind = usize::from(head >= num_heads) + usize::from(head >= num_heads + self.num_kv_heads);
+                    if let (Some(norms), true) = (&self.norms, kind < 2) {
+                        let mean = x.iter().map(|x| x * x).sum::<f64>() / d as f64;
+                        let scale = (mean + f64::from(EPSILON)).sqrt().recip();
+                        x.iter_mut().zip(rounded(&norms[kind])).for_each(|(x, w)| *x *= scale * f64::from(w));
                     }
-                }
-                x
-            })
-            .collect::<Vec<_>>()
+                    if kind < 2 {
+                        for i in 0..d / 2 {
+                            let (sin, cos) = angle(*position, i, d).sin_cos();
+                            let (a, b) = (x[i], x[i + d / 2]);
+                            (x[i], x[i + d / 2]) = (a * cos - b * sin, b * cos + a * sin);
+                        }
+                    }
+                    x
+                })
+                .collect::<Vec<_>>()
         });
         heads.collect()
     }

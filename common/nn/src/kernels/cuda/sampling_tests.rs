@@ -5,8 +5,8 @@ use aha_core::random::sampling_uniform;
 use super::super::emulated::{Memory, bf16_bits, rounded};
 use super::*;
 use crate::kernels::cpu::testing::random;
-use crate::kernels::cpu::{reference_probabilities, sample_row};
 use crate::kernels::cpu::{Pool, SampleError};
+use crate::kernels::cpu::{reference_probabilities, sample_row};
 
 const PLAIN: SamplingParams = SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
 const BELOW_ONE: f32 = 1.0 - f32::EPSILON / 2.0;
@@ -49,7 +49,7 @@ fn sample(kind: LogitKind, logits: &[f32], params: &[SamplingParams], uniforms: 
 /// Draws at many quantiles; tokens and log-probs must be those of the reference.
 #[track_caller]
 fn check(kind: LogitKind, logits: &[f32], params: &[SamplingParams]) {
-    const UNIFORMS: [f32; 6] = [0.0, 0.1, 0.5, 0.77, 0.999, BELOW_ONE];
+    const UNIFORMS: [f32; 4] = [0.0, 0.3, 0.77, BELOW_ONE];
     let rows = params.iter().flat_map(|params| UNIFORMS.map(|uniform| (*params, uniform)));
     let (params, uniforms): (Vec<SamplingParams>, Vec<f32>) = rows.unzip();
     let outcomes = sample(kind, &logits.repeat(params.len()), &params, &uniforms);
@@ -75,9 +75,9 @@ fn scaled(len: usize, seed: u64, scale: f32) -> Vec<f32> {
 
 #[test]
 fn draws_agree_with_a_sorted_reference() {
-    for (vocab, scale) in [(1, 1.0), (5, 2.0), (511, 5.0), (1025, 0.1), (9001, 12.0), (3000, 0.01)] {
+    for (vocab, scale) in [(1, 1.0), (5, 2.0), (511, 5.0), (1025, 0.1), (4001, 12.0), (1800, 0.01)] {
         let logits = scaled(vocab, vocab as u64, scale);
-        let params = [0.3, 1.0, 1.7].map(|temperature| {
+        let params = [0.3, 1.7].map(|temperature| {
             let plain = SamplingParams { temperature, ..PLAIN };
             [
                 plain,
@@ -151,10 +151,9 @@ fn the_most_likely_token_is_the_lowest_of_equals() {
 
 #[test]
 fn frequencies_pass_a_chi_square_test() {
-    let (vocab, num_draws) = (12, 4000_usize);
+    let (vocab, num_draws) = (12, 1500_usize);
     let logits = scaled(vocab, 3, 2.0);
-    let restricted = [SamplingParams { top_k: 8, ..PLAIN }, SamplingParams { temperature: 0.7, top_p: 0.95, ..PLAIN }];
-    for params in [PLAIN].into_iter().chain(restricted) {
+    for params in [PLAIN, SamplingParams { temperature: 0.7, top_k: 8, top_p: 0.95, ..PLAIN }] {
         let probs = reference_probabilities(&logits, &params);
         let uniforms: Vec<f32> = (0..num_draws).map(|i| sampling_uniform(9, 2, i as u32)).collect();
         let mut counts = vec![0.0; vocab];

@@ -72,7 +72,10 @@ fn advance(row: &mut Row, input: Input) -> Option<i32> {
         } else {
             let position = context_len as usize;
             row.set(ContextLen, context_len + 1);
-            row.set(Slot, input.block_table[position / BLOCK_SIZE] * BLOCK_SIZE as i32 + (position % BLOCK_SIZE) as i32);
+            row.set(
+                Slot,
+                input.block_table[position / BLOCK_SIZE] * BLOCK_SIZE as i32 + (position % BLOCK_SIZE) as i32,
+            );
         }
     }
     Some(input.token)
@@ -120,7 +123,8 @@ fn rows_advance_by_the_rules_until_they_leave() {
     let logged_log_probs = memory.put(&[f32::NAN; NUM_ROWS * LOG_LEN]);
     for step in 0..LOG_LEN + 1 {
         let tokens: Vec<i32> = (0..NUM_ROWS).map(|_| draws.below(20) as i32).collect();
-        let statuses: Vec<i32> = (0..NUM_ROWS).map(|_| [0, 0, 1, 2][draws.below(60).min(3)] * i32::from(step > 1)).collect();
+        let status = |draw| [1, 2].get(draw).copied().unwrap_or(0);
+        let statuses: Vec<i32> = (0..NUM_ROWS).map(|_| status(draws.below(60))).collect();
         let log_probs: Vec<f32> = tokens.iter().map(|token| -*token as f32).collect();
         let advance_rows = Advance {
             num_rows: NUM_ROWS,
