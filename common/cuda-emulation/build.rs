@@ -8,7 +8,7 @@ use std::{env, fs};
 const KERNELS: &str = "../nn/kernels/cuda";
 
 /// A source and its macros, in the order in which `aha_nn::kernels::cuda` names them.
-const PROGRAMS: [&str; 13] = [
+const PROGRAMS: [&str; 14] = [
     "attention HEAD_DIM=32 GROUP=2 BLOCK_SIZE=16",
     "attention HEAD_DIM=64 GROUP=1 BLOCK_SIZE=16",
     "attention HEAD_DIM=64 GROUP=3 BLOCK_SIZE=32",
@@ -16,6 +16,7 @@ const PROGRAMS: [&str; 13] = [
     "attention HEAD_DIM=128 GROUP=6 BLOCK_SIZE=16",
     "attention HEAD_DIM=128 GROUP=16 BLOCK_SIZE=64",
     "elementwise",
+    "faults",
     "rope HEAD_DIM=32",
     "rope HEAD_DIM=64",
     "rope HEAD_DIM=128",
@@ -36,7 +37,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     build.include("csrc").include(&kernels).file("csrc/emulation.cpp");
     for (index, program) in PROGRAMS.iter().enumerate() {
         let mut words = program.split(' ');
-        let path = kernels.join(format!("{}.cu", words.next().unwrap_or_default()));
+        let name = words.next().unwrap_or_default();
+        let folder = if name == "faults" { Path::new("csrc") } else { &kernels };
+        let path = folder.canonicalize()?.join(format!("{name}.cu"));
         let defines: String = words.map(|define| format!("#define {}\n", define.replace('=', " "))).collect();
         // Configurations define the same names, so each lives in an anonymous namespace.
         let mut unit =

@@ -79,3 +79,54 @@ unsafe extern "C" {
 }
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What 64 threads wrote.
+    fn run(kernel: &str, options: &[i32], order: Order) -> Result<[i32; 64], String> {
+        #[repr(align(16))]
+        struct Out([i32; 64]);
+        let mut out = Out([0; 64]);
+        let address = out.0.as_mut_ptr();
+        let mut args = vec![Arg { value: (&raw const address).cast(), size: size_of_val(&address) }];
+        args.extend(options.iter().map(|option| Arg { value: std::ptr::from_ref(option).cast(), size: 4 }));
+        let one = Launch { program: "faults", kernel, grid: [1, 1, 1], num_threads: 64, args: &args };
+        // SAFETY: every kernel takes the address of 64 numbers, and `neighbours` one number.
+        unsafe { launch(&one, order) }.map(|()| out.0)
+    }
+
+    #[test]
+    fn what_lacks_a_barrier_depends_on_the_order() {
+        let both = |barrier| [Order::Ascending, Order::Descending].map(|o| run("neighbours", &[barrier], o).unwrap());
+        let expect = std::array::from_fn(|i| (i as i32 + 1) % 64);
+        assert_eq!(both(1), [expect, expect]);
+        let [ascending, descending] = both(0);
+        assert_ne!(ascending, descending);
+    }
+
+    #[test]
+    fn what_cuda_leaves_undefined_is_an_error() {
+        for (kernel, expect) in [
+            ("divided_barrier", "is at a barrier (line"),
+            ("missing_lanes", "in a warp operation"),
+            ("missing_threads", "for threads that are done"),
+            ("misaligned", "16 bytes are read or written"),
+            ("past_shared_memory", "past shared memory"),
+        ] {
+            for order in [Order::Ascending, Order::Descending] {
+                let error = run(kernel, &[], order).unwrap_err();
+                assert!(error.contains(kernel) && error.contains(expect), "{error}");
+            }
+        }
+        // A failed launch leaves nothing behind.
+        run("neighbours", &[1], Order::Ascending).unwrap();
+    }
+
+    #[test]
+    fn arguments_and_names_are_checked() {
+        assert!(run("neighbours", &[], Order::Ascending).unwrap_err().contains("number of arguments"));
+        assert!(run("unknown", &[], Order::Ascending).unwrap_err().contains("no kernel unknown"));
+    }
+}

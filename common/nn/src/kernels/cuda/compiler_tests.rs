@@ -1,5 +1,4 @@
 //! Tests of [`super`]: NVRTC needs no GPU.
-#![expect(clippy::print_stderr, reason = "a skipped test says why")]
 
 use std::sync::Mutex;
 use std::thread;

@@ -278,7 +278,7 @@ fn stop_tokens_are_masked_until_the_row_may_stop() {
 
 #[test]
 fn bf16_rounds_to_nearest_even() {
-    for (value, bits) in [(1.0, 0x3f80), (1.003_906_25, 0x3f80), (1.011_718_75, 0x3f82), (-1.01, 0xbf81)] {
+    for (value, bits) in [(1.0, 0x3f80), (1.0 + 1.0 / 256.0, 0x3f80), (1.0 + 3.0 / 256.0, 0x3f82), (-1.01, 0xbf81)] {
         assert_eq!(bf16_bits(value), bits);
     }
     assert_eq!(bf16_bits(f32::NEG_INFINITY), 0xff80);
