@@ -6,8 +6,8 @@
 //!   data with grid, threads and arguments;
 //! - [`Compiler`] makes code of the programs, [`CompileCache`] keeps it, and [`KernelSet`] launches it.
 //!
-//! The kernels run in the tests on the CPU (`aha-cuda-emulation`) and are compiled for sm_80 and sm_90a wherever the
-//! NVRTC library is. **[`KernelSet`] has not run on a GPU yet.**
+//! The kernels run in the tests on the CPU (`aha-cuda-emulation`) and are compiled for sm_90a and sm_80 wherever
+//! the NVRTC library is. **[`KernelSet`] has not run on a GPU yet.**
 //!
 //! Storage is bf16, arithmetic fp32, the residual stream fp32. Like the CPU kernels these are batch-invariant: a row's
 //! result does not depend on its neighbours, on the bucket of a CUDA graph or on the longest context in the batch.
