@@ -71,4 +71,7 @@ char* aha_autograd_grad(at::Tensor* const* outputs, at::Tensor* const* grad_outp
 
 char* aha_fused_adamw(at::Tensor* param, at::Tensor* grad, at::Tensor* exp_avg, at::Tensor* exp_avg_sq, double step,
                       const AhaAdamW* options);
+
+// The CUDA stream that libtorch's operators on `device` are queued on.
+char* aha_current_stream(int32_t device, void** out);
 }

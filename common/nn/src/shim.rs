@@ -1,6 +1,6 @@
 //! The C++ shim (`csrc/shim.h`): declarations, and the rules for what it hands over.
 
-use std::ffi::{CStr, c_char, c_int};
+use std::ffi::{CStr, c_char, c_int, c_void};
 use torch_sys::C_tensor;
 
 /// What libtorch threw, as text.
@@ -134,6 +134,8 @@ unsafe extern "C" {
         step: f64,
         options: *const AhaAdamW,
     ) -> *mut c_char;
+
+    pub(crate) fn aha_current_stream(device: i32, stream: *mut *mut c_void) -> *mut c_char;
 }
 
 /// Turns what a shim function returned into a `Result`.

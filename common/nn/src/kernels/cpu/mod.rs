@@ -23,7 +23,7 @@ mod rope;
 mod sampling;
 mod simd;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 mod threads;
 mod tile;
 
@@ -36,6 +36,8 @@ pub use kv_cache::{KvCache, KvLayout};
 pub use logit_edits::LogitEdits;
 pub use norm::RmsNorm;
 pub use rope::RopeTables;
+#[cfg(test)]
+pub(crate) use sampling::tests::reference as reference_probabilities;
 pub use sampling::{Drawn, RawLogProbs, Sample, SampleError, SampleRequest, SamplingParams};
 pub use sampling::{log_softmax_at, sample_row, sample_rows};
 pub use simd::Isa;

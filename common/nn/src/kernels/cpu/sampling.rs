@@ -268,24 +268,26 @@ impl Workspace {
         let target = uniform * summary.total;
         let mut before = 0.0;
         // Rounding can leave the target at the very end; then it is the last token with any mass.
-        let mut chosen = (0, 0.0);
+        let mut chosen = (0, 0.0, 1.0);
         for (i, chunk) in self.chunks.iter().enumerate() {
             let mass = chunk.mass_in(summary);
             if mass > 0.0 {
-                chosen = (i, before);
+                chosen = (i, before, mass);
             }
             before += mass;
             if before > target {
                 break;
             }
         }
-        let (chunk, before) = chosen;
+        let (chunk, before, mass) = chosen;
+        let ChunkStats { largest, mass: own_mass } = self.chunks[chunk];
         let logits = &logits[chunk * CHUNK..logits.len().min((chunk + 1) * CHUNK)];
         let mut weights = [0.0; CHUNK];
         let weights = &mut weights[..logits.len()];
         let sharpness = 1.0 / summary.temperature;
-        pool.isa().run(Weigh { logits, offset: summary.largest, sharpness, weights });
-        let within = pick(weights.iter().copied(), target - before);
+        // Relative to the chunk's own largest logit: relative to the row's, all of its weights may vanish in fp32.
+        pool.isa().run(Weigh { logits, offset: largest, sharpness, weights });
+        let within = pick(weights.iter().copied(), (target - before) * f64::from(own_mass) / mass);
         Sample { token: (chunk * CHUNK + within) as u32, log_prob: summary.log_prob(logits[within]) }
     }
 
@@ -398,4 +400,4 @@ impl Kernel for Weigh<'_> {
 
 #[cfg(test)]
 #[path = "sampling_tests.rs"]
-mod tests;
+pub(super) mod tests;

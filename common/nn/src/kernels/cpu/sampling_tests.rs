@@ -3,7 +3,8 @@
 use super::super::testing::{NO_EDITS, PLAIN, pools, probabilities, random};
 use super::*;
 
-fn reference(logits: &[f32], params: &SamplingParams) -> Vec<f64> {
+/// Probabilities of the whole vocabulary.
+pub(crate) fn reference(logits: &[f32], params: &SamplingParams) -> Vec<f64> {
     let logits: Vec<f64> = logits.iter().map(|x| f64::from(*x)).collect();
     probabilities(&logits, params)
 }
@@ -166,5 +167,14 @@ fn log_probs_of_given_and_top_tokens_agree_with_f64() {
                 assert!(top.iter().zip(&order).all(|(s, t)| s.token as usize == *t && close(s.log_prob, *t)));
             }
         }
+    }
+}
+
+#[test]
+fn the_first_quantile_of_a_hardly_likely_chunk_is_no_masked_token() {
+    for pool in pools() {
+        let mut logits = vec![-110.0; 2 * CHUNK];
+        (logits[0], logits[CHUNK]) = (f32::NEG_INFINITY, 0.0);
+        assert_eq!(sample_row(&pool, &logits, &PLAIN, 0.0).unwrap().token, 1);
     }
 }
