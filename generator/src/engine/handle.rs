@@ -56,7 +56,7 @@ pub(super) type Reply<T> = oneshot::Sender<Result<T, EngineError>>;
 
 /// Everything that can be asked of the engine thread. Commands take effect between two steps, in order.
 pub(super) enum Command<S> {
-    Add { request: Request, reply: Reply<()> },
+    Add { request: Box<Request>, reply: Reply<()> },
     Abort { key: RequestKey, reply: Reply<usize> },
     Finish { key: RequestKey, sample_index: u32, num_tokens: usize },
     Pause { reply: Reply<()> },
@@ -85,6 +85,7 @@ impl<S> EngineHandle<S> {
     /// # Errors
     /// If the request can never be served, or the engine is gone.
     pub async fn add(&self, request: Request) -> Result<(), EngineError> {
+        let request = Box::new(request);
         self.ask(|reply| Command::Add { request, reply }).await
     }
 

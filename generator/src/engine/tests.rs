@@ -69,7 +69,7 @@ fn tell<T>(
 
 fn add(engine: &mut Engine<FakeRunner>, ask: &Ask) -> mpsc::Receiver<TokenEvent> {
     let (request, events) = ask.request(Instant::now() + HOUR);
-    tell(engine, |reply| Command::Add { request, reply }).unwrap();
+    tell(engine, |reply| Command::Add { request: Box::new(request), reply }).unwrap();
     events
 }
 
@@ -227,7 +227,7 @@ fn a_passed_deadline_or_a_client_that_left_aborts() {
     let mut engine = engine(|_| {});
     let now = Instant::now();
     let (request, mut late) = Ask::new(1, 10, 4, 20).request(now + HOUR);
-    tell(&mut engine, |reply| Command::Add { request, reply }).unwrap();
+    tell(&mut engine, |reply| Command::Add { request: Box::new(request), reply }).unwrap();
     let left = add(&mut engine, &Ask::new(2, 10, 4, 20));
     (0..3).for_each(|_| engine.step().unwrap());
     engine.abort_overdue(now);
@@ -351,7 +351,7 @@ fn a_channel_that_cannot_hold_every_event_is_refused() {
     let (mut request, _events) = Ask::new(1, 10, 2, 20).request(Instant::now() + HOUR);
     let (events, _receiver) = mpsc::channel(43);
     request.events = events;
-    let refused = tell(&mut engine, |reply| Command::Add { request, reply });
+    let refused = tell(&mut engine, |reply| Command::Add { request: Box::new(request), reply });
     assert_eq!(refused, Err(Refusal::SmallChannel { capacity: 43, needed: 44 }.into()));
     assert_is_empty(&engine);
 }

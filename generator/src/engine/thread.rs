@@ -177,7 +177,7 @@ impl<R: Runner> Engine<R> {
     /// Obeys one command; breaks at [`Command::Stop`].
     pub(super) fn apply(&mut self, command: Command<R::Staged>) -> anyhow::Result<ControlFlow<()>> {
         match command {
-            Command::Add { request, reply } => answer(reply, self.add(request).map_err(EngineError::from)),
+            Command::Add { request, reply } => answer(reply, self.add(*request).map_err(EngineError::from)),
             Command::Abort { key, reply } => answer(reply, Ok(self.abort(key))),
             Command::Finish { key, sample_index, num_tokens } => {
                 self.scheduler.finish(key, sample_index, num_tokens);

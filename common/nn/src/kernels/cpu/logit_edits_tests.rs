@@ -6,6 +6,8 @@ use super::super::{Drawn, Pool};
 use super::*;
 use std::collections::{HashMap, HashSet};
 
+type Options<'a> = (SamplingParams, LogitEdits<'a>);
+
 /// The edited logit of every token, in vLLM's order.
 fn reference(logits: &[f32], edits: &LogitEdits<'_>) -> Vec<f64> {
     let allowed: HashSet<u32> = edits.allowed.iter().copied().collect();
@@ -34,7 +36,7 @@ fn reference(logits: &[f32], edits: &LogitEdits<'_>) -> Vec<f64> {
 fn draw(
     pool: &Pool,
     logits: &[f32],
-    (params, edits): (SamplingParams, LogitEdits<'_>),
+    (params, edits): Options<'_>,
     uniforms: &[f64],
     num_top: Option<usize>,
 ) -> Vec<Drawn> {
@@ -58,6 +60,16 @@ fn misfit(drawn: &[Drawn], probs: &[f64]) -> f64 {
     let freedom = (probs.iter().filter(|p| **p > 0.0).count() - 1) as f64;
     let spread = 2.0 / (9.0 * freedom);
     chi_square / (freedom * (1.0 - spread + 3.719 * spread.sqrt()).powi(3))
+}
+
+#[track_caller]
+fn check_frequencies(name: &str, logits: &[f32], right: Options<'_>, wrong: Options<'_>) {
+    let mut state = 7;
+    let uniforms: Vec<f64> = (0..200_000).map(|_| uniform(&mut state)).collect();
+    let drawn = draw(&Pool::new(1).unwrap(), logits, right, &uniforms, None);
+    let misfit = |(params, edits)| misfit(&drawn, &probabilities(&reference(logits, &edits), &params));
+    let (right, wrong) = (misfit(right), misfit(wrong));
+    assert!(right < 1.0 && wrong > 1.0, "{name}: {right} against the right distribution, {wrong} against the wrong");
 }
 
 const COUNTS: &[(u32, u32)] = &[(0, 0), (2, 3), (3, 1), (5, 0), (7, 2), (9, 1)];
@@ -127,17 +139,8 @@ fn frequencies_pass_a_chi_square_test_under_every_option() {
         ("all but allowed", (warm, all), (SamplingParams { temperature: 1.47, ..warm }, all)),
         ("all", (warm, some), (warm, LogitEdits { repetition_penalty: 1.25, ..some })),
     ];
-    let pool = Pool::new(1).unwrap();
-    let mut state = 7;
-    let uniforms: Vec<f64> = (0..200_000).map(|_| uniform(&mut state)).collect();
-    for (name, (params, edits), (wrong_params, wrong_edits)) in cases {
-        let drawn = draw(&pool, &logits, (params, edits), &uniforms, None);
-        let right = misfit(&drawn, &probabilities(&reference(&logits, &edits), &params));
-        let wrong = misfit(&drawn, &probabilities(&reference(&logits, &wrong_edits), &wrong_params));
-        assert!(
-            right < 1.0 && wrong > 1.0,
-            "{name}: {right} against the right distribution, {wrong} against the wrong"
-        );
+    for (name, right, wrong) in cases {
+        check_frequencies(name, &logits, right, wrong);
     }
 }
 
