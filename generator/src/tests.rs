@@ -3,6 +3,7 @@
 mod generate;
 mod lifecycle;
 mod metrics;
+mod soak;
 mod update;
 
 use std::net::SocketAddr;
