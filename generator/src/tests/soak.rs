@@ -44,9 +44,9 @@ async fn a_thousand_ragged_requests_are_the_same_under_constant_preemption() {
     assert_eq!((status.used_blocks, status.num_running, status.num_waiting), (0, 0, 0), "{status:?}");
 }
 
-/// `cargo test --release -p aha-generator soak -- --ignored`
+/// `cargo test -p aha-generator soak -- --ignored`
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "takes minutes: run it after changes to the engine"]
+#[ignore = "a soak: run it after changes to the engine"]
 async fn memory_stays_flat_over_20_000_requests() {
     let folder = tiny_folder(Tiny::Qwen2, 1);
     let generator = LocalGenerator::load(&tiny_options(folder.path())).unwrap();
