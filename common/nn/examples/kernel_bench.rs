@@ -63,17 +63,27 @@ fn streamed(pool: &Pool) {
 }
 
 fn attention(pool: &Pool) {
-    println!("{:>6} {:>6} {:>5} {:>5} {:>10} {:>9} {:>8}", "heads", "kv", "rows", "keys", "us", "GFLOP/s", "GB/s");
-    for (num_heads, num_kv_heads, num_sequences, num_rows, context) in
-        [(9, 3, 32, 1, 512), (14, 2, 32, 1, 512), (8, 8, 32, 1, 512), (9, 3, 1, 512, 512), (14, 2, 1, 512, 512)]
-    {
+    println!(
+        "{:>6} {:>6} {:>5} {:>5} {:>6} {:>10} {:>9} {:>8}",
+        "heads", "kv", "rows", "keys", "layers", "us", "GFLOP/s", "GB/s"
+    );
+    // Caches of many layers come from memory, those of one from the processor's cache where they fit.
+    for (num_heads, num_kv_heads, num_sequences, num_rows, context, num_layers) in [
+        (9, 3, 32, 1, 112, 1),
+        (9, 3, 32, 1, 112, 30),
+        (9, 3, 32, 1, 512, 10),
+        (14, 2, 32, 1, 512, 10),
+        (9, 3, 1, 512, 512, 1),
+        (14, 2, 1, 512, 512, 1),
+    ] {
         let (head_dim, block_size) = (64, 16);
         let blocks_per_sequence = context / block_size;
         let layout = KvLayout { num_blocks: num_sequences * blocks_per_sequence, block_size, num_kv_heads, head_dim };
-        let mut cache = KvCache::new(layout);
         let slots: Vec<u32> = (0..(num_sequences * context) as u32).collect();
         let kv = numbers(slots.len() * num_kv_heads * head_dim);
-        cache.write(&slots, Rows::new(&kv, num_kv_heads * head_dim), Rows::new(&kv, num_kv_heads * head_dim));
+        let rows = Rows::new(&kv, num_kv_heads * head_dim);
+        let mut caches: Vec<KvCache> = (0..num_layers).map(|_| KvCache::new(layout)).collect();
+        caches.iter_mut().for_each(|cache| cache.write(&slots, rows, rows));
 
         let blocks: Vec<u32> = (0..layout.num_blocks as u32).collect();
         let tables = blocks.chunks(blocks_per_sequence).enumerate();
@@ -86,12 +96,15 @@ fn attention(pool: &Pool) {
         let width = num_heads * head_dim;
         let queries = numbers(num_sequences * num_rows * width);
         let mut out = vec![0.0; queries.len()];
-        let seconds = best_seconds(|| paged_attention(pool, Rows::new(&queries, width), &spans, &cache, &mut out));
+        let mut attend = |cache| paged_attention(pool, Rows::new(&queries, width), &spans, cache, &mut out);
+        let seconds = best_seconds(|| caches.iter().for_each(&mut attend)) / f64::from(num_layers);
         let pairs: usize = (0..num_rows).map(|i| context - i).sum::<usize>() * num_sequences;
         let gflops = (4 * pairs * width) as f64 / seconds * 1e-9;
         let read = 2.0 * gigabytes(num_sequences * context * num_kv_heads * head_dim) / seconds;
-        let rows = num_sequences * num_rows;
-        println!("{num_heads:6} {num_kv_heads:6} {rows:5} {context:5} {:10.1} {gflops:9.1} {read:8.1}", seconds * 1e6);
+        let (rows, us) = (num_sequences * num_rows, seconds * 1e6);
+        println!(
+            "{num_heads:6} {num_kv_heads:6} {rows:5} {context:5} {num_layers:6} {us:10.1} {gflops:9.1} {read:8.1}"
+        );
     }
 }
 

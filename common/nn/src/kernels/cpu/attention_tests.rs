@@ -150,3 +150,28 @@ fn short_block_tables_are_refused() {
     let queries = Rows::new(&case.queries, 16);
     paged_attention(&Pool::new(1).unwrap(), queries, &[span], &case.cache, &mut [0.0; 256]);
 }
+
+#[test]
+fn keys_that_are_fetched_ahead_change_no_bit() {
+    let (num_sequences, num_keys) = (80, 150);
+    for pool in pools() {
+        for (num_heads, num_kv_heads, head_dim, block_size) in [(9, 3, 64, 16), (2, 1, 256, 128)] {
+            let Case { cache, table, queries, .. } = &case(num_heads, num_kv_heads, head_dim, block_size, num_keys);
+            assert!(2 * num_sequences * num_keys * num_kv_heads * head_dim * size_of::<f32>() >= STREAMED_BYTES);
+            let width = num_heads * head_dim;
+            let queries = &queries[..num_sequences * width];
+            let span = |first_row: usize, sequence: usize| {
+                let first_position = num_keys - 1 - sequence;
+                SequenceSpan { first_row, num_rows: 1, first_position, block_table: table }
+            };
+            let spans: Vec<SequenceSpan> = (0..num_sequences).map(|i| span(i, i)).collect();
+            let mut together = vec![f32::NAN; queries.len()];
+            paged_attention(&pool, Rows::new(queries, width), &spans, cache, &mut together);
+            let mut alone = vec![f32::NAN; queries.len()];
+            for (i, (queries, out)) in queries.chunks(width).zip(alone.chunks_mut(width)).enumerate() {
+                paged_attention(&pool, Rows::new(queries, width), &[span(0, i)], cache, out);
+            }
+            assert_same_bits(&together, &alone, &format!("{:?}", pool.isa()));
+        }
+    }
+}

@@ -5,7 +5,7 @@
 //! per [`TILE_DEPTH`] inputs; nothing about that depends on the other rows.
 
 use super::Pool;
-use super::buffer::{AlignedBuf, LINE, RowsMut, SharedRows, with_scratch};
+use super::buffer::{AlignedBuf, LINE, Rows, RowsMut, SharedRows, with_scratch};
 use super::simd::{Kernel, Simd, prefetch};
 use super::tile::{RowTile, TILE_DEPTH, TILE_STRIDE, accumulate, row_tiles, with_const_rows};
 
@@ -21,12 +21,13 @@ const PANELS_PER_TASK: usize = 4;
 /// Rows from which on the weight is fetched ahead: with fewer, the processor's own prefetching keeps up.
 pub(super) const PREFETCH_ROWS: usize = 6;
 /// Inputs between two bursts of prefetching.
-const PREFETCH_DEPTH: usize = 16;
+const PREFETCH_DEPTH: usize = 8;
 /// Inputs whose columns are copied together while packing: a cache line of each output.
 const PACK_DEPTH: usize = 16;
 /// Rough speeds by which work is divided among threads.
 const FLOPS_PER_NANO: usize = 50;
 const PACKED_FLOATS_PER_NANO: usize = 2;
+const COPIED_FLOATS_PER_NANO: usize = 4;
 
 /// A weight laid out for [`PackedMatrix::gemm`].
 #[derive(Debug)]
@@ -111,7 +112,7 @@ impl PackedMatrix {
         for (x, out) in x.chunks(ROW_BLOCK * k).zip(out.chunks_mut(ROW_BLOCK * n)) {
             let num_rows = x.len() / k;
             with_scratch(num_rows * k.div_ceil(TILE_DEPTH) * TILE_STRIDE, |blocks| {
-                copy_blocks(x, k, blocks);
+                copy_blocks(pool, Rows::new(x, k), blocks);
                 self.multiply(pool, blocks, start, RowsMut::new(out, n).share());
             });
         }
@@ -145,14 +146,17 @@ pub(super) fn panel_rows<'a>(weights: &[&'a [f32]], k: usize, outputs: std::ops:
     rows
 }
 
-/// Cuts rows of `k` into blocks of [`TILE_DEPTH`] columns at [`TILE_STRIDE`].
-fn copy_blocks(x: &[f32], k: usize, blocks: &mut [f32]) {
-    let num_rows = x.len() / k;
-    for (i, row) in x.chunks_exact(k).enumerate() {
-        for (j, piece) in row.chunks(TILE_DEPTH).enumerate() {
-            blocks[(j * num_rows + i) * TILE_STRIDE..][..piece.len()].copy_from_slice(piece);
+/// Cuts rows into blocks of [`TILE_DEPTH`] columns at [`TILE_STRIDE`].
+fn copy_blocks(pool: &Pool, x: Rows, blocks: &mut [f32]) {
+    let num_rows = x.num_rows();
+    let blocks = RowsMut::new(blocks, TILE_STRIDE).share();
+    pool.for_each(num_rows, x.width() / COPIED_FLOATS_PER_NANO, |i| {
+        for (j, piece) in x.row(i).chunks(TILE_DEPTH).enumerate() {
+            // SAFETY: each row of the input is cut by one task.
+            let block = unsafe { blocks.row(j * num_rows + i) };
+            block[..piece.len()].copy_from_slice(piece);
         }
-    }
+    });
 }
 
 /// Transposes up to [`PANEL`] rows (empty ones are left out) into `packed`.

@@ -22,6 +22,7 @@ mod nucleus;
 mod rope;
 mod sampling;
 mod simd;
+mod team;
 #[cfg(test)]
 pub(crate) mod testing;
 mod threads;

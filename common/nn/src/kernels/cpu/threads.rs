@@ -1,21 +1,22 @@
 //! The threads that kernels run on.
 
 use super::simd::Isa;
-use rayon::prelude::*;
+use super::team::Team;
 
-/// Work below this is done by the calling thread: waking another one costs about as much.
-const MIN_PARALLEL_NANOS: usize = 10_000;
-/// Tasks are handed out in about this many pieces per thread, so that a thread that was held up can be helped.
+/// Work below this is done by the calling thread: handing some of it to another one costs about as much.
+const MIN_PARALLEL_NANOS: usize = 5_000;
+/// Tasks are begun in pieces of about this length, but so that a thread that is held up can be helped.
+const PIECE_NANOS: usize = 2_000;
 const PIECES_PER_THREAD: usize = 4;
 
 /// A fixed number of threads and the instruction set they use. Results never depend on the number of threads.
 ///
-/// A caller that runs many kernels in a row should do so inside [`Pool::install`]: it then is one of the threads,
-/// and the others stay awake between the kernels.
+/// A caller that runs many kernels in a row should do so inside [`Pool::install`]: the other threads then stay awake
+/// between the kernels.
 #[derive(Debug)]
 pub struct Pool {
     /// None for a single thread: the caller's own.
-    workers: Option<rayon::ThreadPool>,
+    team: Option<Team>,
     isa: Isa,
 }
 
@@ -24,7 +25,7 @@ pub struct Pool {
 #[error("cannot start {num_threads} kernel threads, ask for fewer")]
 pub struct PoolError {
     num_threads: usize,
-    source: rayon::ThreadPoolBuildError,
+    source: std::io::Error,
 }
 
 impl Pool {
@@ -35,40 +36,34 @@ impl Pool {
 
     /// As [`Pool::new`], on a chosen instruction set.
     pub fn with_isa(num_threads: usize, isa: Isa) -> Result<Self, PoolError> {
-        let build = || {
-            rayon::ThreadPoolBuilder::new()
-                .num_threads(num_threads)
-                .thread_name(|i| format!("kernel-{i}"))
-                .build()
-                .map_err(|source| PoolError { num_threads, source })
-        };
-        let workers = if num_threads > 1 { Some(build()?) } else { None };
-        Ok(Self { workers, isa })
+        let new_team = || Team::new(num_threads).map_err(|source| PoolError { num_threads, source });
+        Ok(Self { team: (num_threads > 1).then(new_team).transpose()?, isa })
     }
 
     pub fn num_threads(&self) -> usize {
-        self.workers.as_ref().map_or(1, rayon::ThreadPool::current_num_threads)
+        self.team.as_ref().map_or(1, Team::num_threads)
     }
 
     pub fn isa(&self) -> Isa {
         self.isa
     }
 
-    /// Runs `operation` on one of the threads and waits for it.
-    pub fn install<R: Send>(&self, operation: impl FnOnce() -> R + Send) -> R {
-        match &self.workers {
-            Some(workers) => workers.install(operation),
-            None => operation(),
-        }
+    /// Runs `operation` on the calling thread while the others stay awake.
+    pub fn install<R>(&self, operation: impl FnOnce() -> R) -> R {
+        let _engagement = self.team.as_ref().map(Team::engage);
+        operation()
     }
 
     /// Calls `task` with every number below `num_tasks`, each about `task_nanos` long, and waits for all of them.
-    pub(super) fn for_each(&self, num_tasks: usize, task_nanos: usize, task: impl Fn(usize) + Sync + Send) {
-        match self.divide(num_tasks, task_nanos) {
-            Some((workers, piece)) => {
-                workers.install(|| (0..num_tasks).into_par_iter().with_min_len(piece).for_each(task));
+    pub(super) fn for_each(&self, num_tasks: usize, task_nanos: usize, task: impl Fn(usize) + Sync) {
+        let is_worthwhile = num_tasks > 1 && num_tasks.saturating_mul(task_nanos) >= MIN_PARALLEL_NANOS;
+        match &self.team {
+            Some(team) if is_worthwhile => {
+                let most = num_tasks / (team.num_threads() * PIECES_PER_THREAD);
+                let piece = (PIECE_NANOS / task_nanos.max(1)).min(most).max(1);
+                team.run(num_tasks as u32, piece as u32, &task);
             }
-            None => (0..num_tasks).for_each(task),
+            _ => (0..num_tasks).for_each(task),
         }
     }
 
@@ -77,22 +72,26 @@ impl Pool {
         &self,
         items: &mut [T],
         task_nanos: usize,
-        task: impl Fn(usize, &mut T) + Sync + Send,
+        task: impl Fn(usize, &mut T) + Sync,
     ) {
-        match self.divide(items.len(), task_nanos) {
-            Some((workers, piece)) => workers.install(|| {
-                items.par_iter_mut().with_min_len(piece).enumerate().for_each(|(i, item)| task(i, item));
-            }),
-            None => items.iter_mut().enumerate().for_each(|(i, item)| task(i, item)),
-        }
+        let first = Items(items.as_mut_ptr());
+        self.for_each(items.len(), task_nanos, |i| {
+            // SAFETY: every item belongs to one task, and `items` is borrowed until all of them are done.
+            let item = unsafe { &mut *first.get().add(i) };
+            task(i, item);
+        });
     }
+}
 
-    /// The threads to divide the tasks among and how many to hand out at once; None where it is not worth it.
-    fn divide(&self, num_tasks: usize, task_nanos: usize) -> Option<(&rayon::ThreadPool, usize)> {
-        let workers = self.workers.as_ref()?;
-        let piece = (num_tasks / (workers.current_num_threads() * PIECES_PER_THREAD)).max(1);
-        let worthwhile = num_tasks > 1 && num_tasks.saturating_mul(task_nanos) >= MIN_PARALLEL_NANOS;
-        worthwhile.then_some((workers, piece))
+/// Items that several threads write, each its own.
+struct Items<T>(*mut T);
+
+// SAFETY: whoever uses the pointer vouches for that, and the items may be sent to other threads.
+unsafe impl<T: Send> Sync for Items<T> {}
+
+impl<T> Items<T> {
+    fn get(&self) -> *mut T {
+        self.0
     }
 }
 
