@@ -18,6 +18,7 @@ use crate::engine::{EngineHandle, Request, RequestKey, TokenEvent};
 use crate::error::GeneratorError;
 use crate::metrics::Latencies;
 use crate::request::GenerateRequest;
+use crate::scorer::Scorer;
 use crate::stop::StopFinder;
 use crate::torch::ServingWeights;
 
@@ -26,22 +27,43 @@ const MAX_JUDGED_AT_ONCE: usize = 2;
 /// A judge that takes longer has timed out.
 const JUDGE_DEADLINE: Duration = Duration::from_secs(30);
 
-/// What a request becomes: its completions as they finish, or what ended it early.
-pub(crate) type Completions = mpsc::Receiver<Result<Completion, GeneratorError>>;
+/// What a request becomes. Dropping it aborts the request.
+#[derive(Debug)]
+pub(crate) struct Completions {
+    finished: mpsc::Receiver<Result<Completion, GeneratorError>>,
+    /// Samples asked for, and those of them that have not come out of `finished`.
+    asked: usize,
+    owed: usize,
+}
+
+impl Completions {
+    /// The next completion to finish; after the last one, or an error, there is no other.
+    pub(crate) async fn next(&mut self) -> Option<Result<Completion, GeneratorError>> {
+        if self.owed == 0 {
+            return None;
+        }
+        // Whoever holds a completion keeps it up to the deadline.
+        let late = || Err(GeneratorError::Deadline { finished: self.asked - self.owed, asked: self.asked });
+        let next = self.finished.recv().await.unwrap_or_else(late);
+        self.owed = if next.is_ok() { self.owed - 1 } else { 0 };
+        Some(next)
+    }
+}
 
 /// Starts requests and follows them.
 #[derive(Debug, Clone)]
 pub(crate) struct Outputs {
     engine: EngineHandle<ServingWeights>,
+    scorer: Scorer,
     tokenizer: Arc<Tokenizer>,
     judging: Arc<Semaphore>,
     latencies: Arc<Latencies>,
 }
 
 impl Outputs {
-    pub(crate) fn new(engine: EngineHandle<ServingWeights>, tokenizer: Arc<Tokenizer>) -> Self {
+    pub(crate) fn new(scorer: Scorer, tokenizer: Arc<Tokenizer>) -> Self {
         let judging = Arc::new(Semaphore::new(MAX_JUDGED_AT_ONCE));
-        Self { engine, tokenizer, judging, latencies: Arc::default() }
+        Self { engine: scorer.engine().clone(), scorer, tokenizer, judging, latencies: Arc::default() }
     }
 
     /// Of all requests.
@@ -49,13 +71,13 @@ impl Outputs {
         Arc::clone(&self.latencies)
     }
 
-    /// Hands a request to the engine. Dropping what is returned aborts it.
+    /// Hands a request to the engine.
     ///
-    /// `at_end` is dropped when the request is over.
+    /// `at_end` is dropped when nothing is left of it here: when the last completion is taken, or the deadline has passed.
     ///
     /// # Errors
     /// If the engine refuses it, or is gone; where the prompt's log-probs are asked for, if it is asleep, too.
-    pub(crate) async fn start<G: Send + 'static>(
+    pub(crate) async fn start<G: Send + Sync + 'static>(
         &self,
         key: RequestKey,
         request: GenerateRequest,
@@ -65,12 +87,13 @@ impl Outputs {
         let start = Instant::now();
         let num_samples = request.sample_indices.len();
         let (events, incoming) = mpsc::channel(Request::events_capacity(num_samples, request.sampling.max_tokens));
-        let (completions, outgoing) = mpsc::channel(num_samples + 1);
+        // What the client does not take waits with its sample's task, which gives up at the deadline.
+        let (completions, finished) = mpsc::channel(1);
         let GenerateRequest { prompt_id, prompt, sample_indices, sampling, seed, rewards, columns, .. } = request;
         let samples = sample_indices.iter().map(|&index| (index, Sample::new(index, &sampling.stop))).collect();
         let (stop, min_tokens) = (sampling.stop.clone(), sampling.min_tokens as usize);
         let prompt_logprobs = match sampling.prompt_logprobs {
-            true => self.engine.score(prompt.clone()).await?.logprobs,
+            true => self.scorer.score(prompt.clone()).await?.logprobs,
             false => Vec::new(),
         };
         self.engine.add(Request { key, prompt_id, prompt, sample_indices, sampling, seed, deadline, events }).await?;
@@ -88,12 +111,10 @@ impl Outputs {
             judging: Arc::clone(&self.judging),
             latencies: self.latencies(),
             completions,
+            at_end: Arc::new(at_end),
         };
-        tokio::spawn(async move {
-            follower.follow(incoming).await;
-            drop(at_end);
-        });
-        Ok(outgoing)
+        tokio::spawn(follower.follow(incoming));
+        Ok(Completions { finished, asked: num_samples, owed: num_samples })
     }
 }
 
@@ -128,7 +149,7 @@ impl Sample {
 }
 
 /// The task of one request.
-struct Follower {
+struct Follower<G> {
     key: RequestKey,
     start: Instant,
     deadline: Instant,
@@ -141,11 +162,12 @@ struct Follower {
     judge: Arc<Judge>,
     judging: Arc<Semaphore>,
     latencies: Arc<Latencies>,
-    /// Holds every completion, so that sending never waits for the client.
     completions: mpsc::Sender<Result<Completion, GeneratorError>>,
+    /// Held by the tasks of finished samples, too.
+    at_end: Arc<G>,
 }
 
-impl Follower {
+impl<G: Send + Sync + 'static> Follower<G> {
     /// Ends with the last sample, with the client, or with the engine.
     async fn follow(mut self, events: mpsc::Receiver<TokenEvent>) {
         self.take_all(events).await;
@@ -167,8 +189,7 @@ impl Follower {
                 None => Err(self.engine.gone().await.into()),
             };
             if let Err(error) = done {
-                // A client that is gone needs no reason.
-                drop(self.completions.send(Err(error)).await);
+                send(&self.completions, Err(error), self.deadline).await;
                 return;
             }
         }
@@ -214,14 +235,30 @@ impl Follower {
     fn complete(&self, sample: Sample, finish: FinishReason) {
         let (judge, judging, completions) =
             (Arc::clone(&self.judge), Arc::clone(&self.judging), self.completions.clone());
+        let (at_end, deadline) = (Arc::clone(&self.at_end), self.deadline);
         tokio::spawn(async move {
             // The semaphore is never closed; if it were, judging would merely be unbounded.
             let permit = judging.acquire_owned().await;
-            let completion = judge.complete(sample, finish).await;
-            drop(permit);
-            // A client that is gone wants no completion.
-            drop(completions.send(completion).await);
+            if !completions.is_closed() {
+                let completion = judge.complete(sample, finish).await;
+                drop(permit);
+                send(&completions, completion, deadline).await;
+            }
+            drop(at_end);
         });
+    }
+}
+
+/// Waits for the client to take what came before, up to the deadline. A client that is gone or late gets nothing.
+async fn send(
+    completions: &mpsc::Sender<Result<Completion, GeneratorError>>,
+    completion: Result<Completion, GeneratorError>,
+    deadline: Instant,
+) {
+    match tokio::time::timeout_at(deadline.into(), completions.send(completion)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(_)) => tracing::debug!("the client of a finished completion has gone"),
+        Err(_) => tracing::debug!("a finished completion was not taken before its deadline"),
     }
 }
 

@@ -26,6 +26,9 @@ use crate::torch::{ServingWeights, WeightReceiver};
 const MAX_REQUEST_BYTES: usize = 16 << 20;
 /// Largest message that is sent: a completion of a million tokens, and its text.
 const MAX_RESPONSE_BYTES: usize = 64 << 20;
+/// Calls that a connection may have open; what a client starts beyond that waits on its side. Leaves room for other calls
+/// beside as many requests as are taken.
+const MAX_STREAMS: u32 = 8192;
 /// A client whose machine is gone is noticed after this long.
 const KEEPALIVE: Duration = Duration::from_secs(30);
 /// What streams may take to end once the engine has aborted their requests.
@@ -95,6 +98,7 @@ impl GeneratorServer {
             .build_v1()?;
         let router = Server::builder()
             .http2_keepalive_interval(Some(KEEPALIVE))
+            .max_concurrent_streams(MAX_STREAMS)
             .add_service(service)
             .add_service(health_service)
             .add_service(reflection);
