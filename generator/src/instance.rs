@@ -90,7 +90,7 @@ impl Instance {
         })?;
         let scorer = Scorer::new(engine.clone());
         Ok(Self {
-            outputs: Outputs::new(scorer.clone(), Arc::clone(&tokenizer)),
+            outputs: Outputs::new(scorer.clone(), Arc::clone(&tokenizer), max_model_len),
             scorer,
             engine,
             limits: Limits {

@@ -16,7 +16,7 @@ use tokio::sync::{Semaphore, mpsc};
 
 use crate::engine::{EngineHandle, Request, RequestKey, TokenEvent};
 use crate::error::GeneratorError;
-use crate::metrics::Latencies;
+use crate::metrics::{Ended, Observed};
 use crate::request::GenerateRequest;
 use crate::scorer::Scorer;
 use crate::stop::StopFinder;
@@ -57,18 +57,19 @@ pub(crate) struct Outputs {
     scorer: Scorer,
     tokenizer: Arc<Tokenizer>,
     judging: Arc<Semaphore>,
-    latencies: Arc<Latencies>,
+    observed: Arc<Observed>,
 }
 
 impl Outputs {
-    pub(crate) fn new(scorer: Scorer, tokenizer: Arc<Tokenizer>) -> Self {
+    pub(crate) fn new(scorer: Scorer, tokenizer: Arc<Tokenizer>, max_model_len: usize) -> Self {
         let judging = Arc::new(Semaphore::new(MAX_JUDGED_AT_ONCE));
-        Self { engine: scorer.engine().clone(), scorer, tokenizer, judging, latencies: Arc::default() }
+        let observed = Arc::new(Observed::new(max_model_len));
+        Self { engine: scorer.engine().clone(), scorer, tokenizer, judging, observed }
     }
 
     /// Of all requests.
-    pub(crate) fn latencies(&self) -> Arc<Latencies> {
-        Arc::clone(&self.latencies)
+    pub(crate) fn observed(&self) -> Arc<Observed> {
+        Arc::clone(&self.observed)
     }
 
     /// Hands a request to the engine.
@@ -92,6 +93,7 @@ impl Outputs {
         let GenerateRequest { prompt_id, prompt, sample_indices, sampling, seed, rewards, columns, .. } = request;
         let samples = sample_indices.iter().map(|&index| (index, Sample::new(index, &sampling.stop))).collect();
         let (stop, min_tokens) = (sampling.stop.clone(), sampling.min_tokens as usize);
+        let prompt_tokens = prompt.len();
         let prompt_logprobs = match sampling.prompt_logprobs {
             true => self.scorer.score(prompt.clone()).await?.logprobs,
             false => Vec::new(),
@@ -103,13 +105,14 @@ impl Outputs {
             start,
             deadline,
             num_samples,
+            prompt_tokens,
             samples,
             stop,
             min_tokens,
             engine: self.engine.clone(),
             judge: Arc::new(judge),
             judging: Arc::clone(&self.judging),
-            latencies: self.latencies(),
+            observed: self.observed(),
             completions,
             at_end: Arc::new(at_end),
         };
@@ -126,7 +129,8 @@ struct Sample {
     logprobs: Vec<f32>,
     raw_logprobs: Vec<RawLogprobs>,
     spans: Vec<Span>,
-    last_token: Option<Instant>,
+    /// When the first and the last one came.
+    tokens_at: Option<(Instant, Instant)>,
     /// Where stop strings are asked for.
     stop: Option<StopFinder>,
 }
@@ -135,7 +139,7 @@ impl Sample {
     fn new(index: u32, stop: &[String]) -> Self {
         let stop = (!stop.is_empty()).then(StopFinder::default);
         let (token_ids, logprobs, raw_logprobs, spans) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        Self { index, token_ids, logprobs, raw_logprobs, spans, last_token: None, stop }
+        Self { index, token_ids, logprobs, raw_logprobs, spans, tokens_at: None, stop }
     }
 
     fn push(&mut self, token: TokenId, logprob: f32, version: PolicyVersion) {
@@ -154,6 +158,7 @@ struct Follower<G> {
     start: Instant,
     deadline: Instant,
     num_samples: usize,
+    prompt_tokens: usize,
     /// Those that are not finished.
     samples: HashMap<u32, Sample>,
     stop: Vec<String>,
@@ -161,7 +166,7 @@ struct Follower<G> {
     engine: EngineHandle<ServingWeights>,
     judge: Arc<Judge>,
     judging: Arc<Semaphore>,
-    latencies: Arc<Latencies>,
+    observed: Arc<Observed>,
     completions: mpsc::Sender<Result<Completion, GeneratorError>>,
     /// Held by the tasks of finished samples, too.
     at_end: Arc<G>,
@@ -171,7 +176,7 @@ impl<G: Send + Sync + 'static> Follower<G> {
     /// Ends with the last sample, with the client, or with the engine.
     async fn follow(mut self, events: mpsc::Receiver<TokenEvent>) {
         self.take_all(events).await;
-        self.latencies.given_up(self.samples.len());
+        self.observed.given_up(self.samples.len());
     }
 
     async fn take_all(&mut self, mut events: mpsc::Receiver<TokenEvent>) {
@@ -202,9 +207,12 @@ impl<G: Send + Sync + 'static> Follower<G> {
         let now = Instant::now();
         let sample_index = event.sample_index();
         if let TokenEvent::Token { token, logprob, raw, version, .. } = event {
-            match sample.last_token.replace(now) {
-                None => self.latencies.first_token(now - self.start),
-                Some(before) => self.latencies.next_token(now - before),
+            match &mut sample.tokens_at {
+                Some((_, last)) => self.observed.next_token(now - std::mem::replace(last, now)),
+                first @ None => {
+                    *first = Some((now, now));
+                    self.observed.first_token(now - self.start, self.prompt_tokens);
+                }
             }
             sample.push(token, logprob, version);
             sample.raw_logprobs.extend(raw.map(|raw| *raw));
@@ -225,7 +233,13 @@ impl<G: Send + Sync + 'static> Follower<G> {
             return Err(GeneratorError::Deadline { finished, asked: self.num_samples });
         }
         if let Some(sample) = self.samples.remove(&sample_index) {
-            self.latencies.finished(finish, now - self.start);
+            self.observed.finished(&Ended {
+                reason: finish,
+                after: now - self.start,
+                decode: sample.tokens_at.map_or(Duration::ZERO, |(first, last)| last - first),
+                prompt_tokens: self.prompt_tokens,
+                generation_tokens: sample.token_ids.len(),
+            });
             self.complete(sample, finish);
         }
         Ok(())

@@ -18,7 +18,7 @@ use tonic_health::ServingStatus;
 
 use crate::engine::{EngineHandle, EngineHealth};
 use crate::instance::{GeneratorOptions, Instance};
-use crate::metrics::{Latencies, MetricsServer};
+use crate::metrics::{MetricsServer, Observed};
 use crate::service::Service;
 use crate::torch::{ServingWeights, WeightReceiver};
 
@@ -40,7 +40,7 @@ pub struct GeneratorServer {
     incoming: TcpIncoming,
     address: SocketAddr,
     engine: EngineHandle<ServingWeights>,
-    latencies: Arc<Latencies>,
+    observed: Arc<Observed>,
     service: Service,
     metrics: Option<MetricsServer>,
 }
@@ -64,10 +64,10 @@ impl GeneratorServer {
     /// Puts the service on top of an engine.
     pub(crate) fn over(instance: Instance, incoming: TcpIncoming) -> anyhow::Result<Self> {
         let address = incoming.local_addr().context("asking for the address that was taken")?;
-        let (engine, latencies) = (instance.engine.clone(), instance.outputs.latencies());
+        let (engine, observed) = (instance.engine.clone(), instance.outputs.observed());
         let Instance { config, push_kind, quantization, .. } = &instance;
         let receiver = WeightReceiver::start(config, *push_kind, *quantization, engine.clone(), Handle::current())?;
-        Ok(Self { incoming, address, engine, latencies, service: Service::new(instance, receiver), metrics: None })
+        Ok(Self { incoming, address, engine, observed, service: Service::new(instance, receiver), metrics: None })
     }
 
     /// Where it listens.
@@ -105,7 +105,7 @@ impl GeneratorServer {
         // Ends with this function.
         let mut beside = JoinSet::new();
         if let Some(metrics) = self.metrics {
-            beside.spawn(metrics.serve(self.engine.clone(), self.latencies));
+            beside.spawn(metrics.serve(self.engine.clone(), self.observed));
         }
         let (stop, stopped) = oneshot::channel::<()>();
         let mut serving = tokio::spawn(router.serve_with_incoming_shutdown(self.incoming, async {

@@ -110,6 +110,7 @@ impl Generator for Service {
         let v1::UpdateWeightsRequest { group, version, unit_hashes } = call.into_inner();
         let push = Push { group, version: PolicyVersion(version), unit_hashes };
         let pushed = self.receiver.receive(push).await.map_err(GeneratorError::from)?;
+        self.instance.outputs.observed().pushed(pushed.receive, pushed.swap);
         Ok(Response::new(v1::UpdateWeightsResponse {
             version,
             receive_seconds: pushed.receive.as_secs_f64(),

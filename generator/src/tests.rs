@@ -5,6 +5,7 @@ mod hostile;
 mod lifecycle;
 mod metrics;
 mod soak;
+mod swap;
 mod update;
 
 use std::net::SocketAddr;

@@ -181,7 +181,7 @@ fn broken_instance() -> Instance {
     let (engine, _) = engine::spawn(engine_config, || Ok(BrokenRunner)).unwrap();
     let (scorer, tokenizer) = (Scorer::new(engine.clone()), Arc::new(byte_tokenizer()));
     Instance {
-        outputs: Outputs::new(scorer.clone(), Arc::clone(&tokenizer)),
+        outputs: Outputs::new(scorer.clone(), Arc::clone(&tokenizer), 64),
         scorer,
         engine,
         tokenizer,
