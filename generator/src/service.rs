@@ -73,7 +73,7 @@ impl Generator for Service {
     }
 
     async fn status(&self, _call: Request<v1::StatusRequest>) -> Result<Response<v1::StatusResponse>, Status> {
-        let status = self.engine().status().await.map_err(GeneratorError::from)?;
+        let status = self.engine().status().await?;
         Ok(Response::new(v1::StatusResponse {
             version: status.version.0,
             running: count(status.num_running),
@@ -99,7 +99,7 @@ impl Generator for Service {
         call: Request<v1::JoinUpdateGroupRequest>,
     ) -> Result<Response<v1::JoinUpdateGroupResponse>, Status> {
         let membership = membership(call.into_inner())?;
-        self.receiver.join(membership).await.map_err(GeneratorError::from)?;
+        self.receiver.join(membership).await?;
         Ok(Response::new(v1::JoinUpdateGroupResponse {}))
     }
 
@@ -109,7 +109,7 @@ impl Generator for Service {
     ) -> Result<Response<v1::UpdateWeightsResponse>, Status> {
         let v1::UpdateWeightsRequest { group, version, unit_hashes } = call.into_inner();
         let push = Push { group, version: PolicyVersion(version), unit_hashes };
-        let pushed = self.receiver.receive(push).await.map_err(GeneratorError::from)?;
+        let pushed = self.receiver.receive(push).await?;
         self.instance.outputs.observed().pushed(pushed.receive, pushed.swap);
         Ok(Response::new(v1::UpdateWeightsResponse {
             version,
@@ -119,28 +119,28 @@ impl Generator for Service {
     }
 
     async fn pause(&self, _call: Request<v1::PauseRequest>) -> Result<Response<v1::PauseResponse>, Status> {
-        self.engine().pause().await.map_err(GeneratorError::from)?;
+        self.engine().pause().await?;
         Ok(Response::new(v1::PauseResponse {}))
     }
 
     async fn resume(&self, _call: Request<v1::ResumeRequest>) -> Result<Response<v1::ResumeResponse>, Status> {
-        self.engine().resume().await.map_err(GeneratorError::from)?;
+        self.engine().resume().await?;
         Ok(Response::new(v1::ResumeResponse {}))
     }
 
     async fn sleep(&self, _call: Request<v1::SleepRequest>) -> Result<Response<v1::SleepResponse>, Status> {
-        self.engine().sleep().await.map_err(GeneratorError::from)?;
+        self.engine().sleep().await?;
         Ok(Response::new(v1::SleepResponse {}))
     }
 
     async fn wake(&self, _call: Request<v1::WakeRequest>) -> Result<Response<v1::WakeResponse>, Status> {
-        self.engine().wake().await.map_err(GeneratorError::from)?;
+        self.engine().wake().await?;
         Ok(Response::new(v1::WakeResponse {}))
     }
 
     async fn abort(&self, call: Request<v1::AbortRequest>) -> Result<Response<v1::AbortResponse>, Status> {
         let key = self.in_flight.key(&call.into_inner().request_id)?;
-        let aborted = self.engine().abort(key).await.map_err(GeneratorError::from)?;
+        let aborted = self.engine().abort(key).await?;
         Ok(Response::new(v1::AbortResponse { aborted: count(aborted) }))
     }
 }
@@ -169,9 +169,22 @@ impl From<GeneratorError> for Status {
     }
 }
 
+impl From<EngineError> for Status {
+    fn from(error: EngineError) -> Self {
+        GeneratorError::from(error).into()
+    }
+}
+
+impl From<UpdateError> for Status {
+    fn from(error: UpdateError) -> Self {
+        GeneratorError::from(error).into()
+    }
+}
+
 fn shortened(mut message: String) -> String {
     if message.len() > MAX_MESSAGE_BYTES {
-        message.truncate(message.floor_char_boundary(MAX_MESSAGE_BYTES));
+        let end = (0..=MAX_MESSAGE_BYTES).rfind(|&end| message.is_char_boundary(end)).unwrap_or(0);
+        message.truncate(end);
         message.push_str(" ...");
     }
     message
