@@ -11,11 +11,15 @@ const HEADER: &str = "grpc-timeout";
 /// The time that a call may take: at most 8 digits and a unit, as "gRPC over HTTP/2" writes it.
 ///
 /// # Errors
-/// If the client sent none, or it is malformed: without one, a lost client would keep its request running.
+/// If the client sent none, it is malformed, or it has passed: without one, a lost client would keep its request running.
 pub(crate) fn timeout(metadata: &MetadataMap) -> Result<Duration, GeneratorError> {
     let value = metadata.get(HEADER).ok_or_else(|| invalid(HEADER, "is missing: the call needs a deadline"))?;
     let text = value.to_str().unwrap_or_default();
-    parse(text).ok_or_else(|| invalid(HEADER, format!("must be at most 8 digits and one of H M S m u n, got {text:?}")))
+    match parse(text) {
+        Some(Duration::ZERO) => Err(GeneratorError::Late),
+        Some(timeout) => Ok(timeout),
+        None => Err(invalid(HEADER, format!("must be at most 8 digits and one of H M S m u n, got {text:?}"))),
+    }
 }
 
 fn parse(text: &str) -> Option<Duration> {
@@ -38,6 +42,23 @@ fn parse(text: &str) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[track_caller]
+    fn check_refused(value: Option<&'static str>, expect: &str) {
+        let mut metadata = MetadataMap::new();
+        if let Some(value) = value {
+            metadata.insert(HEADER, value.parse().unwrap());
+        }
+        let error = timeout(&metadata).unwrap_err().to_string();
+        assert!(error.starts_with("grpc-timeout: ") && error.contains(expect), "{error}");
+    }
+
+    #[test]
+    fn a_call_without_time_is_refused() {
+        check_refused(None, "is missing");
+        check_refused(Some("0m"), "had passed");
+        check_refused(Some("-1S"), r#"got "-1S""#);
+    }
 
     #[test]
     fn every_unit_is_read_and_nonsense_is_refused() {

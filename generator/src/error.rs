@@ -15,8 +15,11 @@ pub enum GeneratorError {
     Duplicate(String),
     #[error("request_id: {0:?} is not in flight")]
     Unknown(String),
-    #[error("{in_flight} requests are in flight, which is the limit; try again when some have finished")]
-    Busy { in_flight: usize },
+    /// A limit is reached; says which.
+    #[error("{0}; try again when some have finished")]
+    Busy(String),
+    #[error("grpc-timeout: the deadline had passed when the call came")]
+    Late,
     #[error("deadline exceeded: {finished} of {asked} completions were finished")]
     Deadline { finished: usize, asked: usize },
     #[error(transparent)]

@@ -15,6 +15,7 @@ use tch::{Device, Kind};
 use crate::engine::{self, EngineConfig, EngineHandle};
 use crate::outputs::Outputs;
 use crate::request::Limits;
+use crate::scorer::Scorer;
 use crate::torch::{CacheSize, CpuRunner, ServingWeights};
 
 /// Blocks hold a multiple of this many tokens: what the kernels read at once.
@@ -39,6 +40,7 @@ impl From<&RunConfig> for GeneratorOptions {
 #[derive(Debug)]
 pub(crate) struct Instance {
     pub engine: EngineHandle<ServingWeights>,
+    pub scorer: Scorer,
     pub outputs: Outputs,
     pub tokenizer: Arc<Tokenizer>,
     pub limits: Limits,
@@ -86,8 +88,10 @@ impl Instance {
         let (engine, _) = engine::spawn(engine_config, move || {
             Ok(CpuRunner::new(&model_config, weights, cache, max_model_len, pool))
         })?;
+        let scorer = Scorer::new(engine.clone());
         Ok(Self {
-            outputs: Outputs::new(engine.clone(), Arc::clone(&tokenizer)),
+            outputs: Outputs::new(scorer.clone(), Arc::clone(&tokenizer), max_model_len),
+            scorer,
             engine,
             limits: Limits {
                 vocab_size: config.vocab_size,

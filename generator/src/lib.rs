@@ -9,6 +9,7 @@ mod local;
 mod metrics;
 mod outputs;
 mod request;
+mod scorer;
 mod server;
 mod service;
 mod stop;

@@ -52,7 +52,7 @@ impl LocalGenerator {
         let request = self.request(prompt, sampling, seed, num_samples)?;
         let mut finished = self.instance.outputs.start(self.key(), request, Instant::now() + DEADLINE, ()).await?;
         let mut completions = Vec::new();
-        while let Some(completion) = finished.recv().await {
+        while let Some(completion) = finished.next().await {
             completions.push(completion?);
         }
         completions.sort_by_key(|completion| completion.sample_index);
@@ -85,7 +85,7 @@ impl LocalGenerator {
     /// As for [`LocalGenerator::generate`].
     pub async fn score(&self, tokens: &[TokenId]) -> Result<Vec<f32>, GeneratorError> {
         self.instance.limits.check_tokens(tokens)?;
-        Ok(self.instance.engine.score(tokens.to_vec()).await?.logprobs)
+        Ok(self.instance.scorer.score(tokens.to_vec()).await?.logprobs)
     }
 
     /// What the engine is doing.

@@ -16,8 +16,9 @@ use tokio::sync::{Semaphore, mpsc};
 
 use crate::engine::{EngineHandle, Request, RequestKey, TokenEvent};
 use crate::error::GeneratorError;
-use crate::metrics::Latencies;
+use crate::metrics::{Ended, Observed};
 use crate::request::GenerateRequest;
+use crate::scorer::Scorer;
 use crate::stop::StopFinder;
 use crate::torch::ServingWeights;
 
@@ -26,36 +27,58 @@ const MAX_JUDGED_AT_ONCE: usize = 2;
 /// A judge that takes longer has timed out.
 const JUDGE_DEADLINE: Duration = Duration::from_secs(30);
 
-/// What a request becomes: its completions as they finish, or what ended it early.
-pub(crate) type Completions = mpsc::Receiver<Result<Completion, GeneratorError>>;
+/// What a request becomes. Dropping it aborts the request.
+#[derive(Debug)]
+pub(crate) struct Completions {
+    finished: mpsc::Receiver<Result<Completion, GeneratorError>>,
+    /// Samples asked for, and those of them that have not come out of `finished`.
+    asked: usize,
+    owed: usize,
+}
+
+impl Completions {
+    /// The next completion to finish; after the last one, or an error, there is no other.
+    pub(crate) async fn next(&mut self) -> Option<Result<Completion, GeneratorError>> {
+        if self.owed == 0 {
+            return None;
+        }
+        // Whoever holds a completion keeps it up to the deadline.
+        let late = || Err(GeneratorError::Deadline { finished: self.asked - self.owed, asked: self.asked });
+        let next = self.finished.recv().await.unwrap_or_else(late);
+        self.owed = if next.is_ok() { self.owed - 1 } else { 0 };
+        Some(next)
+    }
+}
 
 /// Starts requests and follows them.
 #[derive(Debug, Clone)]
 pub(crate) struct Outputs {
     engine: EngineHandle<ServingWeights>,
+    scorer: Scorer,
     tokenizer: Arc<Tokenizer>,
     judging: Arc<Semaphore>,
-    latencies: Arc<Latencies>,
+    observed: Arc<Observed>,
 }
 
 impl Outputs {
-    pub(crate) fn new(engine: EngineHandle<ServingWeights>, tokenizer: Arc<Tokenizer>) -> Self {
+    pub(crate) fn new(scorer: Scorer, tokenizer: Arc<Tokenizer>, max_model_len: usize) -> Self {
         let judging = Arc::new(Semaphore::new(MAX_JUDGED_AT_ONCE));
-        Self { engine, tokenizer, judging, latencies: Arc::default() }
+        let observed = Arc::new(Observed::new(max_model_len));
+        Self { engine: scorer.engine().clone(), scorer, tokenizer, judging, observed }
     }
 
     /// Of all requests.
-    pub(crate) fn latencies(&self) -> Arc<Latencies> {
-        Arc::clone(&self.latencies)
+    pub(crate) fn observed(&self) -> Arc<Observed> {
+        Arc::clone(&self.observed)
     }
 
-    /// Hands a request to the engine. Dropping what is returned aborts it.
+    /// Hands a request to the engine.
     ///
-    /// `at_end` is dropped when the request is over.
+    /// `at_end` is dropped when nothing is left of it here: when the last completion is taken, or the deadline has passed.
     ///
     /// # Errors
     /// If the engine refuses it, or is gone; where the prompt's log-probs are asked for, if it is asleep, too.
-    pub(crate) async fn start<G: Send + 'static>(
+    pub(crate) async fn start<G: Send + Sync + 'static>(
         &self,
         key: RequestKey,
         request: GenerateRequest,
@@ -65,12 +88,14 @@ impl Outputs {
         let start = Instant::now();
         let num_samples = request.sample_indices.len();
         let (events, incoming) = mpsc::channel(Request::events_capacity(num_samples, request.sampling.max_tokens));
-        let (completions, outgoing) = mpsc::channel(num_samples + 1);
+        // What the client does not take waits with its sample's task, which gives up at the deadline.
+        let (completions, finished) = mpsc::channel(1);
         let GenerateRequest { prompt_id, prompt, sample_indices, sampling, seed, rewards, columns, .. } = request;
         let samples = sample_indices.iter().map(|&index| (index, Sample::new(index, &sampling.stop))).collect();
         let (stop, min_tokens) = (sampling.stop.clone(), sampling.min_tokens as usize);
+        let prompt_tokens = prompt.len();
         let prompt_logprobs = match sampling.prompt_logprobs {
-            true => self.engine.score(prompt.clone()).await?.logprobs,
+            true => self.scorer.score(prompt.clone()).await?.logprobs,
             false => Vec::new(),
         };
         self.engine.add(Request { key, prompt_id, prompt, sample_indices, sampling, seed, deadline, events }).await?;
@@ -80,20 +105,19 @@ impl Outputs {
             start,
             deadline,
             num_samples,
+            prompt_tokens,
             samples,
             stop,
             min_tokens,
             engine: self.engine.clone(),
             judge: Arc::new(judge),
             judging: Arc::clone(&self.judging),
-            latencies: self.latencies(),
+            observed: self.observed(),
             completions,
+            at_end: Arc::new(at_end),
         };
-        tokio::spawn(async move {
-            follower.follow(incoming).await;
-            drop(at_end);
-        });
-        Ok(outgoing)
+        tokio::spawn(follower.follow(incoming));
+        Ok(Completions { finished, asked: num_samples, owed: num_samples })
     }
 }
 
@@ -105,7 +129,8 @@ struct Sample {
     logprobs: Vec<f32>,
     raw_logprobs: Vec<RawLogprobs>,
     spans: Vec<Span>,
-    last_token: Option<Instant>,
+    /// When the first and the last one came.
+    tokens_at: Option<(Instant, Instant)>,
     /// Where stop strings are asked for.
     stop: Option<StopFinder>,
 }
@@ -114,7 +139,7 @@ impl Sample {
     fn new(index: u32, stop: &[String]) -> Self {
         let stop = (!stop.is_empty()).then(StopFinder::default);
         let (token_ids, logprobs, raw_logprobs, spans) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        Self { index, token_ids, logprobs, raw_logprobs, spans, last_token: None, stop }
+        Self { index, token_ids, logprobs, raw_logprobs, spans, tokens_at: None, stop }
     }
 
     fn push(&mut self, token: TokenId, logprob: f32, version: PolicyVersion) {
@@ -128,11 +153,12 @@ impl Sample {
 }
 
 /// The task of one request.
-struct Follower {
+struct Follower<G> {
     key: RequestKey,
     start: Instant,
     deadline: Instant,
     num_samples: usize,
+    prompt_tokens: usize,
     /// Those that are not finished.
     samples: HashMap<u32, Sample>,
     stop: Vec<String>,
@@ -140,16 +166,17 @@ struct Follower {
     engine: EngineHandle<ServingWeights>,
     judge: Arc<Judge>,
     judging: Arc<Semaphore>,
-    latencies: Arc<Latencies>,
-    /// Holds every completion, so that sending never waits for the client.
+    observed: Arc<Observed>,
     completions: mpsc::Sender<Result<Completion, GeneratorError>>,
+    /// Held by the tasks of finished samples, too.
+    at_end: Arc<G>,
 }
 
-impl Follower {
+impl<G: Send + Sync + 'static> Follower<G> {
     /// Ends with the last sample, with the client, or with the engine.
     async fn follow(mut self, events: mpsc::Receiver<TokenEvent>) {
         self.take_all(events).await;
-        self.latencies.given_up(self.samples.len());
+        self.observed.given_up(self.samples.len());
     }
 
     async fn take_all(&mut self, mut events: mpsc::Receiver<TokenEvent>) {
@@ -167,8 +194,7 @@ impl Follower {
                 None => Err(self.engine.gone().await.into()),
             };
             if let Err(error) = done {
-                // A client that is gone needs no reason.
-                drop(self.completions.send(Err(error)).await);
+                send(&self.completions, Err(error), self.deadline).await;
                 return;
             }
         }
@@ -181,9 +207,12 @@ impl Follower {
         let now = Instant::now();
         let sample_index = event.sample_index();
         if let TokenEvent::Token { token, logprob, raw, version, .. } = event {
-            match sample.last_token.replace(now) {
-                None => self.latencies.first_token(now - self.start),
-                Some(before) => self.latencies.next_token(now - before),
+            match &mut sample.tokens_at {
+                Some((_, last)) => self.observed.next_token(now - std::mem::replace(last, now)),
+                first @ None => {
+                    *first = Some((now, now));
+                    self.observed.first_token(now - self.start, self.prompt_tokens);
+                }
             }
             sample.push(token, logprob, version);
             sample.raw_logprobs.extend(raw.map(|raw| *raw));
@@ -204,7 +233,13 @@ impl Follower {
             return Err(GeneratorError::Deadline { finished, asked: self.num_samples });
         }
         if let Some(sample) = self.samples.remove(&sample_index) {
-            self.latencies.finished(finish, now - self.start);
+            self.observed.finished(&Ended {
+                reason: finish,
+                after: now - self.start,
+                decode: sample.tokens_at.map_or(Duration::ZERO, |(first, last)| last - first),
+                prompt_tokens: self.prompt_tokens,
+                generation_tokens: sample.token_ids.len(),
+            });
             self.complete(sample, finish);
         }
         Ok(())
@@ -214,14 +249,30 @@ impl Follower {
     fn complete(&self, sample: Sample, finish: FinishReason) {
         let (judge, judging, completions) =
             (Arc::clone(&self.judge), Arc::clone(&self.judging), self.completions.clone());
+        let (at_end, deadline) = (Arc::clone(&self.at_end), self.deadline);
         tokio::spawn(async move {
             // The semaphore is never closed; if it were, judging would merely be unbounded.
             let permit = judging.acquire_owned().await;
-            let completion = judge.complete(sample, finish).await;
-            drop(permit);
-            // A client that is gone wants no completion.
-            drop(completions.send(completion).await);
+            if !completions.is_closed() {
+                let completion = judge.complete(sample, finish).await;
+                drop(permit);
+                send(&completions, completion, deadline).await;
+            }
+            drop(at_end);
         });
+    }
+}
+
+/// Waits for the client to take what came before, up to the deadline. A client that is gone or late gets nothing.
+async fn send(
+    completions: &mpsc::Sender<Result<Completion, GeneratorError>>,
+    completion: Result<Completion, GeneratorError>,
+    deadline: Instant,
+) {
+    match tokio::time::timeout_at(deadline.into(), completions.send(completion)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(_)) => tracing::debug!("the client of a finished completion has gone"),
+        Err(_) => tracing::debug!("a finished completion was not taken before its deadline"),
     }
 }
 

@@ -18,7 +18,7 @@ use tonic_health::ServingStatus;
 
 use crate::engine::{EngineHandle, EngineHealth};
 use crate::instance::{GeneratorOptions, Instance};
-use crate::metrics::{Latencies, MetricsServer};
+use crate::metrics::{MetricsServer, Observed};
 use crate::service::Service;
 use crate::torch::{ServingWeights, WeightReceiver};
 
@@ -26,6 +26,9 @@ use crate::torch::{ServingWeights, WeightReceiver};
 const MAX_REQUEST_BYTES: usize = 16 << 20;
 /// Largest message that is sent: a completion of a million tokens, and its text.
 const MAX_RESPONSE_BYTES: usize = 64 << 20;
+/// Calls that a connection may have open; what a client starts beyond that waits on its side. Leaves room for other calls
+/// beside as many requests as are taken.
+const MAX_STREAMS: u32 = 8192;
 /// A client whose machine is gone is noticed after this long.
 const KEEPALIVE: Duration = Duration::from_secs(30);
 /// What streams may take to end once the engine has aborted their requests.
@@ -37,7 +40,7 @@ pub struct GeneratorServer {
     incoming: TcpIncoming,
     address: SocketAddr,
     engine: EngineHandle<ServingWeights>,
-    latencies: Arc<Latencies>,
+    observed: Arc<Observed>,
     service: Service,
     metrics: Option<MetricsServer>,
 }
@@ -61,10 +64,10 @@ impl GeneratorServer {
     /// Puts the service on top of an engine.
     pub(crate) fn over(instance: Instance, incoming: TcpIncoming) -> anyhow::Result<Self> {
         let address = incoming.local_addr().context("asking for the address that was taken")?;
-        let (engine, latencies) = (instance.engine.clone(), instance.outputs.latencies());
+        let (engine, observed) = (instance.engine.clone(), instance.outputs.observed());
         let Instance { config, push_kind, quantization, .. } = &instance;
         let receiver = WeightReceiver::start(config, *push_kind, *quantization, engine.clone(), Handle::current())?;
-        Ok(Self { incoming, address, engine, latencies, service: Service::new(instance, receiver), metrics: None })
+        Ok(Self { incoming, address, engine, observed, service: Service::new(instance, receiver), metrics: None })
     }
 
     /// Where it listens.
@@ -95,13 +98,14 @@ impl GeneratorServer {
             .build_v1()?;
         let router = Server::builder()
             .http2_keepalive_interval(Some(KEEPALIVE))
+            .max_concurrent_streams(MAX_STREAMS)
             .add_service(service)
             .add_service(health_service)
             .add_service(reflection);
         // Ends with this function.
         let mut beside = JoinSet::new();
         if let Some(metrics) = self.metrics {
-            beside.spawn(metrics.serve(self.engine.clone(), self.latencies));
+            beside.spawn(metrics.serve(self.engine.clone(), self.observed));
         }
         let (stop, stopped) = oneshot::channel::<()>();
         let mut serving = tokio::spawn(router.serve_with_incoming_shutdown(self.incoming, async {

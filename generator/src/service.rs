@@ -2,15 +2,13 @@
 
 use std::collections::HashMap;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use aha_core::ids::PolicyVersion;
 use aha_proto::v1;
 use aha_proto::v1::generator_server::Generator;
-use futures::{Stream, StreamExt};
-use tokio_stream::wrappers::ReceiverStream;
+use futures::{Stream, stream};
 use tonic::{Code, Request, Response, Status};
 
 use crate::deadline::timeout;
@@ -20,8 +18,11 @@ use crate::instance::Instance;
 use crate::request::check_request_id;
 use crate::torch::{Membership, Push, ServingWeights, UpdateError, WeightReceiver};
 
-/// Requests in flight; more are refused.
+/// Requests in flight, and their samples in all; more are refused.
 const MAX_IN_FLIGHT: usize = 4096;
+const MAX_SAMPLES_IN_FLIGHT: usize = 1 << 18;
+/// Longest message of a status, in bytes: it travels in a header, and may quote what the client sent.
+const MAX_MESSAGE_BYTES: usize = 1000;
 /// Longest deadline of a request.
 const MAX_DEADLINE: Duration = Duration::from_secs(7 * 24 * 3600);
 
@@ -53,23 +54,26 @@ impl Generator for Service {
         let deadline = Instant::now() + timeout(call.metadata())?.min(MAX_DEADLINE);
         let wire = call.into_inner();
         check_request_id(&wire.request_id)?;
-        let request_id = wire.request_id.clone();
+        // Before the checks that cost time: a flood is refused by looking at a number.
+        let place = self.in_flight.enter(&wire.request_id, wire.sample_indices.len())?;
         let request = self.instance.limits.check(wire)?;
-        let place = self.in_flight.enter(request_id)?;
         let completions = self.instance.outputs.start(place.key, request, deadline, place).await?;
-        let stream = ReceiverStream::new(completions).map(|done| Ok(done?.into()));
+        let stream = stream::unfold(completions, |mut completions| async {
+            let done = completions.next().await?;
+            Some((done.map(v1::Completion::from).map_err(Status::from), completions))
+        });
         Ok(Response::new(Box::pin(stream)))
     }
 
     async fn score(&self, call: Request<v1::ScoreRequest>) -> Result<Response<v1::ScoreResponse>, Status> {
         let tokens = call.into_inner().token_ids;
         self.instance.limits.check_tokens(&tokens)?;
-        let scored = self.engine().score(tokens).await.map_err(GeneratorError::from)?;
+        let scored = self.instance.scorer.score(tokens).await?;
         Ok(Response::new(v1::ScoreResponse { logprobs: scored.logprobs, version: scored.version.0 }))
     }
 
     async fn status(&self, _call: Request<v1::StatusRequest>) -> Result<Response<v1::StatusResponse>, Status> {
-        let status = self.engine().status().await.map_err(GeneratorError::from)?;
+        let status = self.engine().status().await?;
         Ok(Response::new(v1::StatusResponse {
             version: status.version.0,
             running: count(status.num_running),
@@ -95,7 +99,7 @@ impl Generator for Service {
         call: Request<v1::JoinUpdateGroupRequest>,
     ) -> Result<Response<v1::JoinUpdateGroupResponse>, Status> {
         let membership = membership(call.into_inner())?;
-        self.receiver.join(membership).await.map_err(GeneratorError::from)?;
+        self.receiver.join(membership).await?;
         Ok(Response::new(v1::JoinUpdateGroupResponse {}))
     }
 
@@ -105,7 +109,8 @@ impl Generator for Service {
     ) -> Result<Response<v1::UpdateWeightsResponse>, Status> {
         let v1::UpdateWeightsRequest { group, version, unit_hashes } = call.into_inner();
         let push = Push { group, version: PolicyVersion(version), unit_hashes };
-        let pushed = self.receiver.receive(push).await.map_err(GeneratorError::from)?;
+        let pushed = self.receiver.receive(push).await?;
+        self.instance.outputs.observed().pushed(pushed.receive, pushed.swap);
         Ok(Response::new(v1::UpdateWeightsResponse {
             version,
             receive_seconds: pushed.receive.as_secs_f64(),
@@ -114,28 +119,28 @@ impl Generator for Service {
     }
 
     async fn pause(&self, _call: Request<v1::PauseRequest>) -> Result<Response<v1::PauseResponse>, Status> {
-        self.engine().pause().await.map_err(GeneratorError::from)?;
+        self.engine().pause().await?;
         Ok(Response::new(v1::PauseResponse {}))
     }
 
     async fn resume(&self, _call: Request<v1::ResumeRequest>) -> Result<Response<v1::ResumeResponse>, Status> {
-        self.engine().resume().await.map_err(GeneratorError::from)?;
+        self.engine().resume().await?;
         Ok(Response::new(v1::ResumeResponse {}))
     }
 
     async fn sleep(&self, _call: Request<v1::SleepRequest>) -> Result<Response<v1::SleepResponse>, Status> {
-        self.engine().sleep().await.map_err(GeneratorError::from)?;
+        self.engine().sleep().await?;
         Ok(Response::new(v1::SleepResponse {}))
     }
 
     async fn wake(&self, _call: Request<v1::WakeRequest>) -> Result<Response<v1::WakeResponse>, Status> {
-        self.engine().wake().await.map_err(GeneratorError::from)?;
+        self.engine().wake().await?;
         Ok(Response::new(v1::WakeResponse {}))
     }
 
     async fn abort(&self, call: Request<v1::AbortRequest>) -> Result<Response<v1::AbortResponse>, Status> {
         let key = self.in_flight.key(&call.into_inner().request_id)?;
-        let aborted = self.engine().abort(key).await.map_err(GeneratorError::from)?;
+        let aborted = self.engine().abort(key).await?;
         Ok(Response::new(v1::AbortResponse { aborted: count(aborted) }))
     }
 }
@@ -147,8 +152,8 @@ impl From<GeneratorError> for Status {
             GeneratorError::Invalid(_) => Code::InvalidArgument,
             GeneratorError::Duplicate(_) => Code::AlreadyExists,
             GeneratorError::Unknown(_) => Code::NotFound,
-            GeneratorError::Busy { .. } => Code::ResourceExhausted,
-            GeneratorError::Deadline { .. } => Code::DeadlineExceeded,
+            GeneratorError::Busy(_) => Code::ResourceExhausted,
+            GeneratorError::Late | GeneratorError::Deadline { .. } => Code::DeadlineExceeded,
             GeneratorError::Internal(_) => Code::Internal,
             GeneratorError::Engine(error) | GeneratorError::Update(UpdateError::Engine(error)) => engine_code(error),
             GeneratorError::Update(error) => match error {
@@ -160,8 +165,29 @@ impl From<GeneratorError> for Status {
                 UpdateError::Engine(_) | UpdateError::Stopped => Code::Unavailable,
             },
         };
-        Self::new(code, error.to_string())
+        Self::new(code, shortened(error.to_string()))
     }
+}
+
+impl From<EngineError> for Status {
+    fn from(error: EngineError) -> Self {
+        GeneratorError::from(error).into()
+    }
+}
+
+impl From<UpdateError> for Status {
+    fn from(error: UpdateError) -> Self {
+        GeneratorError::from(error).into()
+    }
+}
+
+fn shortened(mut message: String) -> String {
+    if message.len() > MAX_MESSAGE_BYTES {
+        let end = (0..=MAX_MESSAGE_BYTES).rfind(|&end| message.is_char_boundary(end)).unwrap_or(0);
+        message.truncate(end);
+        message.push_str(" ...");
+    }
+    message
 }
 
 fn engine_code(error: &EngineError) -> Code {
@@ -174,9 +200,13 @@ fn engine_code(error: &EngineError) -> Code {
 
 /// Requests in flight: their ids, and the keys by which the engine knows them.
 #[derive(Debug, Clone, Default)]
-struct InFlight {
-    keys: Arc<Mutex<HashMap<String, RequestKey>>>,
-    next: Arc<AtomicU64>,
+struct InFlight(Arc<Mutex<Requests>>);
+
+#[derive(Debug, Default)]
+struct Requests {
+    keys: HashMap<String, RequestKey>,
+    num_samples: usize,
+    next_key: u64,
 }
 
 /// A request's place among those in flight, given up when dropped.
@@ -184,36 +214,48 @@ struct InFlight {
 struct Place {
     key: RequestKey,
     request_id: String,
+    num_samples: usize,
     in_flight: InFlight,
 }
 
 impl InFlight {
-    fn enter(&self, request_id: String) -> Result<Place, GeneratorError> {
-        let mut keys = self.lock();
-        if keys.len() >= MAX_IN_FLIGHT {
-            return Err(GeneratorError::Busy { in_flight: keys.len() });
+    fn enter(&self, request_id: &str, num_samples: usize) -> Result<Place, GeneratorError> {
+        let mut requests = self.lock();
+        if requests.keys.contains_key(request_id) {
+            return Err(GeneratorError::Duplicate(request_id.to_owned()));
         }
-        if keys.contains_key(&request_id) {
-            return Err(GeneratorError::Duplicate(request_id));
+        let limits = [
+            (requests.keys.len(), 1, MAX_IN_FLIGHT, "requests"),
+            (requests.num_samples, num_samples, MAX_SAMPLES_IN_FLIGHT, "samples"),
+        ];
+        if let Some((held, asked, limit, what)) =
+            limits.into_iter().find(|(held, asked, limit, _)| held + asked > *limit)
+        {
+            let problem = format!("{held} {what} are in flight and {asked} would join them, and the limit is {limit}");
+            return Err(GeneratorError::Busy(problem));
         }
-        let key = RequestKey(self.next.fetch_add(1, Ordering::Relaxed));
-        keys.insert(request_id.clone(), key);
-        Ok(Place { key, request_id, in_flight: self.clone() })
+        let key = RequestKey(requests.next_key);
+        requests.next_key += 1;
+        requests.num_samples += num_samples;
+        requests.keys.insert(request_id.to_owned(), key);
+        Ok(Place { key, request_id: request_id.to_owned(), num_samples, in_flight: self.clone() })
     }
 
     fn key(&self, request_id: &str) -> Result<RequestKey, GeneratorError> {
-        self.lock().get(request_id).copied().ok_or_else(|| GeneratorError::Unknown(request_id.to_owned()))
+        self.lock().keys.get(request_id).copied().ok_or_else(|| GeneratorError::Unknown(request_id.to_owned()))
     }
 
-    /// Entries are inserted and removed whole, so a panic elsewhere leaves the map usable.
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, RequestKey>> {
-        self.keys.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Nothing in here can panic between two changes that belong together.
+    fn lock(&self) -> MutexGuard<'_, Requests> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.in_flight.lock().remove(&self.request_id);
+        let mut requests = self.in_flight.lock();
+        requests.keys.remove(&self.request_id);
+        requests.num_samples -= self.num_samples;
     }
 }
 

@@ -82,7 +82,7 @@ pub(crate) fn byte_tokenizer() -> Tokenizer {
 }
 
 /// Token i is the byte i for i below 256, and [`END`] is `<|end|>`.
-fn write_tokenizer(folder: &Path) {
+pub(crate) fn write_tokenizer(folder: &Path) {
     let vocab: Map<String, Value> =
         byte_characters().into_iter().enumerate().map(|(id, character)| (character.to_string(), json!(id))).collect();
     let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});

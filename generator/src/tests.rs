@@ -1,9 +1,11 @@
 //! The service as a client sees it: a real server on loopback, with a tiny random model behind it.
 
 mod generate;
+mod hostile;
 mod lifecycle;
 mod metrics;
 mod soak;
+mod swap;
 mod update;
 
 use std::net::SocketAddr;
@@ -30,6 +32,7 @@ const ENDLESS: u32 = 4000;
 struct Server {
     client: GeneratorClient<Channel>,
     channel: Channel,
+    address: SocketAddr,
     /// Tells the server to stop, by being dropped too.
     stop: oneshot::Sender<()>,
     metrics_address: Option<SocketAddr>,
@@ -52,7 +55,7 @@ impl Server {
         let serving = tokio::spawn(server.serve(grace, async { drop(stopped.await) }));
         let endpoint = Channel::from_shared(format!("http://{address}")).unwrap();
         let channel = endpoint.connect().await.unwrap();
-        Self { client: GeneratorClient::new(channel.clone()), channel, stop, metrics_address, serving, folder }
+        Self { client: GeneratorClient::new(channel.clone()), channel, address, stop, metrics_address, serving, folder }
     }
 
     async fn generate(&mut self, request: v1::GenerateRequest) -> Result<Streaming<v1::Completion>, Status> {

@@ -50,6 +50,10 @@ fn models_that_cannot_be_read() {
     check_sft(folder.path(), &real, &["model.safetensors"]);
     check_sft(folder.path(), &["model.path=absent"], &["absent", "config.json"]);
 
+    let nowhere = "generator.addresses=['127.0.0.1:9']";
+    check_refused(folder.path(), &["trainer", "run.yaml", "--set", nowhere, "--set", real[0]], &["model.safetensors"]);
+    assert!(!folder.path().join("runs").exists(), "a run that cannot begin wrote a folder");
+
     let made = check_runs(folder.path(), &["sft", "run.yaml", "--set", "train.max_steps=1", "--set", "run.name=first"]);
     let weights = folder.path().join("runs/first/model/model.safetensors");
     assert!(made.contains("model written to"), "{made}");
@@ -66,6 +70,7 @@ fn models_that_cannot_be_read() {
     check_sft(folder.path(), &real, &["mlp.gate_proj.weight", "[64, 32]", "[48, 32]"]);
     std::fs::write(folder.path().join("model/config.json"), config.replace("qwen2", "gpt2")).unwrap();
     check_sft(folder.path(), &real, &["config.json", "gpt2"]);
+    assert!(!folder.path().join("runs/small").exists(), "a run that cannot begin wrote a folder");
 }
 
 #[test]

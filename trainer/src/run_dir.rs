@@ -84,6 +84,12 @@ impl RunDir {
         Ok(run_dir)
     }
 
+    /// Whether the run has begun.
+    #[must_use]
+    pub fn exists(config: &RunConfig) -> bool {
+        config.run_dir().join(CONFIG_FILE).exists()
+    }
+
     /// Writes `summary.json`, whole or not at all.
     ///
     /// # Errors

@@ -9,7 +9,7 @@ use aha_core::config::{DeviceKind, Dtype, RunConfig};
 use aha_core::schedule::Schedule;
 use aha_nn::comm::{Address, Backend, GroupSpec, ProcessGroup, Store};
 use aha_nn::model_config::ModelConfig;
-use aha_nn::model_folder::load_weights;
+use aha_nn::model_folder::{check_weights, load_weights};
 use aha_nn::optim::AdamW;
 use aha_nn::runtime;
 use aha_nn::weights::Weights;
@@ -57,6 +57,10 @@ impl Session {
             prompts.check_run()?;
         }
 
+        // Before anything is written: a run that cannot begin leaves no folder.
+        if !config.model.random_init && !RunDir::exists(config) {
+            check_weights(&config.model.path, &model_config)?;
+        }
         let (group, store) = join(config, world, device)?;
         let run_dir = RunDir::open(config, &group)?;
         let checkpoint = checkpoint::latest(&run_dir, &group)?;

@@ -55,7 +55,7 @@ pub(crate) enum Update {
 pub(crate) struct TestGenerator {
     pub(crate) address: String,
     service: Service,
-    runtime: Option<Runtime>,
+    runtime: Mutex<Option<Runtime>>,
 }
 
 #[derive(Debug, Clone)]
@@ -101,12 +101,13 @@ impl TestGenerator {
         let address = listener.local_addr().unwrap().to_string();
         let server = tonic::transport::Server::builder().add_service(GeneratorServer::new(service.clone()));
         runtime.spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
-        Self { address, service, runtime: Some(runtime) }
+        Self { address, service, runtime: Mutex::new(Some(runtime)) }
     }
 
     /// Ends the generator as a kill would.
-    pub(crate) fn kill(&mut self) {
-        if let Some(runtime) = self.runtime.take() {
+    pub(crate) fn kill(&self) {
+        self.service.0.state.lock().unwrap().joined = None;
+        if let Some(runtime) = self.runtime.lock().unwrap().take() {
             runtime.shutdown_background();
         }
     }

@@ -1,10 +1,18 @@
 //! "Did you mean": the known name closest to a misspelt one.
 
+/// Longest text, in bytes, that is compared: what that takes grows with the product of two lengths, and names come from
+/// strangers too.
+const MAX_BYTES: usize = 100;
+
 /// The candidate nearest to `name`, where one is near enough to be what was meant.
 pub(crate) fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    if name.len() > MAX_BYTES {
+        return None;
+    }
     let name = name.to_lowercase();
     candidates
         .into_iter()
+        .filter(|candidate| candidate.len() <= MAX_BYTES)
         .map(|candidate| (strsim::damerau_levenshtein(&name, &candidate.to_lowercase()), candidate))
         .min()
         .filter(|(distance, candidate)| *distance <= 1 + candidate.chars().count().max(name.chars().count()) / 3)
@@ -33,5 +41,12 @@ mod tests {
         check("solutoin", Some("solution"));
         check("question", None);
         check("", None);
+    }
+
+    #[test]
+    fn texts_that_are_no_names_are_not_compared() {
+        let [long, longer] = [1_000_000, 1_000_001].map(|len| "x".repeat(len));
+        assert_eq!(nearest(&long, [longer.as_str(), "x"]), None);
+        assert_eq!(nearest("xx", [longer.as_str(), "x"]), Some("x"));
     }
 }

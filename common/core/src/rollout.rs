@@ -97,8 +97,10 @@ impl Sampling {
         check((0.0..=1.0).contains(min_p), format!("min_p must be in [0, 1], got {min_p}"));
         check(*max_tokens > 0, "max_tokens must be at least 1".to_owned());
         check(min_tokens <= max_tokens, format!("min_tokens ({min_tokens}) is over max_tokens ({max_tokens})"));
-        check(self.stop.iter().all(|stop| !stop.is_empty()), "a stop string must not be empty".to_owned());
         check(self.stop.len() <= MAX_STOPS, format!("at most {MAX_STOPS} stop strings, got {}", self.stop.len()));
+        if let Some(len) = self.stop.iter().map(String::len).find(|len| !(1..=MAX_STOP_BYTES).contains(len)) {
+            check(false, format!("a stop string must have 1 to {MAX_STOP_BYTES} bytes, got {len}"));
+        }
         let penalty = self.repetition_penalty;
         let in_range = penalty.is_finite() && penalty > 0.0;
         check(in_range, format!("repetition_penalty must be a finite number > 0, got {penalty}"));
@@ -122,6 +124,8 @@ impl Sampling {
 }
 
 const MAX_STOPS: usize = 64;
+/// Every new token is searched for each of them.
+const MAX_STOP_BYTES: usize = 1024;
 /// vLLM's limit, too.
 const MAX_LOGPROBS: u32 = 20;
 
@@ -228,6 +232,10 @@ mod tests {
         assert_eq!(problems.len(), named.len(), "{problems:?}");
         for (problem, name) in problems.iter().zip(named) {
             assert!(problem.contains(name), "no {name:?} in {problem}");
+        }
+        for stop in [String::new(), "x".repeat(1025)] {
+            let expect = format!("a stop string must have 1 to 1024 bytes, got {}", stop.len());
+            assert_eq!(Sampling { stop: vec!["</a>".to_owned(), stop], ..Sampling::default() }.problems(), [expect]);
         }
         for repetition_penalty in [-1.0, f32::NAN, f32::INFINITY] {
             assert_eq!(Sampling { repetition_penalty, ..Sampling::default() }.problems().len(), 1);

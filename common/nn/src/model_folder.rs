@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use aha_core::manifest::{Manifest, ParamSpec};
 use memmap2::Mmap;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, View};
 use tch::{Device, Kind, Tensor};
@@ -28,6 +29,14 @@ pub enum ModelFolderError {
     Unwritable { path: PathBuf, reason: String },
 }
 
+/// Checks that a model folder has all weights, without reading them.
+///
+/// # Errors
+/// As for [`load_weights`].
+pub fn check_weights(folder: &Path, config: &ModelConfig) -> Result<(), ModelFolderError> {
+    visit_units(folder, &config.manifest(), |_, _| Ok(()))
+}
+
 /// Reads the weights of a model folder, converted to `kind` on `device`.
 ///
 /// # Errors
@@ -40,30 +49,13 @@ pub fn load_weights(
     device: Device,
 ) -> Result<Weights, ModelFolderError> {
     let weights = Weights::zeros(config.manifest(), world_size, kind, device);
-    let files = tensor_files(folder)?;
-    let mut open: BTreeMap<&Path, Mmap> = BTreeMap::new();
-    for path in files.values() {
-        if !open.contains_key(path.as_path()) {
-            open.insert(path, map(path)?);
-        }
-    }
-    let mut parsed = BTreeMap::new();
-    for (path, file) in &open {
-        parsed.insert(*path, SafeTensors::deserialize(file).map_err(|error| unreadable(path, error))?);
-    }
-    for unit_idx in 0..weights.num_units() {
-        for (spec, mut target) in weights.manifest.units[unit_idx].params.iter().zip(weights.views(unit_idx)) {
-            let bad = |path: &Path, problem: String| ModelFolderError::BadTensor {
-                path: path.to_owned(),
-                name: spec.name.clone(),
-                problem,
-            };
-            let path = files.get(&spec.name).ok_or_else(|| bad(folder, "is missing".to_owned()))?;
-            let view = parsed[path.as_path()].tensor(&spec.name).map_err(|error| bad(path, error.to_string()))?;
-            let source = to_tensor(&view, &spec.shape).map_err(|problem| bad(path, problem))?;
+    visit_units(folder, &weights.manifest, |unit_idx, stored| {
+        for (mut target, stored) in weights.views(unit_idx).into_iter().zip(stored) {
+            let source = stored.to_tensor()?;
             tch::no_grad(|| target.copy_(&source));
         }
-    }
+        Ok(())
+    })?;
     Ok(weights)
 }
 
@@ -130,18 +122,73 @@ fn unreadable(path: &Path, reason: impl ToString) -> ModelFolderError {
     ModelFolderError::Unreadable { path: path.to_owned(), reason: reason.to_string() }
 }
 
-fn to_tensor(view: &TensorView<'_>, shape: &[usize]) -> Result<Tensor, String> {
-    if view.shape() != shape {
-        return Err(format!("has shape {:?}, but config.json makes it {shape:?}", view.shape()));
+/// A tensor of a file, of the shape and of a type that it must have.
+struct StoredTensor<'a> {
+    path: &'a Path,
+    name: &'a str,
+    view: TensorView<'a>,
+    kind: Kind,
+}
+
+impl<'a> StoredTensor<'a> {
+    fn new(path: &'a Path, spec: &'a ParamSpec, view: TensorView<'a>) -> Result<Self, ModelFolderError> {
+        let shape = &spec.shape;
+        if view.shape() != shape {
+            let problem = format!("has shape {:?}, but config.json makes it {shape:?}", view.shape());
+            return Err(bad_tensor(path, &spec.name, problem));
+        }
+        let kind = match view.dtype() {
+            Dtype::F32 => Kind::Float,
+            Dtype::F16 => Kind::Half,
+            Dtype::BF16 => Kind::BFloat16,
+            other => {
+                let problem = format!("has type {other:?}; supported are F32, F16 and BF16");
+                return Err(bad_tensor(path, &spec.name, problem));
+            }
+        };
+        Ok(Self { path, name: &spec.name, view, kind })
     }
-    let kind = match view.dtype() {
-        Dtype::F32 => Kind::Float,
-        Dtype::F16 => Kind::Half,
-        Dtype::BF16 => Kind::BFloat16,
-        other => return Err(format!("has type {other:?}; supported are F32, F16 and BF16")),
-    };
-    let sizes: Vec<i64> = shape.iter().map(|&size| size as i64).collect();
-    Tensor::f_from_data_size(view.data(), &sizes, kind).map_err(|error| error.to_string())
+
+    fn to_tensor(&self) -> Result<Tensor, ModelFolderError> {
+        let sizes: Vec<i64> = self.view.shape().iter().map(|&size| size as i64).collect();
+        Tensor::f_from_data_size(self.view.data(), &sizes, self.kind)
+            .map_err(|error| bad_tensor(self.path, self.name, error.to_string()))
+    }
+}
+
+/// Calls `visit` with the index of every unit and its tensors, in the order of the manifest.
+fn visit_units(
+    folder: &Path,
+    manifest: &Manifest,
+    mut visit: impl FnMut(usize, &[StoredTensor<'_>]) -> Result<(), ModelFolderError>,
+) -> Result<(), ModelFolderError> {
+    let files = tensor_files(folder)?;
+    let mut open: BTreeMap<&Path, Mmap> = BTreeMap::new();
+    for path in files.values() {
+        if !open.contains_key(path.as_path()) {
+            open.insert(path, map(path)?);
+        }
+    }
+    let mut parsed = BTreeMap::new();
+    for (path, file) in &open {
+        parsed.insert(*path, SafeTensors::deserialize(file).map_err(|error| unreadable(path, error))?);
+    }
+    for (unit_idx, unit) in manifest.units.iter().enumerate() {
+        let mut stored = Vec::new();
+        for spec in &unit.params {
+            let path = files.get(&spec.name);
+            let path = path.ok_or_else(|| bad_tensor(folder, &spec.name, "is missing".to_owned()))?;
+            let view = parsed[path.as_path()].tensor(&spec.name);
+            let view = view.map_err(|error| bad_tensor(path, &spec.name, error.to_string()))?;
+            stored.push(StoredTensor::new(path, spec, view)?);
+        }
+        visit(unit_idx, &stored)?;
+    }
+    Ok(())
+}
+
+fn bad_tensor(path: &Path, name: &str, problem: String) -> ModelFolderError {
+    ModelFolderError::BadTensor { path: path.to_owned(), name: name.to_owned(), problem }
 }
 
 /// A tensor on its way into a file; keeps a contiguous CPU copy only where it is none already.

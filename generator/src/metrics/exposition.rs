@@ -44,14 +44,15 @@ impl Exposition {
                     self.sample(name, &[labels, &[(*label, *value)]].concat(), count);
                 }
             }
-            Value::Histogram(Snapshot { buckets, sum_seconds }) => {
+            Value::Histogram(Snapshot { buckets, sum }) => {
                 let mut count = 0;
                 for (bound, in_bucket) in buckets {
                     count += in_bucket;
-                    let bound = bound.map_or("+Inf".to_owned(), |bound| bound.to_string());
+                    // With a decimal point, as the clients of other languages write it: selectors compare text.
+                    let bound = bound.map_or("+Inf".to_owned(), |bound| format!("{bound:?}"));
                     self.sample(&format!("{name}_bucket"), &[labels, &[("le", &bound)]].concat(), count);
                 }
-                self.sample(&format!("{name}_sum"), labels, sum_seconds);
+                self.sample(&format!("{name}_sum"), labels, sum);
                 self.sample(&format!("{name}_count"), labels, count);
             }
         }
@@ -89,7 +90,7 @@ mod tests {
         page.push("usage", "A \\ and\na line.", &[("model", "a \"b\"\\c\n")], &Value::Gauge(0.25));
         page.push("ended_total", "Ends.", &[("m", "x")], &Value::Counters("why", vec![("stop", 3), ("abort", 0)]));
         let buckets = vec![(Some(0.001), 2), (Some(2.5), 0), (Some(10.0), 3), (None, 1)];
-        let snapshot = Snapshot { buckets, sum_seconds: 31.5 };
+        let snapshot = Snapshot { buckets, sum: 31.5 };
         page.push("latency_seconds", "Time.", &[("m", "x")], &Value::Histogram(snapshot));
         let expect = r#"# HELP steps_total Steps.
 # TYPE steps_total counter
@@ -105,7 +106,7 @@ ended_total{m="x",why="abort"} 0
 # TYPE latency_seconds histogram
 latency_seconds_bucket{m="x",le="0.001"} 2
 latency_seconds_bucket{m="x",le="2.5"} 2
-latency_seconds_bucket{m="x",le="10"} 5
+latency_seconds_bucket{m="x",le="10.0"} 5
 latency_seconds_bucket{m="x",le="+Inf"} 6
 latency_seconds_sum{m="x"} 31.5
 latency_seconds_count{m="x"} 6

@@ -1,43 +1,74 @@
-//! Durations, counted by size, without locks.
+//! Durations and numbers, counted by size, without locks.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+const NANOSECONDS: f64 = 1e9;
+
 #[derive(Debug)]
 pub(super) struct Histogram {
-    /// In seconds, ascending: a duration counts in the first bucket whose bound it does not exceed.
-    bounds: &'static [f64],
+    /// In seconds or as numbers, ascending: a value counts in the first bucket whose bound it does not exceed.
+    bounds: Vec<f64>,
     /// `[bounds + 1]`, the last one for what exceeds them all.
     buckets: Vec<AtomicU64>,
-    sum_nanoseconds: AtomicU64,
+    /// In nanoseconds, or as it is.
+    sum: AtomicU64,
+    per_unit: f64,
 }
 
 /// A histogram at one moment.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Snapshot {
-    /// Upper bound in seconds, and how many durations are in this bucket alone; the last one has no bound.
+    /// Upper bound, and how many values are in this bucket alone; the last one has no bound.
     pub(super) buckets: Vec<(Option<f64>, u64)>,
-    pub(super) sum_seconds: f64,
+    pub(super) sum: f64,
 }
 
 impl Histogram {
-    pub(super) fn new(bounds: &'static [f64]) -> Self {
-        let buckets = (0..=bounds.len()).map(|_| AtomicU64::new(0)).collect();
-        Self { bounds, buckets, sum_nanoseconds: AtomicU64::new(0) }
+    /// `bounds` are in seconds.
+    pub(super) fn of_durations(bounds: &[f64]) -> Self {
+        Self::new(bounds.to_vec(), NANOSECONDS)
+    }
+
+    /// Of numbers up to about `max`, with bounds 1, 2, 5, 10, 20, 50 and so on: vLLM's for numbers of tokens.
+    pub(super) fn of_numbers(max: usize) -> Self {
+        let bounds = (0..).flat_map(|exponent| [1, 2, 5].map(|digit| digit * 10_usize.pow(exponent)));
+        Self::new(bounds.take_while(|&bound| bound <= max).map(|bound| bound as f64).collect(), 1.0)
     }
 
     pub(super) fn observe(&self, duration: Duration) {
-        let seconds = duration.as_secs_f64();
-        let bucket = self.bounds.partition_point(|&bound| bound < seconds);
-        self.buckets[bucket].fetch_add(1, Ordering::Relaxed);
-        self.sum_nanoseconds.fetch_add(duration.as_nanos() as u64, Ordering::Relaxed);
+        self.count(duration.as_nanos() as u64);
+    }
+
+    pub(super) fn observe_number(&self, number: usize) {
+        self.count(number as u64);
     }
 
     pub(super) fn snapshot(&self) -> Snapshot {
         let bounds = self.bounds.iter().copied().map(Some).chain([None]);
         let counts = self.buckets.iter().map(|count| count.load(Ordering::Relaxed));
-        let sum_seconds = self.sum_nanoseconds.load(Ordering::Relaxed) as f64 / 1e9;
-        Snapshot { buckets: bounds.zip(counts).collect(), sum_seconds }
+        let sum = self.sum.load(Ordering::Relaxed) as f64 / self.per_unit;
+        Snapshot { buckets: bounds.zip(counts).collect(), sum }
+    }
+
+    fn new(bounds: Vec<f64>, per_unit: f64) -> Self {
+        let buckets = (0..=bounds.len()).map(|_| AtomicU64::new(0)).collect();
+        Self { bounds, buckets, sum: AtomicU64::new(0), per_unit }
+    }
+
+    fn count(&self, value: u64) {
+        let bucket = self.bounds.partition_point(|&bound| bound < value as f64 / self.per_unit);
+        self.buckets[bucket].fetch_add(1, Ordering::Relaxed);
+        self.sum.fetch_add(value, Ordering::Relaxed);
+    }
+}
+
+impl Snapshot {
+    /// The same values with the first `num_finer` buckets made part of the next.
+    pub(super) fn coarser(&self, num_finer: usize) -> Self {
+        let mut buckets = self.buckets[num_finer..].to_vec();
+        buckets[0].1 += self.buckets[..num_finer].iter().map(|(_, count)| count).sum::<u64>();
+        Self { buckets, sum: self.sum }
     }
 }
 
@@ -56,13 +87,17 @@ mod tests {
                 number => Duration::from_nanos(number % 10_u64.pow(5 + (number % 6) as u32)),
             })
             .collect();
-        let histogram = Histogram::new(BOUNDS);
+        let histogram = Histogram::of_durations(BOUNDS);
         std::thread::scope(|scope| {
             for part in durations.chunks(1_000) {
                 scope.spawn(|| part.iter().for_each(|&duration| histogram.observe(duration)));
             }
         });
-        let Snapshot { buckets, sum_seconds } = histogram.snapshot();
+        let snapshot = histogram.snapshot();
+        let coarser = snapshot.coarser(2);
+        assert_eq!((coarser.buckets[0].0, coarser.buckets.len(), coarser.sum), (Some(0.5), 3, snapshot.sum));
+        assert_eq!(coarser.buckets[0].1, snapshot.buckets[..3].iter().map(|(_, count)| count).sum::<u64>());
+        let Snapshot { buckets, sum } = snapshot;
         let mut below = f64::NEG_INFINITY;
         for (bound, count) in buckets {
             let above = bound.unwrap_or(f64::INFINITY);
@@ -71,6 +106,17 @@ mod tests {
             below = above;
         }
         let expected: f64 = durations.iter().map(Duration::as_secs_f64).sum();
-        assert!((sum_seconds - expected).abs() < 1e-6 * expected, "{sum_seconds} and {expected}");
+        assert!((sum - expected).abs() < 1e-6 * expected, "{sum} and {expected}");
+    }
+
+    #[test]
+    fn numbers_are_counted_up_to_the_bounds_that_vllm_has() {
+        let histogram = Histogram::of_numbers(100);
+        [0, 1, 2, 3, 100, 101].into_iter().for_each(|number| histogram.observe_number(number));
+        let snapshot = histogram.snapshot();
+        let bounds: Vec<f64> = snapshot.buckets.iter().filter_map(|(bound, _)| *bound).collect();
+        assert_eq!(bounds, [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0]);
+        let counts: Vec<u64> = snapshot.buckets.iter().map(|(_, count)| *count).collect();
+        assert_eq!((counts, snapshot.sum), (vec![2, 1, 1, 0, 0, 0, 1, 1], 207.0));
     }
 }

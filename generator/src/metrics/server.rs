@@ -14,7 +14,7 @@ use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 
-use super::{Latencies, exposition, page};
+use super::{Observed, exposition, page};
 use crate::engine::EngineHandle;
 use crate::torch::ServingWeights;
 
@@ -45,8 +45,8 @@ impl MetricsServer {
     }
 
     /// Answers until it is dropped.
-    pub(crate) async fn serve(self, engine: EngineHandle<ServingWeights>, latencies: Arc<Latencies>) {
-        let source = Arc::new(Source { engine, latencies, vllm_model: self.vllm_model });
+    pub(crate) async fn serve(self, engine: EngineHandle<ServingWeights>, observed: Arc<Observed>) {
+        let source = Arc::new(Source { engine, observed, vllm_model: self.vllm_model });
         let answer = move || {
             let source = Arc::clone(&source);
             async move { source.answer().await }
@@ -62,7 +62,7 @@ impl MetricsServer {
 #[derive(Debug)]
 struct Source {
     engine: EngineHandle<ServingWeights>,
-    latencies: Arc<Latencies>,
+    observed: Arc<Observed>,
     vllm_model: Option<String>,
 }
 
@@ -70,7 +70,7 @@ impl Source {
     async fn answer(&self) -> Response {
         let problem = match tokio::time::timeout(PATIENCE, self.engine.status()).await {
             Ok(Ok(status)) => {
-                let text = page(&status, &self.latencies, self.vllm_model.as_deref());
+                let text = page(&status, &self.observed, self.vllm_model.as_deref());
                 return ([(CONTENT_TYPE, exposition::CONTENT_TYPE)], text).into_response();
             }
             Ok(Err(error)) => error.to_string(),

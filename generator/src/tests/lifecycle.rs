@@ -20,22 +20,9 @@ use crate::engine::{self, BlockId, EngineConfig, Runner, Sampled, StepBatch, Ste
 use crate::instance::Instance;
 use crate::outputs::Outputs;
 use crate::request::Limits;
+use crate::scorer::Scorer;
 use crate::testing::{byte_tokenizer, tiny_config};
 use crate::torch::ServingWeights;
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_client_that_goes_away_frees_its_blocks() {
-    let mut server = Server::start(Tiny::Qwen2).await;
-    let stream = server.generate(request("dropped", 4, ENDLESS)).await.unwrap();
-    server.wait_until(|status| status.generation_tokens > 0).await;
-    assert!(server.status().await.used_blocks > 0);
-    drop(stream);
-    let status = server.wait_until(|status| status.used_blocks == 0).await;
-    assert_eq!((status.running, status.waiting), (0, 0));
-    assert!(status.generation_tokens < 4 * u64::from(ENDLESS), "{status:?}");
-    // Its id is free again.
-    assert_eq!(server.completions(request("dropped", 1, 2)).await.len(), 1);
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn abort_ends_a_request_and_gives_what_there_is() {
@@ -192,9 +179,10 @@ fn broken_instance() -> Instance {
         version: PolicyVersion(0),
     };
     let (engine, _) = engine::spawn(engine_config, || Ok(BrokenRunner)).unwrap();
-    let tokenizer = Arc::new(byte_tokenizer());
+    let (scorer, tokenizer) = (Scorer::new(engine.clone()), Arc::new(byte_tokenizer()));
     Instance {
-        outputs: Outputs::new(engine.clone(), Arc::clone(&tokenizer)),
+        outputs: Outputs::new(scorer.clone(), Arc::clone(&tokenizer), 64),
+        scorer,
         engine,
         tokenizer,
         limits: Limits { vocab_size: config.vocab_size, max_model_len: 64, eos_token_ids: [].into() },

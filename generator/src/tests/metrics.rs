@@ -30,13 +30,13 @@ async fn ask(server: &Server, method: &str, path: &str) -> (u16, String, String)
 
 /// Samples by name and labels, and the type of each metric. Panics at any line that is not of the format.
 #[derive(Debug, Default)]
-struct Page {
+pub(super) struct Page {
     types: BTreeMap<String, String>,
     samples: BTreeMap<String, f64>,
 }
 
 impl Page {
-    async fn scrape(server: &Server) -> Self {
+    pub(super) async fn scrape(server: &Server) -> Self {
         let (status, headers, body) = ask(server, "GET", "/metrics").await;
         assert_eq!(status, 200);
         assert!(headers.contains("content-type: text/plain; version=0.0.4; charset=utf-8"), "{headers}");
@@ -95,7 +95,7 @@ impl Page {
     }
 
     /// The sum of all samples of this name.
-    fn of(&self, name: &str) -> f64 {
+    pub(super) fn of(&self, name: &str) -> f64 {
         let named = |key: &str| key == name || key.strip_prefix(name).is_some_and(|rest| rest.starts_with('{'));
         let samples: Vec<f64> = self.samples.iter().filter(|(key, _)| named(key)).map(|(_, &value)| value).collect();
         assert!(!samples.is_empty(), "no {name}");
@@ -103,7 +103,7 @@ impl Page {
     }
 
     #[track_caller]
-    fn check(&self, name: &str, expect: u64) {
+    pub(super) fn check(&self, name: &str, expect: u64) {
         assert_eq!(self.of(&format!("aha_generator_{name}")), expect as f64, "{name}");
     }
 
@@ -147,7 +147,16 @@ async fn a_scrape_agrees_with_the_status_and_with_what_was_sent() {
     page.check("generation_tokens_total", num_tokens);
     page.check("time_to_first_token_seconds_count", 4);
     page.check("inter_token_latency_seconds_count", num_tokens - 4);
-    page.check("e2e_request_latency_seconds_count", 4);
+    for name in ["e2e_request_latency_seconds", "request_decode_time_seconds", "request_time_per_output_token_seconds"]
+    {
+        page.check(&format!("{name}_count"), 4);
+    }
+    let prompt = request("long", 1, 1).token_ids.len() as u64;
+    page.check("whole_prompt_tokens_total", 4 * prompt);
+    for (name, sum) in [("request_prompt_tokens", 4 * prompt), ("request_generation_tokens", num_tokens)] {
+        page.check(&format!("{name}_count"), 4);
+        page.check(&format!("{name}_sum"), sum);
+    }
     for (reason, expect) in [("stop", 1), ("length", 3), ("abort", 0)] {
         page.check(&format!("request_success_total{{finished_reason=\"{reason}\"}}"), expect);
     }
@@ -155,6 +164,7 @@ async fn a_scrape_agrees_with_the_status_and_with_what_was_sent() {
     let sum = |name: &str| page.of(&format!("aha_generator_{name}_seconds_sum"));
     let (parts, whole) = (sum("time_to_first_token") + sum("inter_token_latency"), sum("e2e_request_latency"));
     assert!((parts - whole).abs() < 1e-6 && 0.0 < whole && whole < 4.0 * elapsed, "{parts} {whole} {elapsed}");
+    assert!((sum("request_decode_time") - sum("inter_token_latency")).abs() < 1e-6);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -182,6 +192,7 @@ async fn dashboards_of_vllm_find_its_names() {
     let mut server = start(true).await;
     server.completions(request("one", 2, 30)).await;
     let page = Page::scrape(&server).await;
+    // Gauges and counters, and the sums of histograms.
     let names = [
         ("num_requests_running", "num_requests_running"),
         ("num_requests_waiting", "num_requests_waiting"),
@@ -189,15 +200,38 @@ async fn dashboards_of_vllm_find_its_names() {
         ("prefix_cache_queries_total", "prefix_cache_queries_total"),
         ("prefix_cache_hits_total", "prefix_cache_hits_total"),
         ("num_preemptions_total", "preemptions_total"),
-        ("prompt_tokens_total", "prompt_tokens_total"),
+        ("prompt_tokens_total", "whole_prompt_tokens_total"),
         ("generation_tokens_total", "generation_tokens_total"),
-        ("time_to_first_token_seconds_count", "time_to_first_token_seconds_count"),
-        ("inter_token_latency_seconds_count", "inter_token_latency_seconds_count"),
-        ("e2e_request_latency_seconds_sum", "e2e_request_latency_seconds_sum"),
         ("request_success_total", "request_success_total"),
+        ("request_prompt_tokens_sum", "request_prompt_tokens_sum"),
+        ("request_generation_tokens_sum", "request_generation_tokens_sum"),
+        ("time_to_first_token_seconds_sum", "time_to_first_token_seconds_sum"),
+        ("inter_token_latency_seconds_sum", "inter_token_latency_seconds_sum"),
+        ("request_time_per_output_token_seconds_sum", "request_time_per_output_token_seconds_sum"),
+        ("e2e_request_latency_seconds_sum", "e2e_request_latency_seconds_sum"),
+        ("request_decode_time_seconds_sum", "request_decode_time_seconds_sum"),
     ];
     for (vllm, ours) in names {
         assert_eq!(page.of(&format!("vllm:{vllm}")), page.of(&format!("aha_generator_{ours}")), "{vllm}");
+    }
+    let described = page.types.keys().filter(|name| name.starts_with("vllm:")).count();
+    assert_eq!(described, names.len(), "a name of vLLM's that is not checked here");
+    // Its first and last bounds, as the Python client writes them.
+    for (name, num_buckets, first, last) in [
+        ("time_to_first_token_seconds", 23, "0.001", "2560.0"),
+        ("inter_token_latency_seconds", 20, "0.01", "80.0"),
+        ("request_time_per_output_token_seconds", 20, "0.01", "80.0"),
+        ("e2e_request_latency_seconds", 22, "0.3", "7680.0"),
+        ("request_decode_time_seconds", 22, "0.3", "7680.0"),
+        ("request_prompt_tokens", 12, "1.0", "2000.0"),
+        ("request_generation_tokens", 12, "1.0", "2000.0"),
+    ] {
+        let buckets = page.samples.keys().filter(|key| key.starts_with(&format!("vllm:{name}_bucket{{")));
+        let bounds: Vec<&str> = buckets.map(|key| key.split_once("le=\"").unwrap().1.trim_end_matches("\"}")).collect();
+        assert!(
+            bounds.len() == num_buckets && [first, last].iter().all(|bound| bounds.contains(bound)),
+            "{name}: {bounds:?}"
+        );
     }
     let labels = format!("model_name=\"{}\",engine=\"0\"", server.folder.path().display());
     assert_eq!(page.samples[&format!("vllm:generation_tokens_total{{{labels}}}")], 60.0);

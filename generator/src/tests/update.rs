@@ -9,21 +9,22 @@ use aha_nn::weights::Weights;
 use tch::{Device, Kind};
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::metrics::Page;
 use super::*;
 use crate::testing::{tiny_config, tiny_weights};
 
-const GROUP: &str = "push-1";
+pub(super) const GROUP: &str = "push-1";
 /// Elements; smaller than the embedding, so that a unit comes in several buckets.
 const BUCKET_NUMEL: usize = 5000;
 const TINY: Tiny = Tiny::Llama;
 
 /// Rank 0 of the update group.
-struct Trainer {
-    store: Store,
+pub(super) struct Trainer {
+    pub(super) store: Store,
 }
 
 impl Trainer {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self { store: Store::host("127.0.0.1", 0, PATIENCE).unwrap() }
     }
 
@@ -41,7 +42,7 @@ impl Trainer {
         }
     }
 
-    fn join(&self) -> thread::JoinHandle<ProcessGroup> {
+    pub(super) fn join(&self) -> thread::JoinHandle<ProcessGroup> {
         let store = self.store.clone();
         thread::spawn(move || {
             let address = Address::Host("127.0.0.1".to_owned());
@@ -59,8 +60,12 @@ impl Trainer {
 }
 
 fn send(group: ProcessGroup, weights: Weights) -> thread::JoinHandle<ProcessGroup> {
+    send_in(BUCKET_NUMEL, group, weights)
+}
+
+pub(super) fn send_in(bucket_numel: usize, group: ProcessGroup, weights: Weights) -> thread::JoinHandle<ProcessGroup> {
     thread::spawn(move || {
-        for bucket in weights.manifest.buckets(1, BUCKET_NUMEL) {
+        for bucket in weights.manifest.buckets(1, bucket_numel) {
             let mut part = weights.flat(bucket.unit_idx).narrow(0, bucket.offset as i64, bucket.numel as i64);
             group.broadcast(&mut part, bucket.owner).unwrap();
         }
@@ -68,7 +73,7 @@ fn send(group: ProcessGroup, weights: Weights) -> thread::JoinHandle<ProcessGrou
     })
 }
 
-fn announcement(version: u64, weights: &Weights) -> v1::UpdateWeightsRequest {
+pub(super) fn announcement(version: u64, weights: &Weights) -> v1::UpdateWeightsRequest {
     let unit_hashes = (0..weights.num_units()).map(|unit_idx| xxh3_64(bytes(weights.flat(unit_idx)))).collect();
     v1::UpdateWeightsRequest { group: GROUP.to_owned(), version, unit_hashes }
 }
@@ -89,7 +94,9 @@ async fn serves(server: &mut Server, weights: &Weights) -> bool {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_push_changes_the_version_once_in_the_middle_of_a_request() {
-    let mut server = Server::start(TINY).await;
+    let metrics_address = Some("127.0.0.1:0".parse().unwrap());
+    let mut server =
+        Server::start_with(TINY, Duration::ZERO, |options| options.generator.metrics_address = metrics_address).await;
     let (old, new) = (tiny_weights(&tiny_config(TINY), 1), tiny_weights(&tiny_config(TINY), 2));
     let trainer = Trainer::new();
     let group = trainer.meet(&mut server, PATIENCE).await;
@@ -105,6 +112,11 @@ async fn a_push_changes_the_version_once_in_the_middle_of_a_request() {
 
     let swapped = server.status().await;
     assert_eq!(swapped.version, 7);
+    let page = Page::scrape(&server).await;
+    for (name, seconds) in [("weight_swap", pushed.swap_seconds), ("weight_receive", pushed.receive_seconds)] {
+        page.check(&format!("{name}_seconds_count"), 1);
+        assert!((page.of(&format!("aha_generator_{name}_seconds_sum")) - seconds).abs() < 1e-9, "{name}");
+    }
     server.wait_until(|status| status.generation_tokens > swapped.generation_tokens + 20).await;
     server.client.abort(v1::AbortRequest { request_id: "running".to_owned() }).await.unwrap();
     for completion in collect(stream).await.unwrap() {

@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use aha_core::ids::PolicyVersion;
-use aha_nn::comm::ProcessGroup;
 use aha_proto::v1;
 use futures::stream::{FuturesUnordered, StreamExt};
 
@@ -12,6 +11,10 @@ use crate::clients::{Client, describe, with_timeout};
 
 /// What the limit of a call has over the group's, and a generator's over ours: the one that knows more is to speak first.
 pub(super) const GRACE: Duration = Duration::from_secs(1);
+
+/// What the other generators may take to say how the push ended for them, when it has failed for one. More than
+/// [`GRACE`]: a generator that hangs makes others fail first.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// Refuses a generator whose weights are not laid out as `manifest_hash` says.
 pub(super) async fn check_model(client: &Client, manifest_hash: u64, timeout: Duration) -> Result<(), PublishError> {
@@ -40,24 +43,29 @@ pub(super) async fn invite(
     within(client, limit, call).await.map(drop)
 }
 
-/// Tells all generators to receive. The first that fails closes the group, so that the others fail as well, and only one
-/// that hangs stays silent.
+/// Tells all generators to receive. `give_up` is called with the first failure, at once, and must end the push for all
+/// others; those that say nothing even then are not waited for.
 pub(super) async fn update_all(
     clients: &[Client],
     message: &v1::UpdateWeightsRequest,
     timeout: Duration,
-    group: &ProcessGroup,
+    give_up: impl Fn(&str),
 ) -> Result<Vec<v1::UpdateWeightsResponse>, Vec<String>> {
     let calls = clients.iter().map(|client| update(client, message.clone(), timeout));
     let mut calls: FuturesUnordered<_> = calls.collect();
     let (mut answers, mut failures) = (Vec::new(), Vec::new());
-    while let Some(answer) = calls.next().await {
+    // Until something fails, each call has its own limit.
+    let mut patience = Duration::MAX;
+    while let Ok(Some(answer)) = tokio::time::timeout(patience, calls.next()).await {
         match answer {
             Ok(answer) => answers.push(answer),
             Err(error) => {
                 tracing::error!("weight push: {error}");
-                group.abort(&error.to_string());
                 failures.push(error.to_string());
+                if patience == Duration::MAX {
+                    give_up(&failures[0]);
+                    patience = LAST_WORDS;
+                }
             }
         }
     }

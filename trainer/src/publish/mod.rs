@@ -10,6 +10,8 @@ mod rendezvous;
 mod tests;
 
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use aha_core::config::RunConfig;
@@ -32,6 +34,11 @@ use rendezvous::Terms;
 /// Largest bucket. Bounds the staging memory of a broadcast.
 const MAX_BUCKET_BYTES: usize = 256 << 20;
 
+/// Key in the store of a failed push. There is no second one: the group is of no use after that.
+const FAILED: &str = "push/failed";
+/// How often it is looked for while a push runs.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
 /// A trainer's place in the update group.
 #[derive(Debug)]
 pub struct Publisher {
@@ -39,8 +46,8 @@ pub struct Publisher {
     update_name: String,
     /// The trainers alone: how a push ended is everybody's business.
     outcome_group: ProcessGroup,
-    /// Serves the rendezvous from rank 0.
-    _store: Store,
+    /// Served by rank 0, which leaves a note here when a push has failed.
+    store: Store,
     clients: Vec<Client>,
     runtime: Arc<Runtime>,
     timeout: Duration,
@@ -135,7 +142,7 @@ impl Publisher {
             update_group: Arc::new(groups.update),
             update_name: groups.update_name,
             outcome_group: groups.outcome,
-            _store: groups.store,
+            store: groups.store,
             clients: clients.to_vec(),
             runtime,
             timeout: limits.timeout,
@@ -155,7 +162,7 @@ impl Publisher {
         let outcome = if self.update_group.rank() == 0 {
             self.lead(weights, version)
         } else {
-            self.broadcast(weights).map(|()| Vec::new()).map_err(|error| vec![error.to_string()])
+            self.follow(weights).map(|()| Vec::new()).map_err(|error| vec![error.to_string()])
         };
         let outcome = outcome.map_err(|reasons| PublishError::Push { version, waited: started.elapsed(), reasons });
         let answers = agree(&self.outcome_group, outcome)?;
@@ -176,8 +183,15 @@ impl Publisher {
             version: version.0,
             unit_hashes: unit_hashes(weights),
         };
-        let (clients, group, timeout) = (self.clients.clone(), Arc::clone(&self.update_group), self.timeout);
-        let calls = self.runtime.spawn(async move { update_all(&clients, &message, timeout, &group).await });
+        let (clients, timeout) = (self.clients.clone(), self.timeout);
+        let (group, store) = (Arc::clone(&self.update_group), self.store.clone());
+        let give_up = move |reason: &str| {
+            group.abort(reason);
+            if let Err(error) = store.add(FAILED, 1) {
+                tracing::warn!("the other trainers notice the failed push at their deadline only: {error}");
+            }
+        };
+        let calls = self.runtime.spawn(async move { update_all(&clients, &message, timeout, give_up).await });
         let sent = self.broadcast(weights);
         if let Err(error) = &sent {
             self.update_group.abort(&error.to_string());
@@ -199,6 +213,19 @@ impl Publisher {
         }
     }
 
+    /// The part of the other trainers. An aborted connection to rank 0 does not end what one of them waits for from a
+    /// generator, so they look for rank 0's note meanwhile.
+    fn follow(&self, weights: &Weights) -> Result<(), CommError> {
+        let (over, is_over) = sync_channel::<()>(0);
+        let (group, store) = (&*self.update_group, &self.store);
+        thread::scope(|scope| {
+            scope.spawn(move || abort_when_failed(group, store, &is_over));
+            let sent = self.broadcast(weights);
+            drop(over);
+            sent
+        })
+    }
+
     /// Every member issues these collectives in this order: it follows from manifest, bucket size and number of trainers,
     /// which are equal on all of them.
     fn broadcast(&self, weights: &Weights) -> Result<(), CommError> {
@@ -212,6 +239,18 @@ impl Publisher {
             self.update_group.broadcast(&mut part, bucket.owner)?;
         }
         Ok(())
+    }
+}
+
+/// Looks for rank 0's note until the push is over.
+fn abort_when_failed(group: &ProcessGroup, store: &Store, is_over: &Receiver<()>) {
+    while is_over.recv_timeout(LOOK_AGAIN) == Err(RecvTimeoutError::Timeout) {
+        let reason = match store.add(FAILED, 0) {
+            Ok(0) => continue,
+            Ok(_) => "rank 0 has ended the push".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        return group.abort(&reason);
     }
 }
 

@@ -72,34 +72,64 @@ fn every_generator_serves_what_was_pushed() {
     }
 }
 
-/// Pushes to one good generator and one with this behaviour: all ranks must fail, naming the second.
+/// How long a push may take that fails at once: long beside such a push, short beside [`TIMEOUT`].
+const AT_ONCE: Duration = Duration::from_secs(8);
+
+/// Pushes to generators of which the last one fails: all ranks must fail in time, naming it. `before_push` is called when
+/// everybody has joined.
 #[track_caller]
-fn check_fails(update: Update, timeout: Duration, expect: &str) {
-    let generators = generators([Update::Take, update]);
-    let started = Instant::now();
-    let messages = with_publishers(2, timeout, &generators, |publisher, weights| {
-        publisher.unwrap().publish(weights, PolicyVersion(1)).unwrap_err().to_string()
+fn check_fails(
+    (num_trainers, timeout, in_time): (usize, Duration, Duration),
+    generators: &[TestGenerator],
+    before_push: impl Fn() + Sync,
+    expect: &str,
+) {
+    let outcomes = with_publishers(num_trainers, timeout, generators, |publisher, weights| {
+        let mut publisher = publisher.unwrap();
+        before_push();
+        let started = Instant::now();
+        let error = publisher.publish(weights, PolicyVersion(1)).unwrap_err();
+        (error.to_string(), started.elapsed())
     });
-    assert!(started.elapsed() < 3 * timeout + Duration::from_secs(5), "{:?}", started.elapsed());
-    let expect = format!("generator {} {expect}", generators[1].address);
-    assert!(messages[0].contains("the push of v1 failed after") && messages[0].contains(&expect), "{}", messages[0]);
-    assert!(!messages[1].is_empty());
+    let expect = format!("generator {} {expect}", generators.last().unwrap().address);
+    let first = &outcomes[0].0;
+    assert!(first.contains("the push of v1 failed after") && first.contains(&expect), "{first}");
+    for (message, elapsed) in &outcomes {
+        assert!(*elapsed < in_time, "after {elapsed:?}: {message}");
+        assert!(!message.is_empty());
+    }
 }
 
 #[test]
-fn a_generator_that_refuses_is_named() {
-    let refusal = Status::failed_precondition("no such group");
-    check_fails(Update::Refuse(refusal), Duration::from_secs(3), "failed: ");
+fn a_generator_that_refuses_is_named_at_once() {
+    let others = [(1, vec![]), (1, vec![Update::Take]), (2, vec![Update::Take]), (3, vec![]), (2, vec![Update::Hang])];
+    for (num_trainers, others) in others {
+        let refusal = Update::Refuse(Status::failed_precondition("no such group"));
+        let generators = generators(others.into_iter().chain([refusal]));
+        let expect = "failed: the system is not in a state required for the operation's execution: no such group";
+        check_fails((num_trainers, TIMEOUT, AT_ONCE), &generators, || (), expect);
+    }
+}
+
+#[test]
+fn a_generator_that_dies_before_the_push_is_named_at_once() {
+    for num_trainers in [1, 2] {
+        let generators = generators([Update::Take, Update::Take]);
+        check_fails((num_trainers, TIMEOUT, AT_ONCE), &generators, || generators[1].kill(), "failed: ");
+    }
 }
 
 #[test]
 fn a_generator_that_serves_something_else_is_named() {
-    check_fails(Update::AnswerVersion(5), Duration::from_secs(3), "serves v5 after the push of v1");
+    let generators = generators([Update::Take, Update::AnswerVersion(5)]);
+    check_fails((2, TIMEOUT, AT_ONCE), &generators, || (), "serves v5 after the push of v1");
 }
 
 #[test]
 fn a_generator_that_hangs_is_named_at_the_deadline() {
-    check_fails(Update::Hang, Duration::from_secs(2), "has not answered for 3.0 s");
+    let generators = generators([Update::Take, Update::Hang]);
+    let timeout = Duration::from_secs(2);
+    check_fails((2, timeout, 3 * timeout + AT_ONCE), &generators, || (), "has not answered for 3.0 s");
 }
 
 #[test]

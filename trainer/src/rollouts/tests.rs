@@ -115,7 +115,7 @@ fn what_comes_twice_counts_once() {
 
 #[test]
 fn the_debts_of_a_dead_generator_go_to_another() {
-    let mut dying = TestGenerator::start((0..8).map(|_| Generate::Hang(1)));
+    let dying = TestGenerator::start((0..8).map(|_| Generate::Hang(1)));
     let other = TestGenerator::start([]);
     let mut pool = pool(&[&dying, &other], 30.0);
     // Prompts of both generators; the first dies when it has sent one completion of each of its own.
@@ -235,7 +235,7 @@ fn the_published_version_is_taken() {
 fn a_pool_needs_generators_that_answer() {
     let mut config = RunConfig::default();
     assert!(matches!(GeneratorPool::connect(&config, runtime()), Err(RolloutError::NoGenerators)));
-    let mut gone = TestGenerator::start([]);
+    let gone = TestGenerator::start([]);
     gone.kill();
     config.generator.addresses = vec![gone.address.clone()];
     config.generator.connect_timeout_seconds = 0.3;
