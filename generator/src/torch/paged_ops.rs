@@ -85,6 +85,22 @@ impl<'a> PagedOps<'a> {
         let [logits] = self.linear(&rows, [&self.weights.head()]); // [M, V]
         logits
     }
+
+    /// `[1, out]`, if the projections have biases.
+    fn stacked_bias(&self, projections: &[&Projection<MatrixPart>]) -> Option<Rows<'a>> {
+        let biases = || projections.iter().filter_map(|projection| projection.bias.as_ref().map(f32_slice));
+        let num_biases = biases().map(<[f32]>::len).sum();
+        if num_biases == 0 {
+            return None;
+        }
+        let mut stacked = self.arena.rows(1, num_biases);
+        let mut start = 0;
+        for bias in biases() {
+            stacked.data_mut()[start..][..bias.len()].copy_from_slice(bias);
+            start += bias.len();
+        }
+        Some(stacked)
+    }
 }
 
 impl<'a> Ops for PagedOps<'a> {
@@ -117,10 +133,9 @@ impl<'a> Ops for PagedOps<'a> {
     fn linear<const P: usize>(&self, x: &Rows<'a>, projections: [&Projection<MatrixPart>; P]) -> [Rows<'a>; P] {
         let matrix = self.weights.matrix(projections.map(|projection| projection.weight));
         let mut out = self.arena.rows(x.num_rows(), matrix.out_features()); // [N, out]
-        let biases = projections.iter().filter_map(|projection| projection.bias.as_ref());
-        let bias: Vec<f32> = biases.flat_map(f32_slice).copied().collect();
-        let bias = (!bias.is_empty()).then_some(bias.as_slice());
-        timed(&self.clock.gemm, || matrix.gemm(self.pool, &x.data(), bias, &mut out.data_mut()));
+        let bias = self.stacked_bias(&projections);
+        let bias = bias.as_ref().map(Rows::data);
+        timed(&self.clock.gemm, || matrix.gemm(self.pool, &x.data(), bias.as_deref(), &mut out.data_mut()));
         out.split(projections.map(|projection| projection.weight.out_features))
     }
 
