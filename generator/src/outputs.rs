@@ -19,7 +19,7 @@ use crate::error::GeneratorError;
 use crate::metrics::Latencies;
 use crate::request::GenerateRequest;
 use crate::stop::StopFinder;
-use crate::torch::ServingWeights;
+use crate::torch::DeviceWeights;
 
 /// Completions that are decoded and judged at the same time; the engine needs the cores more.
 const MAX_JUDGED_AT_ONCE: usize = 2;
@@ -32,14 +32,14 @@ pub(crate) type Completions = mpsc::Receiver<Result<Completion, GeneratorError>>
 /// Starts requests and follows them.
 #[derive(Debug, Clone)]
 pub(crate) struct Outputs {
-    engine: EngineHandle<ServingWeights>,
+    engine: EngineHandle<DeviceWeights>,
     tokenizer: Arc<Tokenizer>,
     judging: Arc<Semaphore>,
     latencies: Arc<Latencies>,
 }
 
 impl Outputs {
-    pub(crate) fn new(engine: EngineHandle<ServingWeights>, tokenizer: Arc<Tokenizer>) -> Self {
+    pub(crate) fn new(engine: EngineHandle<DeviceWeights>, tokenizer: Arc<Tokenizer>) -> Self {
         let judging = Arc::new(Semaphore::new(MAX_JUDGED_AT_ONCE));
         Self { engine, tokenizer, judging, latencies: Arc::default() }
     }
@@ -137,7 +137,7 @@ struct Follower {
     samples: HashMap<u32, Sample>,
     stop: Vec<String>,
     min_tokens: usize,
-    engine: EngineHandle<ServingWeights>,
+    engine: EngineHandle<DeviceWeights>,
     judge: Arc<Judge>,
     judging: Arc<Semaphore>,
     latencies: Arc<Latencies>,

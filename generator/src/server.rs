@@ -20,7 +20,7 @@ use crate::engine::{EngineHandle, EngineHealth};
 use crate::instance::{GeneratorOptions, Instance};
 use crate::metrics::{Latencies, MetricsServer};
 use crate::service::Service;
-use crate::torch::{ServingWeights, WeightReceiver};
+use crate::torch::{DeviceWeights, WeightReceiver};
 
 /// Largest message that is taken: a prompt of a million tokens, and its columns.
 const MAX_REQUEST_BYTES: usize = 16 << 20;
@@ -36,7 +36,7 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 pub struct GeneratorServer {
     incoming: TcpIncoming,
     address: SocketAddr,
-    engine: EngineHandle<ServingWeights>,
+    engine: EngineHandle<DeviceWeights>,
     latencies: Arc<Latencies>,
     service: Service,
     metrics: Option<MetricsServer>,
@@ -62,8 +62,7 @@ impl GeneratorServer {
     pub(crate) fn over(instance: Instance, incoming: TcpIncoming) -> anyhow::Result<Self> {
         let address = incoming.local_addr().context("asking for the address that was taken")?;
         let (engine, latencies) = (instance.engine.clone(), instance.outputs.latencies());
-        let Instance { config, push_kind, quantization, .. } = &instance;
-        let receiver = WeightReceiver::start(config, *push_kind, *quantization, engine.clone(), Handle::current())?;
+        let receiver = WeightReceiver::start(&instance.config, instance.format, engine.clone(), Handle::current())?;
         Ok(Self { incoming, address, engine, latencies, service: Service::new(instance, receiver), metrics: None })
     }
 
@@ -125,7 +124,7 @@ impl GeneratorServer {
 /// Lets open calls finish within `grace`, then aborts them.
 async fn finish(
     mut serving: JoinHandle<Result<(), tonic::transport::Error>>,
-    engine: EngineHandle<ServingWeights>,
+    engine: EngineHandle<DeviceWeights>,
     grace: Duration,
 ) -> anyhow::Result<()> {
     let mut ended = tokio::time::timeout(grace, &mut serving).await;

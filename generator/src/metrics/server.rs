@@ -16,7 +16,7 @@ use tonic::transport::server::TcpIncoming;
 
 use super::{Latencies, exposition, page};
 use crate::engine::EngineHandle;
-use crate::torch::ServingWeights;
+use crate::torch::DeviceWeights;
 
 /// Prometheus' own patience, by default; the engine answers between two steps.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -45,7 +45,7 @@ impl MetricsServer {
     }
 
     /// Answers until it is dropped.
-    pub(crate) async fn serve(self, engine: EngineHandle<ServingWeights>, latencies: Arc<Latencies>) {
+    pub(crate) async fn serve(self, engine: EngineHandle<DeviceWeights>, latencies: Arc<Latencies>) {
         let source = Arc::new(Source { engine, latencies, vllm_model: self.vllm_model });
         let answer = move || {
             let source = Arc::clone(&source);
@@ -61,7 +61,7 @@ impl MetricsServer {
 
 #[derive(Debug)]
 struct Source {
-    engine: EngineHandle<ServingWeights>,
+    engine: EngineHandle<DeviceWeights>,
     latencies: Arc<Latencies>,
     vllm_model: Option<String>,
 }

@@ -1,0 +1,255 @@
+//! What a pass works on, and the passes that there are.
+
+use tch::{Kind, Tensor};
+
+use super::model::GpuSizes;
+use super::pass::{Pass, PassRows};
+use super::queue::{GpuError, Queue};
+use super::step_memory::{Bounds, Region, StepMemory};
+use super::weights::GpuWeights;
+use crate::kernels::cuda::{
+    Advance, DecodeAttention, DevicePtr, KernelShapes, LogitKind, Sample, StateField, Suppress, kv_cache_len,
+};
+use crate::logprob::chunk_rows;
+use crate::model_config::ModelConfig;
+use crate::rotary::RotaryTable;
+
+/// The memory of one model on one device. None of it moves while there are graphs, but for the cache.
+#[derive(Debug)]
+pub(super) struct Network {
+    pub config: ModelConfig,
+    pub shapes: KernelShapes,
+    pub weights: GpuWeights,
+    pub rotary: RotaryTable,
+    /// bf16 `[2 L, num_blocks, K * block_size * D]`: keys and values of each layer; none while its memory is given back.
+    pub cache: Option<Tensor>,
+    pub buffers: Buffers,
+    pub step: StepMemory,
+}
+
+/// What a pass computes, for up to `N` rows.
+#[derive(Debug)]
+pub(super) struct Buffers {
+    /// fp32 `[N, C]`.
+    pub residual: Tensor,
+    /// `[N, C]`, bf16 as all that follow but the last three.
+    pub normed: Tensor,
+    /// `[N, (H + 2 K) * D]`.
+    pub qkv: Tensor,
+    /// `[N, H * D]`.
+    pub queries: Tensor,
+    /// `[N, H * D]`.
+    pub attended: Tensor,
+    /// What is to be added to the residual, `[N, C]`.
+    pub delta: Tensor,
+    /// `[N, 2 F]`.
+    pub gate_up: Tensor,
+    /// `[N, F]`.
+    pub gated: Tensor,
+    /// fp32 `[M, V]`, of as many rows at once as bound its memory.
+    pub logits: Tensor,
+    /// fp32 `[S, H, splits, D]`.
+    pub partial_out: Tensor,
+    /// fp32 `[S, H, splits]`.
+    pub partial_lse: Tensor,
+}
+
+impl Network {
+    pub(super) fn new(
+        queue: &impl Queue,
+        config: &ModelConfig,
+        weights: GpuWeights,
+        sizes: &GpuSizes,
+    ) -> Result<Self, GpuError> {
+        let shapes = KernelShapes::of(config, sizes.block_size, LogitKind::Fp32)?;
+        let bounds = Bounds {
+            sequences: super::model::bucket(sizes.max_num_seqs),
+            rows: sizes.max_num_batched_tokens.max(super::model::bucket(sizes.max_num_seqs)),
+            steps: sizes.steps_per_look,
+            stops: super::model::MAX_STOPS,
+            blocks: sizes.max_model_len.div_ceil(sizes.block_size),
+        };
+        let mut network = Self {
+            config: config.clone(),
+            shapes,
+            weights,
+            rotary: RotaryTable::new(config, sizes.max_model_len, queue.device()),
+            cache: None,
+            buffers: Buffers::new(queue, &shapes, bounds, sizes.max_model_len)?,
+            step: StepMemory::new(queue, bounds)?,
+        };
+        network.restore_cache(queue, sizes.num_blocks)?;
+        Ok(network)
+    }
+
+    pub(super) fn restore_cache(&mut self, queue: &impl Queue, num_blocks: usize) -> Result<(), GpuError> {
+        let block = kv_cache_len(self.shapes.attention, self.shapes.num_kv_heads, 1);
+        let shape = [2 * self.config.num_layers, num_blocks, block].map(|size| size as i64);
+        self.cache = Some(Tensor::f_empty(shape, (Kind::BFloat16, queue.device()))?);
+        Ok(())
+    }
+
+    pub(super) fn keys_and_values(&self, layer_idx: usize) -> Option<[DevicePtr; 2]> {
+        let cache = self.cache.as_ref()?;
+        let [_, num_blocks, block] = <[i64; 3]>::try_from(cache.size()).ok()?;
+        let at = |index| DevicePtr::of(cache).at(index * (num_blocks * block) as usize, 2);
+        Some([at(2 * layer_idx), at(2 * layer_idx + 1)])
+    }
+
+    /// One step of `num_rows` sequences whose state is on the device, to the next state: what a graph captures.
+    pub(super) fn decode<Q: Queue>(
+        &self,
+        queue: &mut Q,
+        num_rows: usize,
+        max_context_len: usize,
+    ) -> Result<(), GpuError> {
+        let Self { shapes, step, .. } = self;
+        let rows = PassRows {
+            num_rows,
+            num_decodes: num_rows,
+            max_context_len,
+            num_spans: 0,
+            max_span_rows: 0,
+            tokens: step.state(StateField::Token, 0),
+            positions: step.state(StateField::Position, 0),
+            slots: step.state(StateField::Slot, 0),
+            context_lens: step.state(StateField::ContextLen, 0),
+        };
+        let pass = Pass::new(self, queue, rows);
+        pass.layers();
+        pass.final_norm(None);
+        self.sample(&pass, num_rows, &mut |_, _| Ok(()))?;
+        let Bounds { sequences, steps, stops, blocks, .. } = step.bounds;
+        let advance = Advance {
+            num_rows,
+            stride: sequences,
+            state: step.state(StateField::Token, 0),
+            tokens: step.address(Region::Tokens, 0),
+            log_probs: step.address(Region::LogProbs, 0),
+            statuses: step.address(Region::Statuses, 0),
+            block_tables: step.address(Region::BlockTables, 0),
+            max_blocks: blocks,
+            block_size: shapes.attention.block_size,
+            stop_tokens: step.address(Region::Stops, 0),
+            max_stops: stops,
+            logged_tokens: step.address(Region::LoggedTokens, 0),
+            logged_log_probs: step.address(Region::LoggedLogProbs, 0),
+            log_len: steps,
+        };
+        pass.launch(&advance.launch());
+        pass.finish()
+    }
+
+    /// Prompts, or all kinds of rows, then `num_selected` tokens of [`Region::Selected`] rows. `see` gets the first row
+    /// and the logits `[M, V]` of every chunk, before any edit.
+    pub(super) fn mixed<Q: Queue>(
+        &self,
+        queue: &mut Q,
+        rows: PassRows,
+        num_selected: usize,
+        see: &mut dyn FnMut(usize, &Tensor) -> Result<(), GpuError>,
+    ) -> Result<(), GpuError> {
+        let pass = Pass::new(self, queue, rows);
+        pass.layers();
+        if num_selected > 0 {
+            pass.final_norm(Some(num_selected));
+            self.sample(&pass, num_selected, see)?;
+        }
+        pass.finish()
+    }
+
+    /// Prompts, then logits of `num_selected` rows as `see` gets them.
+    pub(super) fn logits<Q: Queue>(
+        &self,
+        queue: &mut Q,
+        rows: PassRows,
+        num_selected: usize,
+        see: &mut dyn FnMut(usize, &Tensor) -> Result<(), GpuError>,
+    ) -> Result<(), GpuError> {
+        let pass = Pass::new(self, queue, rows);
+        pass.layers();
+        if num_selected > 0 {
+            pass.final_norm(Some(num_selected));
+        }
+        for (first, num) in chunks(num_selected, self.buffers.logits.size()[0] as usize) {
+            see(first, &pass.logits(first, num))?;
+        }
+        pass.finish()
+    }
+
+    /// Tokens of the first `num_rows` normed rows, by their state, parameters and stop tokens.
+    fn sample<Q: Queue>(
+        &self,
+        pass: &Pass<Q>,
+        num_rows: usize,
+        see: &mut dyn FnMut(usize, &Tensor) -> Result<(), GpuError>,
+    ) -> Result<(), GpuError> {
+        let Self { step, shapes, .. } = self;
+        let (vocab_size, max_stops) = (shapes.vocab_size, step.bounds.stops);
+        for (first, num_rows) in chunks(num_rows, self.buffers.logits.size()[0] as usize) {
+            let logits = pass.logits(first, num_rows);
+            see(first, &logits)?;
+            let logits = DevicePtr::of(&logits);
+            let context_lens = step.state(StateField::ContextLen, first);
+            let suppress = Suppress {
+                kind: shapes.logits,
+                num_rows,
+                vocab_size,
+                logits,
+                context_lens,
+                num_generated: step.state(StateField::NumGenerated, first),
+                min_tokens: step.state(StateField::MinTokens, first),
+                stop_tokens: step.address(Region::Stops, first * max_stops),
+                max_stops,
+            };
+            let sample = Sample {
+                kind: shapes.logits,
+                num_rows,
+                vocab_size,
+                logits,
+                params: step.address(Region::Params, 4 * first),
+                uniforms: step.state(StateField::Uniform, first),
+                context_lens: Some(context_lens),
+                tokens: step.address(Region::Tokens, first),
+                log_probs: step.address(Region::LogProbs, first),
+                statuses: step.address(Region::Statuses, first),
+            };
+            pass.launch(&suppress.launch());
+            pass.launch(&sample.launch());
+        }
+        Ok(())
+    }
+}
+
+impl Buffers {
+    fn new(queue: &impl Queue, shapes: &KernelShapes, bounds: Bounds, max_model_len: usize) -> Result<Self, GpuError> {
+        let KernelShapes { attention, num_heads, num_kv_heads, hidden_size, intermediate_size, vocab_size, .. } =
+            *shapes;
+        let head_dim = attention.head_dim;
+        let zeros = |kind, shape: &[usize]| {
+            let shape: Vec<i64> = shape.iter().map(|&size| size as i64).collect();
+            Tensor::f_zeros(shape.as_slice(), (kind, queue.device()))
+        };
+        let rows = |width| zeros(Kind::BFloat16, &[bounds.rows, width]);
+        let splits = [bounds.sequences, num_heads, DecodeAttention::num_splits(max_model_len)];
+        let num_logits = (chunk_rows(vocab_size as i64) as usize).min(bounds.rows);
+        Ok(Self {
+            residual: zeros(Kind::Float, &[bounds.rows, hidden_size])?,
+            normed: rows(hidden_size)?,
+            qkv: rows((num_heads + 2 * num_kv_heads) * head_dim)?,
+            queries: rows(num_heads * head_dim)?,
+            attended: rows(num_heads * head_dim)?,
+            delta: rows(hidden_size)?,
+            gate_up: rows(2 * intermediate_size)?,
+            gated: rows(intermediate_size)?,
+            logits: zeros(Kind::Float, &[num_logits, vocab_size])?,
+            partial_out: zeros(Kind::Float, &[splits[0], splits[1], splits[2], head_dim])?,
+            partial_lse: zeros(Kind::Float, &splits)?,
+        })
+    }
+}
+
+/// First element and length of the pieces of `0..total`, at most `most` each.
+fn chunks(total: usize, most: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..total).step_by(most).map(move |first| (first, most.min(total - first)))
+}
