@@ -17,7 +17,7 @@ use tch::{Device, Kind};
 use tokio::sync::mpsc;
 
 use super::emulated_queue::EmulatedQueue;
-use super::tests::{ALL, Sequence, advance, choose, some_tokens};
+use super::tests::{ALL, Sequence, advance, choose, most_likely, some_tokens};
 use super::weights::ServingWeights;
 use super::{CacheSize, CpuRunner, GpuRunner};
 use crate::engine::{
@@ -26,10 +26,10 @@ use crate::engine::{
 };
 use crate::testing::{Tiny, tiny_config_with, tiny_weights};
 
-/// Of a log-prob: eight bits of every number in between, over two layers.
-const TOLERANCE: f32 = 0.15;
-/// Of the mean.
-const MEAN_TOLERANCE: f32 = 0.03;
+/// Between a log-prob in bf16 and one in fp32, over two layers of these models. The trainer's own bf16 pass is 0.025 away
+/// at worst, and 0.006 on average.
+const TOLERANCE: f32 = 0.05;
+const MEAN_TOLERANCE: f32 = 0.015;
 const BLOCK_SIZE: usize = 16;
 
 const SIZES: GpuSizes = GpuSizes {
@@ -37,13 +37,14 @@ const SIZES: GpuSizes = GpuSizes {
     num_blocks: 64,
     max_model_len: 700,
     max_num_seqs: 16,
-    max_num_batched_tokens: 96,
+    max_num_batched_tokens: 128,
     steps_per_look: 8,
 };
 
 /// Sizes that the kernels can serve.
 fn config(tiny: Tiny) -> ModelConfig {
-    let sizes = json!({"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "attention_bias": false});
+    let sizes = json!({"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "attention_bias": false,
+        "initializer_range": 0.1});
     tiny_config_with(tiny, &sizes)
 }
 
@@ -98,29 +99,30 @@ fn logprobs(sequence: &Sequence) -> Vec<f32> {
 #[test]
 fn scores_and_decoding_agree_with_the_cpu() {
     // As the heads of Qwen2.5-0.5B.
-    let wide = json!({"hidden_size": 64, "num_attention_heads": 7, "num_key_value_heads": 1, "head_dim": 64});
+    let wide = json!({"hidden_size": 64, "num_attention_heads": 7, "num_key_value_heads": 1, "head_dim": 64,
+        "initializer_range": 0.1});
     let configs = ALL.map(config).into_iter().chain([tiny_config_with(Tiny::Qwen2, &wide)]);
     for config in configs {
         let weights = weights(&config, 1);
         let (mut gpu, mut cpu) = (gpu(&config, &weights), cpu(&config, &weights));
         // Two chunks.
-        let tokens = some_tokens(130, 2);
-        let table = blocks(130);
+        let tokens = some_tokens(150, 2);
+        let table = blocks(150);
         assert_close(&gpu.score(&tokens, &table).unwrap(), &cpu.score(&tokens, &table).unwrap());
 
-        let run = |runner: &mut dyn FnMut(&mut [Sequence])| {
-            let mut sequences = [
-                Sequence::new(some_tokens(41, 1), &[5, 2, 9, 0], 0.0),
-                Sequence::new(some_tokens(3, 7), &[11, 12, 13], 0.0),
-            ];
-            runner(&mut sequences);
-            sequences
-        };
-        let on_gpu = run(&mut |sequences| advance(&mut gpu, sequences, &[7, 1, 20, 16], 10));
-        let on_cpu = run(&mut |sequences| advance(&mut cpu, sequences, &[7, 1, 20, 16], 10));
-        for (on_gpu, on_cpu) in on_gpu.iter().zip(&on_cpu) {
-            assert_eq!(on_gpu.tokens, on_cpu.tokens, "{:?}", config.family);
-            assert_close(&logprobs(on_gpu), &logprobs(on_cpu));
+        let mut sequences = [
+            Sequence::new(some_tokens(41, 1), &[5, 2, 9, 0], 0.0),
+            Sequence::new(some_tokens(3, 7), &[11, 12, 13], 0.0),
+        ];
+        advance(&mut gpu, &mut sequences, &[7, 1, 20, 16], 12);
+        for (sequence, prompt_len) in sequences.iter().zip([41, 3]) {
+            let Sequence { tokens, sampled, .. } = sequence;
+            let scores = cpu.score(tokens, &blocks(tokens.len())).unwrap();
+            assert_close(&logprobs(sequence), &scores[prompt_len - 1..]);
+            // All but a close call.
+            let expect = most_likely(&config, &weights, tokens);
+            let num_equal = sampled.iter().zip(&expect[prompt_len - 1..]).filter(|(s, e)| s.token == **e).count();
+            assert!(sampled.len() >= 12 && num_equal + 1 >= sampled.len(), "{num_equal} of {}", sampled.len());
         }
     }
 }
@@ -147,7 +149,7 @@ fn company_and_places_in_memory_change_no_bit_of_the_kernels() {
         let mut sequences = vec![Sequence::new(some_tokens(37, 4), blocks, 1.0)];
         let others = (0..others as u32).map(|i| (i, [20 + 4 * i, 21 + 4 * i, 22 + 4 * i, 23 + 4 * i]));
         sequences.extend(others.map(|(i, blocks)| Sequence::new(some_tokens(9 + i as usize, i), &blocks, 0.7)));
-        advance(&mut gpu(&config, &weights), &mut sequences, &[40], 8);
+        advance(&mut gpu(&config, &weights), &mut sequences, &[12], 8);
         sequences[0].sampled.iter().map(|s| (s.token, s.logprob.to_bits())).collect::<Vec<_>>()
     };
     let alone = run(0, &[0, 1, 2]);
@@ -283,7 +285,7 @@ fn what_does_not_fit_the_memory_is_refused_by_name() {
         (BatchItem { block_table: vec![BlockId(64)], ..plain() }, "block is 64, and must be below 64"),
         (BatchItem { tokens: token(260), ..plain() }, "token is 260, and must be below 260"),
         (BatchItem { tokens: vec![3; 17], ..plain() }, "last position is 16, and must be below 16"),
-        (BatchItem { tokens: vec![3; 97], block_table: blocks(97), ..plain() }, "number of rows is 97"),
+        (BatchItem { tokens: vec![3; 129], block_table: blocks(129), ..plain() }, "number of rows is 129"),
         (
             BatchItem { start: 700, tokens: token(1), block_table: vec![BlockId(0); 44], ..plain() },
             "sequence length is 701",

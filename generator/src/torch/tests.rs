@@ -100,7 +100,7 @@ fn assert_close(found: &[f32], expected: &[f32]) {
 }
 
 /// The most likely next token after each of `tokens`, by the trainer's forward pass.
-fn most_likely(config: &ModelConfig, weights: &Weights, tokens: &[TokenId]) -> Vec<TokenId> {
+pub(super) fn most_likely(config: &ModelConfig, weights: &Weights, tokens: &[TokenId]) -> Vec<TokenId> {
     let table = RotaryTable::new(config, tokens.len(), Device::Cpu);
     let hidden = hidden_states(config, weights, &PackedBatch::new(&[tokens], &table, Kind::Float));
     let logits = hidden.matmul(&head_matrix(config, weights).tr());

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use tch::Tensor;
 
-use super::network::Network;
+use super::network::{Network, Selected};
 use super::pass::PassRows;
 use super::queue::{GpuError, Queue};
 use super::step_memory::Region;
@@ -159,7 +159,8 @@ impl<Q: Queue> GpuModel<Q> {
         let Self { queue, network, .. } = self;
         network.step.upload(chunks.len())?;
         let is_logits = |index: usize| matches!(chunks[wanted[index]].choice, Choice::Logits);
-        network.mixed(queue, rows, wanted.len(), &mut |first, logits| {
+        let selected = Selected { num_selected: wanted.len(), samples: true };
+        network.mixed(queue, rows, selected, &mut |first, logits| {
             for row in (0..logits.size()[0] as usize).filter(|row| is_logits(first + row)) {
                 host(wanted[first + row], Vec::try_from(logits.get(row as i64))?);
             }
@@ -185,7 +186,8 @@ impl<Q: Queue> GpuModel<Q> {
             (0..).zip(network.step.region(Region::Selected)).for_each(|(row, selected)| *selected = row);
             network.step.upload(1)?;
             let targets = Tensor::f_from_slice(&targets)?.f_to_device(queue.device())?;
-            network.logits(queue, rows, targets.numel(), &mut |first, logits| {
+            let selected = Selected { num_selected: targets.numel(), samples: false };
+            network.mixed(queue, rows, selected, &mut |first, logits| {
                 let targets = targets.f_narrow(0, first as i64, logits.size()[0])?.f_unsqueeze(1)?; // [M, 1]
                 let chosen = logits.f_gather(1, &targets, false)?.f_squeeze_dim(1)?; // [M]
                 scores.extend(Vec::<f32>::try_from(chosen.f_sub(&logits.f_logsumexp([1], false)?)?)?);

@@ -1,5 +1,7 @@
 //! What a pass works on, and the passes that there are.
 
+use std::ops::Range;
+
 use tch::{Kind, Tensor};
 
 use super::model::GpuSizes;
@@ -52,6 +54,14 @@ pub(super) struct Buffers {
     pub partial_out: Tensor,
     /// fp32 `[S, H, splits]`.
     pub partial_lse: Tensor,
+}
+
+/// What is wanted of the first rows that the final norm is of.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Selected {
+    pub num_selected: usize,
+    /// Tokens, or only their logits.
+    pub samples: bool,
 }
 
 impl Network {
@@ -118,7 +128,7 @@ impl Network {
         let pass = Pass::new(self, queue, rows);
         pass.layers();
         pass.final_norm(None);
-        self.sample(&pass, num_rows, &mut |_, _| Ok(()))?;
+        self.logits(&pass, Selected { num_selected: num_rows, samples: true }, &mut |_, _| Ok(()))?;
         let Bounds { sequences, steps, stops, blocks, .. } = step.bounds;
         let advance = Advance {
             num_rows,
@@ -140,30 +150,14 @@ impl Network {
         pass.finish()
     }
 
-    /// Prompts, or all kinds of rows, then `num_selected` tokens of [`Region::Selected`] rows. `see` gets the first row
-    /// and the logits `[M, V]` of every chunk, before any edit.
+    /// Rows of all kinds, then the logits of `num_selected` of them by [`Region::Selected`]: `see` gets the first row and
+    /// the logits `[M, V]` of every chunk, before any edit. From those that are in use by their state, tokens are sampled
+    /// if `samples`.
     pub(super) fn mixed<Q: Queue>(
         &self,
         queue: &mut Q,
         rows: PassRows,
-        num_selected: usize,
-        see: &mut dyn FnMut(usize, &Tensor) -> Result<(), GpuError>,
-    ) -> Result<(), GpuError> {
-        let pass = Pass::new(self, queue, rows);
-        pass.layers();
-        if num_selected > 0 {
-            pass.final_norm(Some(num_selected));
-            self.sample(&pass, num_selected, see)?;
-        }
-        pass.finish()
-    }
-
-    /// Prompts, then logits of `num_selected` rows as `see` gets them.
-    pub(super) fn logits<Q: Queue>(
-        &self,
-        queue: &mut Q,
-        rows: PassRows,
-        num_selected: usize,
+        Selected { num_selected, samples }: Selected,
         see: &mut dyn FnMut(usize, &Tensor) -> Result<(), GpuError>,
     ) -> Result<(), GpuError> {
         let pass = Pass::new(self, queue, rows);
@@ -171,53 +165,60 @@ impl Network {
         if num_selected > 0 {
             pass.final_norm(Some(num_selected));
         }
-        for (first, num) in chunks(num_selected, self.buffers.logits.size()[0] as usize) {
-            see(first, &pass.logits(first, num))?;
-        }
+        self.logits(&pass, Selected { num_selected, samples }, see)?;
         pass.finish()
     }
 
-    /// Tokens of the first `num_rows` normed rows, by their state, parameters and stop tokens.
-    fn sample<Q: Queue>(
+    /// Logits of the first normed rows, in as many chunks as bound their memory.
+    fn logits<Q: Queue>(
         &self,
         pass: &Pass<Q>,
-        num_rows: usize,
+        selected: Selected,
         see: &mut dyn FnMut(usize, &Tensor) -> Result<(), GpuError>,
     ) -> Result<(), GpuError> {
-        let Self { step, shapes, .. } = self;
-        let (vocab_size, max_stops) = (shapes.vocab_size, step.bounds.stops);
-        for (first, num_rows) in chunks(num_rows, self.buffers.logits.size()[0] as usize) {
+        let most = self.buffers.logits.size()[0] as usize;
+        for first in (0..selected.num_selected).step_by(most) {
+            let num_rows = most.min(selected.num_selected - first);
             let logits = pass.logits(first, num_rows);
             see(first, &logits)?;
-            let logits = DevicePtr::of(&logits);
-            let context_lens = step.state(StateField::ContextLen, first);
-            let suppress = Suppress {
-                kind: shapes.logits,
-                num_rows,
-                vocab_size,
-                logits,
-                context_lens,
-                num_generated: step.state(StateField::NumGenerated, first),
-                min_tokens: step.state(StateField::MinTokens, first),
-                stop_tokens: step.address(Region::Stops, first * max_stops),
-                max_stops,
-            };
-            let sample = Sample {
-                kind: shapes.logits,
-                num_rows,
-                vocab_size,
-                logits,
-                params: step.address(Region::Params, 4 * first),
-                uniforms: step.state(StateField::Uniform, first),
-                context_lens: Some(context_lens),
-                tokens: step.address(Region::Tokens, first),
-                log_probs: step.address(Region::LogProbs, first),
-                statuses: step.address(Region::Statuses, first),
-            };
-            pass.launch(&suppress.launch());
-            pass.launch(&sample.launch());
+            if selected.samples {
+                self.sample(pass, DevicePtr::of(&logits), first..first + num_rows);
+            }
         }
         Ok(())
+    }
+
+    /// Tokens of `rows`, by their state, parameters and stop tokens; the first one's logits are at `logits`.
+    fn sample<Q: Queue>(&self, pass: &Pass<Q>, logits: DevicePtr, rows: Range<usize>) {
+        let Self { step, shapes, .. } = self;
+        let (first, num_rows) = (rows.start, rows.len());
+        let (vocab_size, max_stops) = (shapes.vocab_size, step.bounds.stops);
+        let context_lens = step.state(StateField::ContextLen, first);
+        let suppress = Suppress {
+            kind: shapes.logits,
+            num_rows,
+            vocab_size,
+            logits,
+            context_lens,
+            num_generated: step.state(StateField::NumGenerated, first),
+            min_tokens: step.state(StateField::MinTokens, first),
+            stop_tokens: step.address(Region::Stops, first * max_stops),
+            max_stops,
+        };
+        let sample = Sample {
+            kind: shapes.logits,
+            num_rows,
+            vocab_size,
+            logits,
+            params: step.address(Region::Params, 4 * first),
+            uniforms: step.state(StateField::Uniform, first),
+            context_lens: Some(context_lens),
+            tokens: step.address(Region::Tokens, first),
+            log_probs: step.address(Region::LogProbs, first),
+            statuses: step.address(Region::Statuses, first),
+        };
+        pass.launch(&suppress.launch());
+        pass.launch(&sample.launch());
     }
 }
 
@@ -247,9 +248,4 @@ impl Buffers {
             partial_lse: zeros(Kind::Float, &splits)?,
         })
     }
-}
-
-/// First element and length of the pieces of `0..total`, at most `most` each.
-fn chunks(total: usize, most: usize) -> impl Iterator<Item = (usize, usize)> {
-    (0..total).step_by(most).map(move |first| (first, most.min(total - first)))
 }
