@@ -13,10 +13,12 @@ mod model;
 mod network;
 mod pass;
 mod queue;
+mod rows;
 mod step_memory;
 mod weights;
 
 pub use cuda_queue::{CudaGraph, CudaQueue};
-pub use model::{Choice, Chunk, DecodeRow, GpuModel, GpuSizes, MAX_STOPS};
+pub use model::GpuModel;
 pub use queue::{GpuError, Queue};
+pub use rows::{Choice, Chunk, DecodeRow, GpuSizes, MAX_STOPS};
 pub use weights::GpuWeights;

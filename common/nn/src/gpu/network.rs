@@ -4,9 +4,9 @@ use std::ops::Range;
 
 use tch::{Kind, Tensor};
 
-use super::model::GpuSizes;
 use super::pass::{Pass, PassRows};
 use super::queue::{GpuError, Queue};
+use super::rows::{GpuSizes, MAX_STOPS, bucket};
 use super::step_memory::{Bounds, Region, StepMemory};
 use super::weights::GpuWeights;
 use crate::kernels::cuda::{
@@ -73,10 +73,10 @@ impl Network {
     ) -> Result<Self, GpuError> {
         let shapes = KernelShapes::of(config, sizes.block_size, LogitKind::Fp32)?;
         let bounds = Bounds {
-            sequences: super::model::bucket(sizes.max_num_seqs),
-            rows: sizes.max_num_batched_tokens.max(super::model::bucket(sizes.max_num_seqs)),
+            sequences: bucket(sizes.max_num_seqs),
+            rows: sizes.max_num_batched_tokens.max(bucket(sizes.max_num_seqs)),
             steps: sizes.steps_per_look,
-            stops: super::model::MAX_STOPS,
+            stops: MAX_STOPS,
             blocks: sizes.max_model_len.div_ceil(sizes.block_size),
         };
         let mut network = Self {
