@@ -7,7 +7,7 @@ use std::env;
 use std::error::Error;
 use std::path::{Path, PathBuf};
 
-const SOURCES: [&str; 8] = ["guard", "store", "group", "gloo", "nccl", "autograd", "optim", "stream"];
+const SOURCES: [&str; 9] = ["guard", "store", "group", "gloo", "nccl", "autograd", "optim", "stream", "cuda"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     let lib_dir = PathBuf::from(
@@ -16,7 +16,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     );
     let torch_dir = lib_dir.parent().ok_or("the libtorch library folder has no parent")?;
     let include_dir = env::var_os("LIBTORCH_INCLUDE").map_or_else(|| torch_dir.to_owned(), PathBuf::from);
-    compile(&include_dir.join("include"), nccl_include_dirs(&lib_dir, torch_dir));
+    compile(&include_dir.join("include"), cuda_include_dirs(&lib_dir, torch_dir));
     link(&lib_dir);
     // Where the wheels beside torch's keep the CUDA libraries that are opened at run time.
     if let Some(site) = torch_dir.parent() {
@@ -28,7 +28,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-fn compile(include_dir: &Path, nccl_include_dirs: Option<[PathBuf; 2]>) {
+fn compile(include_dir: &Path, cuda_include_dirs: Option<[PathBuf; 2]>) {
     let cxx11_abi = env::var("LIBTORCH_CXX11_ABI").unwrap_or_else(|_| "1".to_owned());
     let mut build = cc::Build::new();
     build
@@ -44,8 +44,8 @@ fn compile(include_dir: &Path, nccl_include_dirs: Option<[PathBuf; 2]>) {
         .flag(include_dir)
         .flag("-isystem")
         .flag(include_dir.join("torch/csrc/api/include"));
-    if let Some(dirs) = nccl_include_dirs {
-        build.define("USE_C10D_NCCL", None).include("csrc/include/cuda");
+    if let Some(dirs) = cuda_include_dirs {
+        build.define("USE_C10D_NCCL", None).define("AHA_CUDA", None).include("csrc/include/cuda");
         for dir in dirs {
             build.flag("-isystem").flag(dir);
         }
@@ -54,7 +54,7 @@ fn compile(include_dir: &Path, nccl_include_dirs: Option<[PathBuf; 2]>) {
 }
 
 /// The NCCL and CUDA headers of the wheels beside torch's, when libtorch is a CUDA build and they are there.
-fn nccl_include_dirs(lib_dir: &Path, torch_dir: &Path) -> Option<[PathBuf; 2]> {
+fn cuda_include_dirs(lib_dir: &Path, torch_dir: &Path) -> Option<[PathBuf; 2]> {
     let nvidia = torch_dir.parent()?.join("nvidia");
     let dirs = [nvidia.join("nccl/include"), nvidia.join("cu13/include")];
     let complete =

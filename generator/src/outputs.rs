@@ -20,7 +20,7 @@ use crate::metrics::{Ended, Observed};
 use crate::request::GenerateRequest;
 use crate::scorer::Scorer;
 use crate::stop::StopFinder;
-use crate::torch::ServingWeights;
+use crate::torch::DeviceWeights;
 
 /// Completions that are decoded and judged at the same time; the engine needs the cores more.
 const MAX_JUDGED_AT_ONCE: usize = 2;
@@ -53,7 +53,7 @@ impl Completions {
 /// Starts requests and follows them.
 #[derive(Debug, Clone)]
 pub(crate) struct Outputs {
-    engine: EngineHandle<ServingWeights>,
+    engine: EngineHandle<DeviceWeights>,
     scorer: Scorer,
     tokenizer: Arc<Tokenizer>,
     judging: Arc<Semaphore>,
@@ -163,7 +163,7 @@ struct Follower<G> {
     samples: HashMap<u32, Sample>,
     stop: Vec<String>,
     min_tokens: usize,
-    engine: EngineHandle<ServingWeights>,
+    engine: EngineHandle<DeviceWeights>,
     judge: Arc<Judge>,
     judging: Arc<Semaphore>,
     observed: Arc<Observed>,

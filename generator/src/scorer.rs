@@ -10,24 +10,24 @@ use tokio::sync::Semaphore;
 
 use crate::engine::{EngineHandle, Scored};
 use crate::error::GeneratorError;
-use crate::torch::ServingWeights;
+use crate::torch::DeviceWeights;
 
 /// Scores asked for and not answered; more are refused.
 const MAX_SCORES: usize = 1024;
 
 #[derive(Debug, Clone)]
 pub(crate) struct Scorer {
-    engine: EngineHandle<ServingWeights>,
+    engine: EngineHandle<DeviceWeights>,
     places: Arc<Semaphore>,
     turn: Arc<Semaphore>,
 }
 
 impl Scorer {
-    pub(crate) fn new(engine: EngineHandle<ServingWeights>) -> Self {
+    pub(crate) fn new(engine: EngineHandle<DeviceWeights>) -> Self {
         Self { engine, places: Arc::new(Semaphore::new(MAX_SCORES)), turn: Arc::new(Semaphore::new(1)) }
     }
 
-    pub(crate) fn engine(&self) -> &EngineHandle<ServingWeights> {
+    pub(crate) fn engine(&self) -> &EngineHandle<DeviceWeights> {
         &self.engine
     }
 

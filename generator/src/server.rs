@@ -20,7 +20,7 @@ use crate::engine::{EngineHandle, EngineHealth};
 use crate::instance::{GeneratorOptions, Instance};
 use crate::metrics::{MetricsServer, Observed};
 use crate::service::Service;
-use crate::torch::{ServingWeights, WeightReceiver};
+use crate::torch::{DeviceWeights, WeightReceiver};
 
 /// Largest message that is taken: a prompt of a million tokens, and its columns.
 const MAX_REQUEST_BYTES: usize = 16 << 20;
@@ -39,7 +39,7 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 pub struct GeneratorServer {
     incoming: TcpIncoming,
     address: SocketAddr,
-    engine: EngineHandle<ServingWeights>,
+    engine: EngineHandle<DeviceWeights>,
     observed: Arc<Observed>,
     service: Service,
     metrics: Option<MetricsServer>,
@@ -65,8 +65,7 @@ impl GeneratorServer {
     pub(crate) fn over(instance: Instance, incoming: TcpIncoming) -> anyhow::Result<Self> {
         let address = incoming.local_addr().context("asking for the address that was taken")?;
         let (engine, observed) = (instance.engine.clone(), instance.outputs.observed());
-        let Instance { config, push_kind, quantization, .. } = &instance;
-        let receiver = WeightReceiver::start(config, *push_kind, *quantization, engine.clone(), Handle::current())?;
+        let receiver = WeightReceiver::start(&instance.config, instance.format, engine.clone(), Handle::current())?;
         Ok(Self { incoming, address, engine, observed, service: Service::new(instance, receiver), metrics: None })
     }
 
@@ -129,7 +128,7 @@ impl GeneratorServer {
 /// Lets open calls finish within `grace`, then aborts them.
 async fn finish(
     mut serving: JoinHandle<Result<(), tonic::transport::Error>>,
-    engine: EngineHandle<ServingWeights>,
+    engine: EngineHandle<DeviceWeights>,
     grace: Duration,
 ) -> anyhow::Result<()> {
     let mut ended = tokio::time::timeout(grace, &mut serving).await;

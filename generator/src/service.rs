@@ -16,7 +16,7 @@ use crate::engine::{Activity, EngineError, EngineHandle, RequestKey};
 use crate::error::{GeneratorError, invalid};
 use crate::instance::Instance;
 use crate::request::check_request_id;
-use crate::torch::{Membership, Push, ServingWeights, UpdateError, WeightReceiver};
+use crate::torch::{DeviceWeights, Membership, Push, UpdateError, WeightReceiver};
 
 /// Requests in flight, and their samples in all; more are refused.
 const MAX_IN_FLIGHT: usize = 4096;
@@ -39,7 +39,7 @@ impl Service {
         Self { instance, receiver, in_flight: InFlight::default() }
     }
 
-    fn engine(&self) -> &EngineHandle<ServingWeights> {
+    fn engine(&self) -> &EngineHandle<DeviceWeights> {
         &self.instance.engine
     }
 }
@@ -161,6 +161,7 @@ impl From<GeneratorError> for Status {
                 UpdateError::NotJoined(_) => Code::FailedPrecondition,
                 UpdateError::BadHash { .. } => Code::DataLoss,
                 UpdateError::Busy => Code::ResourceExhausted,
+                UpdateError::Weights(_) => Code::Internal,
                 UpdateError::Comm(_) | UpdateError::NoAddress { .. } => Code::Aborted,
                 UpdateError::Engine(_) | UpdateError::Stopped => Code::Unavailable,
             },

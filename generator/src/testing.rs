@@ -29,6 +29,11 @@ pub(crate) enum Tiny {
 }
 
 pub(crate) fn tiny_config(tiny: Tiny) -> ModelConfig {
+    tiny_config_with(tiny, &json!({}))
+}
+
+/// With other values for some keys of `config.json`.
+pub(crate) fn tiny_config_with(tiny: Tiny, changes: &Value) -> ModelConfig {
     let mut raw = json!({"vocab_size": 260, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5, "rope_theta": 10_000.0, "tie_word_embeddings": true, "initializer_range": 0.3});
@@ -39,7 +44,7 @@ pub(crate) fn tiny_config(tiny: Tiny) -> ModelConfig {
             "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                 "original_max_position_embeddings": 32}}),
     };
-    for (key, value) in family.as_object().unwrap() {
+    for (key, value) in family.as_object().unwrap().iter().chain(changes.as_object().unwrap()) {
         raw[key] = value.clone();
     }
     ModelConfig::from_json(raw.as_object().unwrap().clone()).unwrap()

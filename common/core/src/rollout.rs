@@ -116,6 +116,13 @@ impl Sampling {
         problems
     }
 
+    /// Whether the model's logits are changed before a token is sampled, beside by `min_tokens`.
+    #[must_use]
+    pub fn edits_logits(&self) -> bool {
+        let lists_are_empty = self.allowed_token_ids.is_empty() && self.bad_token_ids.is_empty();
+        self.has_penalties() || !self.logit_bias.is_empty() || !lists_are_empty
+    }
+
     /// Whether what was sampled changes what is sampled next, beside by the model.
     #[must_use]
     pub fn has_penalties(&self) -> bool {

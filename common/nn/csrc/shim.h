@@ -15,6 +15,7 @@ class Tensor;
 struct AhaStore;
 struct AhaGroup;
 struct AhaWork;
+struct AhaGraph;
 
 struct AhaGroupOptions {
   int32_t rank;
@@ -74,4 +75,15 @@ char* aha_fused_adamw(at::Tensor* param, at::Tensor* grad, at::Tensor* exp_avg, 
 
 // The CUDA stream that libtorch's operators on `device` are queued on.
 char* aha_current_stream(int32_t device, void** out);
+// Makes `device` this thread's, with a stream that nobody else queues on.
+char* aha_cuda_own_stream(int32_t device);
+// Waits for what this thread has queued on `device`.
+char* aha_cuda_synchronize(int32_t device);
+// Gives the memory that libtorch keeps for later back to the driver.
+char* aha_cuda_empty_cache(void);
+// What this thread queues between the two calls is captured, not performed. Freed with `aha_graph_free` in any case.
+char* aha_graph_begin(AhaGraph** out);
+char* aha_graph_end(AhaGraph* graph);
+char* aha_graph_replay(AhaGraph* graph);
+void aha_graph_free(AhaGraph* graph);
 }

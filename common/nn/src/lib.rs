@@ -4,6 +4,7 @@ pub mod autograd;
 pub mod autograd_ops;
 pub mod comm;
 pub mod forward;
+pub mod gpu;
 pub mod kernels;
 pub mod logprob;
 pub mod model_config;

@@ -22,6 +22,11 @@ pub(crate) struct AhaWork {
 }
 
 #[repr(C)]
+pub(crate) struct AhaGraph {
+    _opaque: [u8; 0],
+}
+
+#[repr(C)]
 pub(crate) struct AhaGroupOptions {
     pub(crate) rank: i32,
     pub(crate) size: i32,
@@ -136,6 +141,13 @@ unsafe extern "C" {
     ) -> *mut c_char;
 
     pub(crate) fn aha_current_stream(device: i32, stream: *mut *mut c_void) -> *mut c_char;
+    pub(crate) fn aha_cuda_own_stream(device: i32) -> *mut c_char;
+    pub(crate) fn aha_cuda_synchronize(device: i32) -> *mut c_char;
+    pub(crate) fn aha_cuda_empty_cache() -> *mut c_char;
+    pub(crate) fn aha_graph_begin(out: *mut *mut AhaGraph) -> *mut c_char;
+    pub(crate) fn aha_graph_end(graph: *mut AhaGraph) -> *mut c_char;
+    pub(crate) fn aha_graph_replay(graph: *mut AhaGraph) -> *mut c_char;
+    pub(crate) fn aha_graph_free(graph: *mut AhaGraph);
 }
 
 /// Turns what a shim function returned into a `Result`.

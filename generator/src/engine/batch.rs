@@ -1,4 +1,7 @@
 //! One engine step, as the scheduler hands it to the runner: token ids and block numbers, nothing else.
+//!
+//! A step is one look of the host. Where every item decodes it may ask for several tokens an item ([`Ahead`]), so that
+//! a GPU need not wait for the host after each.
 
 use std::sync::Arc;
 
@@ -31,6 +34,14 @@ pub struct BatchItem {
     pub choose: Option<Choose>,
 }
 
+impl BatchItem {
+    /// Tokens to be sampled, unless the sequence ends before.
+    #[must_use]
+    pub fn num_to_sample(&self) -> usize {
+        self.choose.as_ref().map_or(0, |choose| choose.ahead.as_ref().map_or(1, |ahead| ahead.num_tokens))
+    }
+}
+
 /// How to sample one token.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Choose {
@@ -42,6 +53,28 @@ pub struct Choose {
     pub suppress: Arc<[TokenId]>,
     /// Tokens that penalties concern, ascending, with the times that they are in the completion; empty without any.
     pub counts: Vec<(TokenId, u32)>,
+    /// Set where tokens after this one are sampled in the same look.
+    pub ahead: Option<Ahead>,
+}
+
+/// How a sequence goes on by itself: each token that is sampled is computed, and the next one sampled from it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Ahead {
+    /// Tokens to be sampled, the first one included: fewer only if the sequence ends by a stop token. At least 2, at most
+    /// what `max_tokens` leaves. The block table covers all of them but the last.
+    pub num_tokens: usize,
+    pub seed: u64,
+    pub sample_index: u32,
+    /// Position of the first of them in the completion.
+    pub num_generated: u32,
+    /// Tokens that end the sequence once it has more than `min_tokens`, and are suppressed before; at most
+    /// [`Ahead::MAX_STOPS`].
+    pub stop_token_ids: Arc<[TokenId]>,
+}
+
+impl Ahead {
+    /// So that a runner can set memory aside. Sequences with more stop tokens go on one by one.
+    pub const MAX_STOPS: usize = 16;
 }
 
 /// A sampled token.
@@ -59,8 +92,8 @@ pub trait Runner {
     /// A set of weights, ready to serve.
     type Staged: Send + 'static;
 
-    /// Performs the copies, computes every item and samples where asked: one [`Sampled`] for each item with `choose`,
-    /// in their order.
+    /// Performs the copies, computes every item and samples where asked. For each item with `choose`, in their order,
+    /// come one [`Sampled`], or as many as its [`Ahead`] says.
     ///
     /// # Errors
     /// Any error is final: the engine ends with it.
@@ -76,15 +109,21 @@ pub trait Runner {
     /// Where the time of its steps went: all but scheduling.
     fn times(&self) -> StepTimes;
 
-    /// Puts weights in place, between two steps, and gives back those that served: memory for the next push.
-    fn swap(&mut self, staged: Self::Staged) -> Self::Staged;
+    /// Puts weights in place, between two steps, and gives a set of any content back: memory for the next push.
+    ///
+    /// # Errors
+    /// Any error is final, as for the two that follow.
+    fn swap(&mut self, staged: Self::Staged) -> anyhow::Result<Self::Staged>;
 
     /// Gives the memory of the KV cache back. No step runs before [`Runner::restore_cache`].
-    fn release_cache(&mut self);
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn release_cache(&mut self) -> anyhow::Result<()>;
 
     /// Takes the memory of the KV cache again; what it held is gone.
     ///
     /// # Errors
-    /// If there is not enough memory; the engine ends with it.
+    /// If there is not enough memory.
     fn restore_cache(&mut self) -> anyhow::Result<()>;
 }

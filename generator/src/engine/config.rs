@@ -18,6 +18,9 @@ pub struct EngineConfig {
     pub max_num_batched_tokens: usize,
     /// Longest sequence, prompt and completion together, in tokens.
     pub max_model_len: usize,
+    /// Most tokens of a sequence that are sampled in one step, where every sequence of the step decodes. More than 1 only
+    /// for a runner that can ([`Ahead`](super::Ahead)).
+    pub steps_per_look: usize,
     /// What happens to running sequences when weights change.
     pub kv: KvPolicy,
     /// Whether what one sequence computed serves others that begin with the same tokens.
@@ -49,6 +52,7 @@ impl EngineConfig {
             ("kv_cache_mib (in blocks)", self.num_blocks, 1),
             ("max_num_seqs", self.max_num_seqs, 1),
             batched_tokens,
+            ("steps_per_look", self.steps_per_look, 1),
             ("max_model_len", self.max_model_len, 2),
         ];
         match sizes.into_iter().find(|&(_, value, least)| value < least) {
@@ -85,6 +89,7 @@ mod tests {
         max_num_seqs: 2,
         max_num_batched_tokens: 2,
         max_model_len: 20,
+        steps_per_look: 1,
         kv: KvPolicy::Keep,
         enable_prefix_caching: true,
         eos_token_ids: Vec::new(),

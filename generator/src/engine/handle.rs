@@ -46,8 +46,8 @@ pub struct Scored {
 /// What came of a swap.
 #[derive(Debug)]
 pub struct Swapped<S> {
-    /// The weights that served before: memory for the next push.
-    pub previous: S,
+    /// Memory for the next push; what it holds is up to the runner.
+    pub spare: S,
     /// Time for which decoding stood still.
     pub stood_still: Duration,
 }

@@ -20,7 +20,7 @@ mod testing;
 mod tests;
 mod thread;
 
-pub use batch::{BatchItem, Choose, Runner, Sampled, StepBatch};
+pub use batch::{Ahead, BatchItem, Choose, Runner, Sampled, StepBatch};
 pub use block_manager::{BlockCopy, BlockId};
 pub use config::{BadEngineConfig, EngineConfig};
 pub use handle::{EngineError, EngineHandle, EngineHealth, Scored, Swapped};

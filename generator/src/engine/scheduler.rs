@@ -14,6 +14,8 @@
 //!   the prompt can be forked. When the last such one ends while others wait, the prompt is parked for them; parked
 //!   prompts are the first to go when blocks are short.
 //! - Keys and values filled by other weights than those that serve are never forked or parked.
+//! - A step in which every sequence decodes may sample several tokens of each, into blocks that are free: nobody is
+//!   preempted for that.
 
 mod group;
 
@@ -114,39 +116,62 @@ impl Scheduler {
             self.admit(budget, &mut copies, &mut scheduled);
         }
         scheduled.sort_by_cached_key(|(id, _)| !self.running[id].is_decoding());
-        self.step_of(copies, scheduled)
+        let num_sampled = self.look_ahead(&scheduled);
+        self.step_of(copies, scheduled.into_iter().zip(num_sampled))
     }
 
     /// Takes what the runner made of a step. Between the two calls nothing else may be called.
     ///
     /// # Errors
-    /// If there is not one sampled token for each that was asked for.
+    /// If there are not as many sampled tokens as were asked for.
     pub(super) fn complete(&mut self, step: &Step, sampled: Vec<Sampled>) -> anyhow::Result<Vec<Output>> {
-        let num_wanted = step.batch.items.iter().filter(|item| item.choose.is_some()).count();
-        anyhow::ensure!(sampled.len() == num_wanted, "the runner sampled {} of {num_wanted} tokens", sampled.len());
+        let num_sampled = sampled.len();
         let mut sampled = sampled.into_iter();
-        let mut outputs = Vec::with_capacity(num_wanted);
+        let mut outputs = Vec::with_capacity(num_sampled);
         for (&id, item) in step.sequences.iter().zip(&step.batch.items) {
-            let running = self.running.get_mut(&id).expect("a sequence runs from its scheduling to its completion");
-            self.counters.prompt_tokens += if running.is_decoding() { 0 } else { item.tokens.len() as u64 };
-            running.num_computed += item.tokens.len();
-            // One that ran across a swap has attended to keys and values of the weights before.
-            if self.config.enable_prefix_caching && !running.ran_across_swap {
-                running.register_computed(&mut self.blocks, self.config.block_size);
-            }
-            let Some(sampled) = item.choose.as_ref().and_then(|_| sampled.next()) else { continue };
-            let Sampled { token, logprob, raw } = sampled;
-            self.counters.generation_tokens += 1;
-            let finish = running.sequence.push(token);
-            let (key, sample_index) = (running.sequence.task.key, running.sequence.sample_index);
-            let version = self.version;
-            outputs.push((key, TokenEvent::Token { sample_index, token, logprob, raw, version, finish }));
-            if finish.is_some() {
-                self.retire(id);
+            let is_prompt = !self.running[&id].is_decoding();
+            self.counters.prompt_tokens += if is_prompt { item.tokens.len() as u64 } else { 0 };
+            self.take_computed(id, item.tokens.len());
+            for index in 0..item.num_to_sample() {
+                // Each token but the last was computed to sample the next one.
+                self.take_computed(id, usize::from(index > 0));
+                let Some(sampled) = sampled.next() else {
+                    anyhow::bail!("the runner sampled {num_sampled} tokens, and more are wanted")
+                };
+                let output = self.take_sampled(id, sampled);
+                let is_last = output.1.finish().is_some();
+                outputs.push(output);
+                if is_last {
+                    break;
+                }
             }
         }
+        let num_wanted = outputs.len();
+        anyhow::ensure!(num_sampled == num_wanted, "the runner sampled {num_sampled} tokens, {num_wanted} are wanted");
         self.counters.steps += 1;
         Ok(outputs)
+    }
+
+    /// Notes that keys and values of a running sequence's next tokens are in the cache.
+    fn take_computed(&mut self, id: SequenceId, num_tokens: usize) {
+        let running = self.running.get_mut(&id).expect("a sequence runs from its scheduling to its completion");
+        running.num_computed += num_tokens;
+        // One that ran across a swap has attended to keys and values of the weights before.
+        if num_tokens > 0 && self.config.enable_prefix_caching && !running.ran_across_swap {
+            running.register_computed(&mut self.blocks, self.config.block_size);
+        }
+    }
+
+    /// Appends a token to a running sequence, which may end with it.
+    fn take_sampled(&mut self, id: SequenceId, Sampled { token, logprob, raw }: Sampled) -> Output {
+        let running = self.running.get_mut(&id).expect("a sequence runs until its last token");
+        self.counters.generation_tokens += 1;
+        let finish = running.sequence.push(token);
+        let (key, sample_index) = (running.sequence.task.key, running.sequence.sample_index);
+        if finish.is_some() {
+            self.retire(id);
+        }
+        (key, TokenEvent::Token { sample_index, token, logprob, raw, version: self.version, finish })
     }
 
     /// Ends a sample that was found to have ended with its token number `num_tokens`. Nothing happens if it has ended
@@ -290,9 +315,28 @@ impl Scheduler {
         true
     }
 
-    fn step_of(&self, copies: Vec<BlockCopy>, scheduled: Vec<(SequenceId, usize)>) -> Step {
+    /// How many tokens each scheduled sequence samples: one, or more where all do nothing but decode, as far as blocks
+    /// are free. What waits could not be admitted to this step anyway.
+    fn look_ahead(&mut self, scheduled: &[(SequenceId, usize)]) -> Vec<usize> {
+        let most = self.config.steps_per_look;
+        let goes_alone = |running: &Running| running.is_decoding() && !running.sequence.needs_host();
+        if most == 1 || !scheduled.iter().all(|(id, _)| goes_alone(&self.running[id])) {
+            return vec![1; scheduled.len()];
+        }
+        let mut num_to_sample = Vec::with_capacity(scheduled.len());
+        for (id, _) in scheduled {
+            let Some(Running { sequence, block_table, num_computed, .. }) = self.running.get_mut(id) else { continue };
+            let most = most.min(sequence.num_left());
+            // The block of the first token is its own already, so there is nothing to copy.
+            let fits = |num: &usize| self.blocks.grow(block_table, *num_computed + 1..*num_computed + num).is_ok();
+            num_to_sample.push((2..=most).rev().find(fits).unwrap_or(1));
+        }
+        num_to_sample
+    }
+
+    fn step_of(&self, copies: Vec<BlockCopy>, scheduled: impl Iterator<Item = ((SequenceId, usize), usize)>) -> Step {
         let mut step = Step { batch: StepBatch { copies, items: Vec::new() }, sequences: Vec::new() };
-        for (id, num_tokens) in scheduled {
+        for ((id, num_tokens), num_to_sample) in scheduled {
             let Running { sequence, block_table, num_computed, .. } = &self.running[&id];
             let end = num_computed + num_tokens;
             step.sequences.push(id);
@@ -300,7 +344,7 @@ impl Scheduler {
                 tokens: sequence.tokens(*num_computed..end),
                 start: *num_computed,
                 block_table: block_table.ids().to_vec(),
-                choose: (end == sequence.num_tokens()).then(|| sequence.choose()),
+                choose: (end == sequence.num_tokens()).then(|| sequence.choose(num_to_sample)),
             });
         }
         step

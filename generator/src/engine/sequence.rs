@@ -8,7 +8,7 @@ use aha_core::ids::TokenId;
 use aha_core::random::sampling_uniform;
 use aha_core::rollout::{FinishReason, Sampling};
 
-use super::batch::Choose;
+use super::batch::{Ahead, Choose};
 use super::block_manager::{BlockManager, BlockTable};
 use super::prefix::Prefix;
 use super::request::RequestKey;
@@ -93,8 +93,8 @@ impl Sequence {
         self.tokens(index * block_size..(index + 1) * block_size)
     }
 
-    /// How the next token is to be sampled.
-    pub(super) fn choose(&self) -> Choose {
+    /// How the next token is to be sampled, or the next `num_tokens` ones.
+    pub(super) fn choose(&self, num_tokens: usize) -> Choose {
         let position = self.completion.len() as u32;
         let suppress =
             if position < self.task.sampling.min_tokens { &self.task.stop_token_ids } else { &self.task.nothing };
@@ -103,7 +103,25 @@ impl Sequence {
             uniform: sampling_uniform(self.task.seed, self.sample_index, position),
             suppress: Arc::clone(suppress),
             counts: self.counts.clone(),
+            ahead: (num_tokens > 1).then(|| Ahead {
+                num_tokens,
+                seed: self.task.seed,
+                sample_index: self.sample_index,
+                num_generated: position,
+                stop_token_ids: Arc::clone(&self.task.stop_token_ids),
+            }),
         }
+    }
+
+    /// Tokens that may be sampled yet.
+    pub(super) fn num_left(&self) -> usize {
+        (self.task.sampling.max_tokens as usize).saturating_sub(self.completion.len())
+    }
+
+    /// Whether the host must see each token before the next one is sampled.
+    pub(super) fn needs_host(&self) -> bool {
+        let Task { sampling, stop_token_ids, .. } = &*self.task;
+        sampling.edits_logits() || sampling.logprobs > 0 || stop_token_ids.len() > Ahead::MAX_STOPS
     }
 
     /// Takes the next token; says why if the sequence ends with it.
@@ -206,7 +224,7 @@ mod tests {
         let mut sequence = sequence(sampling);
         let mut suppressed = Vec::new();
         for _ in 0..3 {
-            suppressed.push(sequence.choose().suppress.to_vec());
+            suppressed.push(sequence.choose(1).suppress.to_vec());
             sequence.push(5);
         }
         assert_eq!(suppressed, [vec![2], vec![2], vec![]]);
@@ -219,7 +237,7 @@ mod tests {
             for token in [20, 11, 20, 5] {
                 sequence.push(token);
             }
-            sequence.choose().counts
+            sequence.choose(1).counts
         };
         let penalty = |repetition_penalty, frequency_penalty| Sampling {
             repetition_penalty,
@@ -241,6 +259,6 @@ mod tests {
         assert_eq!(sequence.tokens(1..2), [11]);
         assert_eq!(sequence.tokens(2..4), [12, 20]);
         assert_eq!(sequence.tokens(4..5), [21]);
-        assert_eq!(sequence.choose().uniform, sampling_uniform(7, 3, 2));
+        assert_eq!(sequence.choose(1).uniform, sampling_uniform(7, 3, 2));
     }
 }

@@ -25,6 +25,7 @@ pub(super) const ROOMY: EngineConfig = EngineConfig {
     max_num_seqs: 64,
     max_num_batched_tokens: 512,
     max_model_len: 200,
+    steps_per_look: 1,
     kv: KvPolicy::Recompute,
     enable_prefix_caching: true,
     eos_token_ids: Vec::new(),
@@ -95,6 +96,7 @@ impl Ask {
             allowed_token_ids: [vec![], (5..35).rev().chain([7]).collect()][random.below(2)].clone(),
             ..Sampling::default()
         };
+        let sampling = if random.below(2) == 0 { sampling } else { without_edits(sampling) };
         let first = random.below(3) as u32;
         let sample_indices = (first..=first + random.below(6) as u32).rev().collect();
         Self { key: RequestKey(key), prompt: random.prompt(30), sample_indices, sampling, seed: key % 3 }
@@ -127,7 +129,7 @@ impl Ask {
             let sampling = Arc::new(self.sampling.clone());
             let suppress = if stop_allowed { Vec::new() } else { stops.clone() }.into();
             let counts = self.counts(&tokens[self.prompt.len()..]);
-            let sampled = sample(hidden, &Choose { sampling, uniform, suppress, counts });
+            let sampled = sample(hidden, &Choose { sampling, uniform, suppress, counts, ahead: None });
             tokens.push(sampled.token);
             if stop_allowed && stops.contains(&sampled.token) {
                 return Expected { tokens: tokens.split_off(self.prompt.len()), finish: FinishReason::Stop };
@@ -148,6 +150,12 @@ impl Ask {
         }
         counts.into_iter().collect()
     }
+}
+
+/// The same, so that several tokens may be sampled in a look.
+fn without_edits(sampling: Sampling) -> Sampling {
+    let Sampling { temperature, max_tokens, min_tokens, stop_token_ids, ignore_eos, .. } = sampling;
+    Sampling { temperature, max_tokens, min_tokens, stop_token_ids, ignore_eos, ..Sampling::default() }
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -216,9 +224,12 @@ impl FakeRunner {
         let num_tokens: usize = batch.items.iter().map(|item| item.tokens.len()).sum();
         assert!(num_tokens <= self.config.max_num_batched_tokens);
         let mut writers: HashMap<BlockId, usize> = HashMap::new();
+        let all_decode = batch.items.iter().all(|item| item.tokens.len() == 1 && item.choose.is_some());
         for (index, item) in batch.items.iter().enumerate() {
             assert!(!item.tokens.is_empty());
-            let end = item.start + item.tokens.len();
+            assert!(item.num_to_sample() <= if all_decode { self.config.steps_per_look } else { 1 });
+            // Of the tokens that are sampled, the last is not computed.
+            let end = item.start + item.tokens.len() + item.num_to_sample().max(1) - 1;
             assert!(item.block_table.len() * self.config.block_size >= end);
             for &block in &item.block_table[item.start / self.config.block_size..end.div_ceil(self.config.block_size)] {
                 assert_eq!(writers.insert(block, index), None, "{block:?} is written twice");
@@ -248,6 +259,25 @@ impl FakeRunner {
     }
 }
 
+impl FakeRunner {
+    /// Samples what follows in the same look.
+    fn go_on(&mut self, mut item: BatchItem, choose: &Choose, sampled: &mut Vec<Sampled>) {
+        let Choose { sampling, ahead: Some(ahead), .. } = choose else { return };
+        for index in ahead.num_generated + 1..ahead.num_generated + ahead.num_tokens as u32 {
+            let token = sampled.last().unwrap().token;
+            if index > sampling.min_tokens && ahead.stop_token_ids.contains(&token) {
+                return;
+            }
+            (item.start, item.tokens) = (item.start + 1, vec![token]);
+            let hidden = self.run_item(&item);
+            let may_stop = index >= sampling.min_tokens;
+            let suppress = if may_stop { Arc::new([]) } else { Arc::clone(&ahead.stop_token_ids) };
+            let uniform = sampling_uniform(ahead.seed, ahead.sample_index, index);
+            sampled.push(sample(hidden, &Choose { uniform, suppress, ..choose.clone() }));
+        }
+    }
+}
+
 impl Runner for FakeRunner {
     type Staged = u64;
 
@@ -264,6 +294,7 @@ impl Runner for FakeRunner {
             if let Some(choose) = &item.choose {
                 assert!(choose.sampling.allowed_token_ids.is_sorted_by(|a, b| a < b));
                 sampled.push(sample(hidden, choose));
+                self.go_on(item.clone(), choose, &mut sampled);
             }
         }
         self.num_steps += 1;
@@ -289,13 +320,14 @@ impl Runner for FakeRunner {
         StepTimes::default()
     }
 
-    fn swap(&mut self, staged: u64) -> u64 {
-        std::mem::replace(&mut self.weights, staged)
+    fn swap(&mut self, staged: u64) -> anyhow::Result<u64> {
+        Ok(std::mem::replace(&mut self.weights, staged))
     }
 
-    fn release_cache(&mut self) {
+    fn release_cache(&mut self) -> anyhow::Result<()> {
         assert!(!self.slots.is_empty());
         self.slots = Vec::new();
+        Ok(())
     }
 
     fn restore_cache(&mut self) -> anyhow::Result<()> {
@@ -306,7 +338,7 @@ impl Runner for FakeRunner {
 }
 
 /// Every count changes the outcome.
-fn sample(hidden: u64, Choose { sampling, uniform, suppress, counts }: &Choose) -> Sampled {
+fn sample(hidden: u64, Choose { sampling, uniform, suppress, counts, .. }: &Choose) -> Sampled {
     let randomness = if sampling.temperature > 0.0 { u64::from(uniform.to_bits()) } else { 0 };
     let counted = counts.iter().fold(0, |hash, &(token, count)| mix(hash, u64::from(token) << 32 | u64::from(count)));
     let hash = derive_seed(hidden, &[randomness, counted]);

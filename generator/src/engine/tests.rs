@@ -74,7 +74,7 @@ fn add(engine: &mut Engine<FakeRunner>, ask: &Ask) -> mpsc::Receiver<TokenEvent>
 }
 
 fn swap(engine: &mut Engine<FakeRunner>, version: u64) -> u64 {
-    tell(engine, |reply| Command::Swap { staged: version, version: PolicyVersion(version), reply }).unwrap().previous
+    tell(engine, |reply| Command::Swap { staged: version, version: PolicyVersion(version), reply }).unwrap().spare
 }
 
 fn finish(engine: &mut Engine<FakeRunner>, ask: &Ask, sample_index: u32, num_tokens: usize) {
@@ -116,6 +116,7 @@ fn outputs_depend_on_seed_prompt_and_sample_alone() {
             config.num_blocks = 53_usize.div_ceil(config.block_size) + random.below(40);
             config.max_num_seqs = 1 + random.below(24);
             config.max_num_batched_tokens = config.max_num_seqs + random.below(40);
+            config.steps_per_look = [1, 2, 8][round % 3];
             config.kv = [KvPolicy::Keep, KvPolicy::Recompute][round % 2];
             config.enable_prefix_caching = round % 4 > 0;
         });
@@ -281,8 +282,8 @@ fn finishing_the_last_sample_closes_the_channel() {
 /// Swaps twice while three groups run, and compares every token with the model's definition: under `Recompute` the whole
 /// cache is of the weights that sample, under `Keep` every position is of the weights that first computed it.
 #[track_caller]
-fn check_swaps(kv: KvPolicy) {
-    let mut engine = engine(|config| config.kv = kv);
+fn check_swaps(kv: KvPolicy, steps_per_look: usize) {
+    let mut engine = engine(|config| (config.kv, config.steps_per_look) = (kv, steps_per_look));
     let asks = [Ask::new(1, 10, 4, 20), Ask::new(2, 7, 2, 20), Ask::new(3, 12, 3, 20)];
     let mut events: Vec<_> = asks.iter().map(|ask| add(&mut engine, ask)).collect();
     (0..4).for_each(|_| engine.step().unwrap());
@@ -310,8 +311,10 @@ fn check_swaps(kv: KvPolicy) {
 
 #[test]
 fn swaps_give_every_token_the_version_that_sampled_it() {
-    check_swaps(KvPolicy::Recompute);
-    check_swaps(KvPolicy::Keep);
+    for steps_per_look in [1, 2] {
+        check_swaps(KvPolicy::Recompute, steps_per_look);
+        check_swaps(KvPolicy::Keep, steps_per_look);
+    }
 }
 
 #[test]
@@ -425,7 +428,7 @@ async fn a_runner_that_fails_ends_the_engine_and_says_why() {
     let cases = [
         (Trouble::Error, "compute an engine step: the fake device is on fire"),
         (Trouble::Panic, "panicked: the fake device is gone"),
-        (Trouble::OneTokenShort, "the runner sampled 1 of 2 tokens"),
+        (Trouble::OneTokenShort, "the runner sampled 1 tokens, and more are wanted"),
     ];
     for (trouble, reason) in cases {
         let (handle, thread) = start(Some((3, trouble)));

@@ -189,14 +189,14 @@ impl<R: Runner> Engine<R> {
             }
             Command::Resume { reply } => answer(reply, self.resume()),
             Command::Sleep { reply } => {
-                self.sleep();
+                self.sleep()?;
                 answer(reply, Ok(()));
             }
             Command::Wake { reply } => {
                 self.wake()?;
                 answer(reply, Ok(()));
             }
-            Command::Swap { staged, version, reply } => answer(reply, Ok(self.swap(staged, version))),
+            Command::Swap { staged, version, reply } => answer(reply, Ok(self.swap(staged, version)?)),
             // A forward pass for nobody would hold up the next step.
             Command::Score { reply, .. } if reply.is_closed() => {}
             Command::Score { tokens, reply } => answer(reply, self.score(&tokens)?),
@@ -288,12 +288,13 @@ impl<R: Runner> Engine<R> {
         Ok(())
     }
 
-    fn sleep(&mut self) {
+    fn sleep(&mut self) -> anyhow::Result<()> {
         if self.activity != Activity::Asleep {
             self.scheduler.release_all();
-            self.runner.release_cache();
+            self.runner.release_cache().context("put the engine to sleep")?;
             self.activity = Activity::Asleep;
         }
+        Ok(())
     }
 
     fn wake(&mut self) -> anyhow::Result<()> {
@@ -304,11 +305,11 @@ impl<R: Runner> Engine<R> {
         Ok(())
     }
 
-    fn swap(&mut self, staged: R::Staged, version: PolicyVersion) -> Swapped<R::Staged> {
+    fn swap(&mut self, staged: R::Staged, version: PolicyVersion) -> anyhow::Result<Swapped<R::Staged>> {
         let start = Instant::now();
-        let previous = self.runner.swap(staged);
+        let spare = self.runner.swap(staged).context("swap weights")?;
         self.scheduler.set_version(version);
-        Swapped { previous, stood_still: start.elapsed() }
+        Ok(Swapped { spare, stood_still: start.elapsed() })
     }
 
     /// The outer error ends the engine, the inner one goes to who asked.

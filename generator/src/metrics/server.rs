@@ -16,7 +16,7 @@ use tonic::transport::server::TcpIncoming;
 
 use super::{Observed, exposition, page};
 use crate::engine::EngineHandle;
-use crate::torch::ServingWeights;
+use crate::torch::DeviceWeights;
 
 /// Prometheus' own patience, by default; the engine answers between two steps.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -45,7 +45,7 @@ impl MetricsServer {
     }
 
     /// Answers until it is dropped.
-    pub(crate) async fn serve(self, engine: EngineHandle<ServingWeights>, observed: Arc<Observed>) {
+    pub(crate) async fn serve(self, engine: EngineHandle<DeviceWeights>, observed: Arc<Observed>) {
         let source = Arc::new(Source { engine, observed, vllm_model: self.vllm_model });
         let answer = move || {
             let source = Arc::clone(&source);
@@ -61,7 +61,7 @@ impl MetricsServer {
 
 #[derive(Debug)]
 struct Source {
-    engine: EngineHandle<ServingWeights>,
+    engine: EngineHandle<DeviceWeights>,
     observed: Arc<Observed>,
     vllm_model: Option<String>,
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use aha_core::config::KvPolicy;
 use aha_core::ids::PolicyVersion;
-use tch::Kind;
+use tch::{Device, Kind};
 use tokio_stream::StreamExt;
 use tonic::transport::server::TcpIncoming;
 use tonic_health::pb::HealthCheckRequest;
@@ -22,7 +22,7 @@ use crate::outputs::Outputs;
 use crate::request::Limits;
 use crate::scorer::Scorer;
 use crate::testing::{byte_tokenizer, tiny_config};
-use crate::torch::ServingWeights;
+use crate::torch::{DeviceWeights, WeightFormat};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn abort_ends_a_request_and_gives_what_there_is() {
@@ -116,7 +116,7 @@ async fn stopping_aborts_requests_after_the_grace() {
 struct BrokenRunner;
 
 impl Runner for BrokenRunner {
-    type Staged = ServingWeights;
+    type Staged = DeviceWeights;
 
     fn run(&mut self, _batch: &StepBatch) -> anyhow::Result<Vec<Sampled>> {
         anyhow::bail!("the device is gone")
@@ -130,11 +130,13 @@ impl Runner for BrokenRunner {
         StepTimes::default()
     }
 
-    fn swap(&mut self, staged: ServingWeights) -> ServingWeights {
-        staged
+    fn swap(&mut self, staged: DeviceWeights) -> anyhow::Result<DeviceWeights> {
+        Ok(staged)
     }
 
-    fn release_cache(&mut self) {}
+    fn release_cache(&mut self) -> anyhow::Result<()> {
+        Ok(())
+    }
 
     fn restore_cache(&mut self) -> anyhow::Result<()> {
         Ok(())
@@ -173,6 +175,7 @@ fn broken_instance() -> Instance {
         max_num_seqs: 2,
         max_num_batched_tokens: 16,
         max_model_len: 64,
+        steps_per_look: 1,
         kv: KvPolicy::Recompute,
         enable_prefix_caching: true,
         eos_token_ids: Vec::new(),
@@ -188,7 +191,10 @@ fn broken_instance() -> Instance {
         limits: Limits { vocab_size: config.vocab_size, max_model_len: 64, eos_token_ids: [].into() },
         manifest_hash: config.manifest().hash(),
         config,
-        quantization: aha_core::config::Quantization::None,
-        push_kind: Kind::Float,
+        format: WeightFormat {
+            pushed: Kind::Float,
+            device: Device::Cpu,
+            quantization: aha_core::config::Quantization::None,
+        },
     }
 }

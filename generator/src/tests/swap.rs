@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use aha_core::config::{self, KvPolicy, Quantization};
+use aha_core::config::{self, KvPolicy};
 use aha_core::ids::{PolicyVersion, PromptId};
 use aha_nn::model_config::ModelConfig;
 use aha_nn::weights::Weights;
@@ -54,8 +54,7 @@ async fn measure(config: &ModelConfig, kv: KvPolicy, bucket_numel: usize, late: 
     options.generator = config::Generator { kv, kv_cache_mib: 256, max_model_len: 2048, ..options.generator };
     let instance = Instance::start(&options).unwrap();
     let engine = instance.engine.clone();
-    let receiver =
-        WeightReceiver::start(config, Kind::Float, Quantization::None, engine.clone(), Handle::current()).unwrap();
+    let receiver = WeightReceiver::start(config, instance.format, engine.clone(), Handle::current()).unwrap();
 
     let (trainer, weights) = (Trainer::new(), Weights::random(config, 2, 1, Kind::Float, Device::Cpu));
     let joining = trainer.join();

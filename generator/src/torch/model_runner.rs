@@ -96,7 +96,7 @@ impl CpuRunner {
             let selected: Vec<usize> = chosen.iter().map(|(row, _)| *row).collect();
             let mut logits = ops.logits(&hidden, &selected);
             let start = Instant::now();
-            sampled.extend(sample(ops.pool, &mut logits.data_mut(), chosen)?);
+            sampled.extend(choose_tokens(ops.pool, &mut logits.data_mut(), chosen)?);
             sampling += start.elapsed();
         }
         let Clock { gemm, attention } = &ops.clock;
@@ -153,12 +153,13 @@ impl Runner for CpuRunner {
         self.times
     }
 
-    fn swap(&mut self, staged: ServingWeights) -> ServingWeights {
-        std::mem::replace(&mut self.weights, staged)
+    fn swap(&mut self, staged: ServingWeights) -> anyhow::Result<ServingWeights> {
+        Ok(std::mem::replace(&mut self.weights, staged))
     }
 
-    fn release_cache(&mut self) {
+    fn release_cache(&mut self) -> anyhow::Result<()> {
         self.caches = Vec::new();
+        Ok(())
     }
 
     fn restore_cache(&mut self) -> anyhow::Result<()> {
@@ -180,7 +181,11 @@ fn raw_blocks(table: &[BlockId]) -> Vec<u32> {
 }
 
 /// Chooses a token for each row of `logits: [M, V]`.
-fn sample(pool: &Pool, logits: &mut [f32], chosen: &[(usize, &Choose)]) -> anyhow::Result<Vec<Sampled>> {
+pub(super) fn choose_tokens(
+    pool: &Pool,
+    logits: &mut [f32],
+    chosen: &[(usize, &Choose)],
+) -> anyhow::Result<Vec<Sampled>> {
     let requests: Vec<_> = chosen.iter().map(|(_, choose)| request(choose)).collect();
     let drawn = sample_rows(pool, logits, &requests).into_iter().enumerate();
     drawn
@@ -192,10 +197,10 @@ fn sample(pool: &Pool, logits: &mut [f32], chosen: &[(usize, &Choose)]) -> anyho
         .collect()
 }
 
-fn request(Choose { sampling, uniform, suppress, counts }: &Choose) -> SampleRequest<'_> {
-    let Sampling { temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, .. } = **sampling;
+fn request(Choose { sampling, uniform, suppress, counts, .. }: &Choose) -> SampleRequest<'_> {
+    let Sampling { repetition_penalty, presence_penalty, .. } = **sampling;
     SampleRequest {
-        params: SamplingParams { temperature, top_k, top_p, min_p },
+        params: sampling_params(sampling),
         uniform: f64::from(*uniform),
         edits: LogitEdits {
             allowed: &sampling.allowed_token_ids,
@@ -209,6 +214,11 @@ fn request(Choose { sampling, uniform, suppress, counts }: &Choose) -> SampleReq
         },
         num_top: (sampling.logprobs > 0).then_some(sampling.logprobs as usize),
     }
+}
+
+pub(super) fn sampling_params(sampling: &Sampling) -> SamplingParams {
+    let Sampling { temperature, top_k, top_p, min_p, .. } = *sampling;
+    SamplingParams { temperature, top_k, top_p, min_p }
 }
 
 fn raw_logprobs(RawLogProbs { log_prob, top }: RawLogProbs) -> Box<RawLogprobs> {

@@ -15,7 +15,7 @@ use super::{CacheSize, CpuRunner};
 use crate::engine::{BatchItem, BlockCopy, BlockId, Choose, Runner, Sampled, StepBatch};
 use crate::testing::{Tiny, tiny_config, tiny_weights};
 
-const ALL: [Tiny; 3] = [Tiny::Qwen2, Tiny::Qwen3, Tiny::Llama];
+pub(super) const ALL: [Tiny; 3] = [Tiny::Qwen2, Tiny::Qwen3, Tiny::Llama];
 const BLOCK_SIZE: usize = 16;
 const TOLERANCE: f32 = 1e-4;
 
@@ -29,26 +29,26 @@ fn quantised_runner(config: &ModelConfig, weights: &Weights, quantization: Quant
     CpuRunner::new(config, serving, CacheSize { block_size: BLOCK_SIZE, num_blocks: 24 }, 128, pool)
 }
 
-fn some_tokens(len: usize, salt: u32) -> Vec<TokenId> {
+pub(super) fn some_tokens(len: usize, salt: u32) -> Vec<TokenId> {
     (0..len as u32).map(|i| (i * 37 + salt * 101 + i * i) % 256).collect()
 }
 
-fn choose(temperature: f32, uniform: f32) -> Choose {
+pub(super) fn choose(temperature: f32, uniform: f32) -> Choose {
     let sampling = Sampling { temperature, ..Sampling::default() }.into();
-    Choose { sampling, uniform, suppress: [].into(), counts: Vec::new() }
+    Choose { sampling, uniform, suppress: [].into(), counts: Vec::new(), ahead: None }
 }
 
 /// A sequence that is computed with some others.
-struct Sequence {
-    tokens: Vec<TokenId>,
+pub(super) struct Sequence {
+    pub(super) tokens: Vec<TokenId>,
     num_computed: usize,
     blocks: Vec<BlockId>,
     temperature: f32,
-    sampled: Vec<Sampled>,
+    pub(super) sampled: Vec<Sampled>,
 }
 
 impl Sequence {
-    fn new(prompt: Vec<TokenId>, blocks: &[u32], temperature: f32) -> Self {
+    pub(super) fn new(prompt: Vec<TokenId>, blocks: &[u32], temperature: f32) -> Self {
         let blocks = blocks.iter().map(|&block| BlockId(block)).collect();
         Self { tokens: prompt, num_computed: 0, blocks, temperature, sampled: Vec::new() }
     }
@@ -67,7 +67,7 @@ impl Sequence {
 }
 
 /// Steps all sequences together, by chunks of the given sizes, until the first has `num_new` sampled tokens.
-fn advance(runner: &mut CpuRunner, sequences: &mut [Sequence], chunks: &[usize], num_new: usize) {
+pub(super) fn advance(runner: &mut impl Runner, sequences: &mut [Sequence], chunks: &[usize], num_new: usize) {
     for step in 0.. {
         let items: Vec<_> = sequences
             .iter()
@@ -100,7 +100,7 @@ fn assert_close(found: &[f32], expected: &[f32]) {
 }
 
 /// The most likely next token after each of `tokens`, by the trainer's forward pass.
-fn most_likely(config: &ModelConfig, weights: &Weights, tokens: &[TokenId]) -> Vec<TokenId> {
+pub(super) fn most_likely(config: &ModelConfig, weights: &Weights, tokens: &[TokenId]) -> Vec<TokenId> {
     let table = RotaryTable::new(config, tokens.len(), Device::Cpu);
     let hidden = hidden_states(config, weights, &PackedBatch::new(&[tokens], &table, Kind::Float));
     let logits = hidden.matmul(&head_matrix(config, weights).tr());
@@ -243,8 +243,8 @@ fn edits_and_raw_logprobs_agree_with_the_trainers_path() {
             if [ranked[0], ranked[2], ranked[3]].contains(&token) { f64::NEG_INFINITY } else { logit }
         })
         .collect();
-    let choose =
-        Choose { counts: counts.into(), suppress: [ranked[3]].into(), sampling: sampling.into(), uniform: 0.0 };
+    let suppress = [ranked[3]].into();
+    let choose = Choose { counts: counts.into(), suppress, sampling: sampling.into(), uniform: 0.0, ahead: None };
     let items = vec![BatchItem { tokens: prompt, start: 0, block_table: vec![BlockId(0)], choose: Some(choose) }];
     let sampled = runner(&config, &weights).run(&StepBatch { copies: Vec::new(), items }).unwrap().pop().unwrap();
 
@@ -273,11 +273,11 @@ fn a_refilled_set_equals_a_new_one() {
         let (tokens, blocks) = (some_tokens(30, 1), [BlockId(1), BlockId(0)]);
         let mut runner = quantised_runner(&config, &old, quantization);
         let before = runner.score(&tokens, &blocks).unwrap();
-        let previous = runner.swap(refilled);
+        let previous = runner.swap(refilled).unwrap();
         let after = runner.score(&tokens, &blocks).unwrap();
         assert_eq!(after, quantised_runner(&config, &new, quantization).score(&tokens, &blocks).unwrap());
         assert_ne!(before, after);
-        drop(runner.swap(previous));
+        drop(runner.swap(previous).unwrap());
         assert_eq!(runner.score(&tokens, &blocks).unwrap(), before);
     }
 }
@@ -302,7 +302,7 @@ fn a_released_cache_takes_no_step_until_it_is_restored() {
     let config = tiny_config(Tiny::Qwen2);
     let mut runner = runner(&config, &tiny_weights(&config, 1));
     let before = runner.score(&[1, 2, 3], &[BlockId(0)]).unwrap();
-    runner.release_cache();
+    runner.release_cache().unwrap();
     assert!(runner.score(&[1, 2, 3], &[BlockId(0)]).unwrap_err().to_string().contains("given back"));
     runner.restore_cache().unwrap();
     assert_eq!(runner.score(&[1, 2, 3], &[BlockId(0)]).unwrap(), before);

@@ -7,7 +7,6 @@ use std::net::{IpAddr, UdpSocket};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use aha_core::config::Quantization;
 use aha_core::ids::PolicyVersion;
 use aha_core::manifest::{Bucket, Manifest, UnitSpec};
 use aha_nn::comm::{Address, Backend, CommError, GroupSpec, ProcessGroup, Store};
@@ -15,12 +14,12 @@ use aha_nn::kernels::cpu::Pool;
 use aha_nn::model_config::ModelConfig;
 use aha_nn::tensor_data::bytes;
 use aha_nn::weights::split;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::weights::ServingWeights;
+use super::device_runner::{DeviceWeights, WeightFormat};
 use crate::engine::{EngineError, EngineHandle};
 
 /// Commands that may wait while one is worked on.
@@ -75,6 +74,8 @@ pub enum UpdateError {
     Comm(#[from] CommError),
     #[error("cannot find the address of this machine towards {store}: {source}")]
     NoAddress { store: String, source: std::io::Error },
+    #[error("cannot hold the new weights: {0:#}")]
+    Weights(anyhow::Error),
     #[error("{MAX_WAITING} joins and pushes are waiting already")]
     Busy,
     #[error("the weight receiver has stopped")]
@@ -98,16 +99,14 @@ pub struct WeightReceiver {
 }
 
 impl WeightReceiver {
-    /// Starts the thread. Pushed weights are of type `kind` and served as `quantization` says; `runtime` runs what the
-    /// thread asks of `engine`.
+    /// Starts the thread; `runtime` runs what it asks of `engine`.
     ///
     /// # Errors
     /// If the thread cannot be started.
     pub fn start(
         config: &ModelConfig,
-        kind: Kind,
-        quantization: Quantization,
-        engine: EngineHandle<ServingWeights>,
+        format: WeightFormat,
+        engine: EngineHandle<DeviceWeights>,
         runtime: Handle,
     ) -> anyhow::Result<Self> {
         let (commands, incoming) = mpsc::channel(MAX_WAITING);
@@ -115,8 +114,7 @@ impl WeightReceiver {
         let worker = Worker {
             manifest: config.manifest(),
             config: config.clone(),
-            kind,
-            quantization,
+            format,
             engine,
             runtime,
             pool: Pool::new(1)?,
@@ -168,16 +166,15 @@ impl WeightReceiver {
 struct Worker {
     config: ModelConfig,
     manifest: Manifest,
-    kind: Kind,
-    quantization: Quantization,
-    engine: EngineHandle<ServingWeights>,
+    format: WeightFormat,
+    engine: EngineHandle<DeviceWeights>,
     runtime: Handle,
     /// One thread: packing must not take turns with the engine's kernels.
     pool: Pool,
     current: Arc<Mutex<Option<Arc<ProcessGroup>>>>,
     joined: Option<Joined>,
     /// The set that does not serve; there is none before the first push.
-    spare: Option<ServingWeights>,
+    spare: Option<DeviceWeights>,
 }
 
 /// A group and how weights come through it.
@@ -215,13 +212,14 @@ impl Worker {
             timeout: *timeout,
             address: Address::Host(own_address(store_host, *store_port)?.to_string()),
         };
-        let group = Arc::new(ProcessGroup::new(Backend::Gloo, &store, &spec)?);
+        let backend = Backend::Gloo;
+        let group = Arc::new(ProcessGroup::new(backend, &store, &spec)?);
         self.set_current(Some(Arc::clone(&group)));
         let largest = self.manifest.units.iter().map(UnitSpec::numel).max().unwrap_or(0);
         self.joined = Some(Joined {
             group,
             buckets: self.manifest.buckets(membership.num_trainers, membership.bucket_numel),
-            buffer: Tensor::empty([largest as i64], (self.kind, Device::Cpu)),
+            buffer: Tensor::empty([largest as i64], (self.format.pushed, memory_of(backend))),
         });
         Ok(())
     }
@@ -232,7 +230,7 @@ impl Worker {
         let receive = started.elapsed();
         let weights = self.spare.take().ok_or(UpdateError::Stopped)?;
         let swapped = self.runtime.block_on(self.engine.swap(weights, push.version))?;
-        self.spare = Some(swapped.previous);
+        self.spare = Some(swapped.spare);
         let swap = swapped.stood_still;
         tracing::debug!(
             version = push.version.0,
@@ -245,15 +243,18 @@ impl Worker {
 
     /// Receives all buckets, even past a unit that is wrong: the other members are sending them all.
     fn fill_spare(&mut self, push: &Push) -> Result<(), UpdateError> {
-        let Self { config, manifest, quantization, pool, joined, spare, .. } = self;
+        let Self { config, manifest, format, pool, joined, spare, .. } = self;
         let joined = joined.as_mut().filter(|joined| joined.group.name() == push.group);
         let joined = joined.ok_or_else(|| UpdateError::NotJoined(push.group.clone()))?;
         if push.unit_hashes.len() != manifest.units.len() {
             let (got, units) = (push.unit_hashes.len(), manifest.units.len());
             return Err(UpdateError::WrongNumberOfHashes { got, units });
         }
-        let spare = spare.get_or_insert_with(|| ServingWeights::empty(config, *quantization, pool));
         let mut outcome = Ok(());
+        if spare.is_none() {
+            let empty = DeviceWeights::empty(config, *format, pool).map(|set| *spare = Some(set));
+            outcome = empty.map_err(UpdateError::Weights);
+        }
         for bucket in &joined.buckets {
             let mut part = joined.buffer.narrow(0, bucket.offset as i64, bucket.numel as i64);
             joined.group.broadcast(&mut part, bucket.owner)?;
@@ -262,11 +263,12 @@ impl Worker {
                 continue;
             }
             let flat = joined.buffer.narrow(0, 0, unit.numel() as i64);
-            let (got, announced) = (xxh3_64(bytes(&flat)), push.unit_hashes[bucket.unit_idx]);
-            if got == announced {
-                spare.set_unit(bucket.unit_idx, split(&flat, manifest, bucket.unit_idx), pool);
-            } else {
+            let (got, announced) = (xxh3_64(bytes(&flat.to_device(Device::Cpu))), push.unit_hashes[bucket.unit_idx]);
+            if got != announced {
                 outcome = Err(UpdateError::BadHash { unit: unit.name.clone(), got, announced });
+            } else if let Some(spare) = spare {
+                let params = split(&flat, manifest, bucket.unit_idx);
+                outcome = spare.set_unit(bucket.unit_idx, params, pool).map_err(UpdateError::Weights);
             }
         }
         outcome
@@ -274,6 +276,14 @@ impl Worker {
 
     fn set_current(&self, group: Option<Arc<ProcessGroup>>) {
         *self.current.lock().unwrap_or_else(PoisonError::into_inner) = group;
+    }
+}
+
+/// Where tensors are that a group carries.
+fn memory_of(backend: Backend) -> Device {
+    match backend {
+        Backend::Gloo => Device::Cpu,
+        Backend::Nccl { device } => Device::Cuda(device),
     }
 }
 

@@ -251,14 +251,19 @@ pub struct Generator {
     pub max_num_batched_tokens: usize,
     /// Longest sequence; 0 takes the model's own limit.
     pub max_model_len: usize,
+    /// Tokens of each sequence that a GPU samples between two looks of the host; the CPU looks after each. Completions
+    /// do not depend on it; new requests, weights and aborts wait for the next look.
+    pub steps_per_look: usize,
     /// What happens to the cache of running sequences when weights change.
     pub kv: KvPolicy,
-    /// How the layers' matrices are stored and multiplied on the CPU.
+    /// How the layers' matrices are stored and multiplied on the CPU. A GPU serves bf16 only.
     pub quantization: Quantization,
     /// Keep the keys and values of finished sequences for prompts that begin alike, until the memory is needed.
     pub enable_prefix_caching: bool,
     /// Threads of the engine; 0 takes all cores.
     pub threads: usize,
+    /// Folder of compiled GPU kernels; unset takes `~/.cache/aha/kernels`.
+    pub kernel_cache: Option<PathBuf>,
     /// Where Prometheus metrics are served, at `/metrics` over HTTP; unset serves none. The generators of `aha launch`
     /// take this port and those after it.
     pub metrics_address: Option<SocketAddr>,
@@ -461,10 +466,12 @@ impl Default for Generator {
             max_num_seqs: 256,
             max_num_batched_tokens: 2048,
             max_model_len: 0,
+            steps_per_look: 8,
             kv: KvPolicy::Recompute,
             quantization: Quantization::None,
             enable_prefix_caching: true,
             threads: 0,
+            kernel_cache: None,
             metrics_address: None,
             vllm_metric_names: false,
             connect_timeout_seconds: 60.0,

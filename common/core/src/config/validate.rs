@@ -154,6 +154,7 @@ impl RunConfig {
             ("kv_cache_mib", generator.kv_cache_mib),
             ("max_num_seqs", generator.max_num_seqs),
             ("max_num_batched_tokens", generator.max_num_batched_tokens),
+            ("steps_per_look", generator.steps_per_look),
         ] {
             problems.unless(value > 0, || format!("generator.{key}: must be at least 1"));
         }

@@ -10,13 +10,16 @@ struct Harness {
     runner: FakeRunner,
     /// Samples that are to finish yet.
     unfinished: BTreeSet<(RequestKey, u32)>,
+    /// Items of which several tokens were sampled.
+    num_ahead: usize,
 }
 
 impl Harness {
     fn new(change: impl FnOnce(&mut EngineConfig)) -> Self {
         let config = config(change);
         config.check().unwrap();
-        Self { runner: FakeRunner::new(&config), scheduler: Scheduler::new(config), unfinished: BTreeSet::new() }
+        let runner = FakeRunner::new(&config);
+        Self { runner, scheduler: Scheduler::new(config), unfinished: BTreeSet::new(), num_ahead: 0 }
     }
 
     fn add(&mut self, ask: &Ask) {
@@ -38,6 +41,7 @@ impl Harness {
         assert!(step.sequences.contains(running.keys().next().unwrap()), "the oldest running sequence must advance");
         let decodes: Vec<bool> = step.sequences.iter().map(|id| running[id].is_decoding()).collect();
         assert!(decodes.is_sorted_by(|a, b| a >= b), "decodes come first");
+        self.num_ahead += step.batch.items.iter().filter(|item| item.num_to_sample() > 1).count();
         let sampled = self.runner.run(&step.batch).unwrap();
         for (key, event) in self.scheduler.complete(&step, sampled).unwrap() {
             if event.finish().is_some() {
@@ -53,13 +57,13 @@ impl Harness {
     }
 
     fn swap_to(&mut self, version: PolicyVersion) {
-        self.runner.swap(version.0);
+        self.runner.swap(version.0).unwrap();
         self.scheduler.set_version(version);
     }
 
     fn sleep_and_wake(&mut self) {
         self.scheduler.release_all();
-        self.runner.release_cache();
+        self.runner.release_cache().unwrap();
         self.runner.restore_cache().unwrap();
     }
 
@@ -365,6 +369,7 @@ fn random_operations_lose_nothing_and_everything_finishes() {
             config.max_num_batched_tokens = config.max_num_seqs + random.below(30);
             config.kv = [KvPolicy::Keep, KvPolicy::Recompute][random.below(2)];
             config.enable_prefix_caching = seed % 4 > 0;
+            config.steps_per_look = [1, 2, 3, 8][seed as usize / 4 % 4];
         });
         let mut next_key = 0;
         for _ in 0..1_500 {
@@ -373,6 +378,61 @@ fn random_operations_lose_nothing_and_everything_finishes() {
         let counters = harness.scheduler.counters();
         assert!(next_key > 20 && counters.preemptions > 0);
         assert_eq!(counters.prefix_cache_hits > 100, seed % 4 > 0, "{counters:?}");
+        assert_eq!(harness.num_ahead > 20, seed / 4 % 4 > 0, "{}", harness.num_ahead);
+        harness.drain();
+    }
+}
+
+/// The tokens that each item of a step samples.
+fn nums_to_sample(step: &Step) -> Vec<usize> {
+    step.batch.items.iter().map(BatchItem::num_to_sample).collect()
+}
+
+#[test]
+fn a_look_at_decodes_alone_samples_several_tokens() {
+    let mut harness = Harness::new(|config| config.steps_per_look = 4);
+    harness.add(&Ask::new(1, 6, 2, 9));
+    // The leader's prompt; its sibling's last token; then 7 tokens are left to the one and 8 to the other.
+    let looks: Vec<_> = (0..4).map(|_| nums_to_sample(&harness.step())).collect();
+    assert_eq!(looks, [vec![1], vec![1, 1], vec![4, 4], vec![3, 4]]);
+    assert!(!harness.scheduler.has_work());
+    let mut harness = Harness::new(|config| config.steps_per_look = 4);
+    harness.add(&Ask::new(1, 6, 1, 9));
+    harness.step();
+    harness.step();
+    harness.add(&Ask::new(2, 6, 1, 9));
+    assert_eq!(nums_to_sample(&harness.step()), [1, 1], "somebody has come");
+    assert_eq!(nums_to_sample(&harness.step()), [3, 4]);
+    harness.drain();
+}
+
+#[test]
+fn a_look_takes_free_blocks_and_preempts_nobody() {
+    let mut harness = Harness::new(|config| (config.steps_per_look, config.num_blocks) = (8, 5));
+    harness.add(&Ask::new(1, 6, 1, 14));
+    harness.add(&Ask::new(2, 6, 1, 14));
+    harness.step();
+    // Of 7 tokens each has computed 6, in two blocks; one block is left, which the older takes.
+    assert_eq!(nums_to_sample(&harness.step()), [6, 2]);
+    assert_eq!(harness.scheduler.counters().preemptions, 0);
+    harness.drain();
+}
+
+#[test]
+fn what_the_host_must_see_is_sampled_token_by_token() {
+    let edits: [fn(&mut Ask); 4] = [
+        |ask| ask.sampling.frequency_penalty = 0.5,
+        |ask| ask.sampling.bad_token_ids = vec![3],
+        |ask| ask.sampling.logprobs = 2,
+        |ask| (ask.sampling.stop_token_ids, ask.sampling.ignore_eos) = ((50..70).collect(), false),
+    ];
+    for edit in edits {
+        let mut harness = Harness::new(|config| config.steps_per_look = 4);
+        let mut ask = Ask::new(1, 6, 1, 9);
+        edit(&mut ask);
+        harness.add(&ask);
+        harness.step();
+        assert_eq!(nums_to_sample(&harness.step()), [1]);
         harness.drain();
     }
 }

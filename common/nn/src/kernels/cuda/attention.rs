@@ -83,6 +83,14 @@ pub fn kv_cache_len(shape: AttentionShape, num_kv_heads: usize, num_blocks: usiz
     num_blocks * num_kv_heads * shape.block_size * shape.head_dim
 }
 
+impl Span {
+    /// As they lie in memory.
+    #[must_use]
+    pub fn words(self) -> [i32; 3] {
+        [self.first_row, self.num_rows, self.first_position]
+    }
+}
+
 impl DecodeAttention {
     /// `S`: pieces that the longest context is cut into.
     #[must_use]

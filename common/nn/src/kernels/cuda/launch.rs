@@ -1,5 +1,7 @@
 //! What to run, as plain data.
 
+use tch::Tensor;
+
 use super::Program;
 
 /// An address in the GPU's memory; 0 where a kernel takes none.
@@ -17,6 +19,27 @@ pub struct Launch {
     /// Of a block, all in x.
     pub num_threads: u32,
     pub(super) args: Args,
+}
+
+impl DevicePtr {
+    /// Where the first element of a tensor lies.
+    #[must_use]
+    pub fn of(tensor: &Tensor) -> Self {
+        Self(tensor.data_ptr().expose_provenance() as u64)
+    }
+
+    /// The element of `size` bytes that is `index` after this one.
+    #[must_use]
+    pub fn at(self, index: usize, size: usize) -> Self {
+        Self(self.0 + (index * size) as u64)
+    }
+}
+
+impl Launch {
+    /// Where each argument lies, and its size in bytes.
+    pub fn args(&self) -> impl Iterator<Item = (*const std::ffi::c_void, usize)> {
+        self.args.iter()
+    }
 }
 
 /// The arguments of a launch, copied.

@@ -77,6 +77,14 @@ impl From<SamplingParams> for DeviceSamplingParams {
     }
 }
 
+impl DeviceSamplingParams {
+    /// The bits, as they lie in memory.
+    #[must_use]
+    pub fn words(self) -> [i32; 4] {
+        [self.temperature.to_bits(), self.top_k, self.top_p.to_bits(), self.min_p.to_bits()].map(|word| word as i32)
+    }
+}
+
 impl Sample {
     #[must_use]
     pub fn launch(&self) -> Launch {

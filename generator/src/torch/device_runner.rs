@@ -1,0 +1,110 @@
+//! The runner of the device at hand, and its weights.
+
+use aha_core::config::Quantization;
+use aha_core::ids::TokenId;
+use aha_nn::gpu::{CudaQueue, GpuWeights};
+use aha_nn::kernels::cpu::Pool;
+use aha_nn::model_config::ModelConfig;
+use tch::{Device, Kind, Tensor};
+
+use super::gpu_runner::GpuRunner;
+use super::model_runner::CpuRunner;
+use super::weights::ServingWeights;
+use crate::engine::{BlockId, Runner, Sampled, StepBatch, StepTimes};
+
+/// Whichever device serves.
+#[derive(Debug)]
+pub enum DeviceRunner {
+    Cpu(Box<CpuRunner>),
+    Gpu(Box<GpuRunner<CudaQueue>>),
+}
+
+/// A set of weights for the runner of the same device.
+#[derive(Debug)]
+pub enum DeviceWeights {
+    Cpu(ServingWeights),
+    Gpu(GpuWeights),
+}
+
+/// How weights are pushed, and how they serve.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WeightFormat {
+    /// Type of the weights that trainers of this model push.
+    pub pushed: Kind,
+    /// Where they serve: in bf16 on a GPU.
+    pub device: Device,
+    /// On the CPU.
+    pub quantization: Quantization,
+}
+
+impl DeviceWeights {
+    /// A set to be filled unit by unit.
+    ///
+    /// # Errors
+    /// If there is not enough memory on the GPU.
+    pub fn empty(config: &ModelConfig, format: WeightFormat, pool: &Pool) -> anyhow::Result<Self> {
+        match format.device {
+            Device::Cpu => Ok(Self::Cpu(ServingWeights::empty(config, format.quantization, pool))),
+            device => Ok(Self::Gpu(GpuWeights::empty(config, device)?)),
+        }
+    }
+
+    /// Replaces the parameters of one unit by copies of `params`, given in the order of the manifest.
+    ///
+    /// # Errors
+    /// If the GPU fails.
+    pub fn set_unit(&mut self, unit_idx: usize, params: Vec<Tensor>, pool: &Pool) -> anyhow::Result<()> {
+        match self {
+            Self::Cpu(weights) => weights.set_unit(unit_idx, params, pool),
+            Self::Gpu(weights) => weights.set_unit(unit_idx, &params)?,
+        }
+        Ok(())
+    }
+}
+
+impl Runner for DeviceRunner {
+    type Staged = DeviceWeights;
+
+    fn run(&mut self, batch: &StepBatch) -> anyhow::Result<Vec<Sampled>> {
+        match self {
+            Self::Cpu(runner) => runner.run(batch),
+            Self::Gpu(runner) => runner.run(batch),
+        }
+    }
+
+    fn score(&mut self, tokens: &[TokenId], block_table: &[BlockId]) -> anyhow::Result<Vec<f32>> {
+        match self {
+            Self::Cpu(runner) => runner.score(tokens, block_table),
+            Self::Gpu(runner) => runner.score(tokens, block_table),
+        }
+    }
+
+    fn times(&self) -> StepTimes {
+        match self {
+            Self::Cpu(runner) => runner.times(),
+            Self::Gpu(runner) => runner.times(),
+        }
+    }
+
+    fn swap(&mut self, staged: DeviceWeights) -> anyhow::Result<DeviceWeights> {
+        match (self, staged) {
+            (Self::Cpu(runner), DeviceWeights::Cpu(staged)) => runner.swap(staged).map(DeviceWeights::Cpu),
+            (Self::Gpu(runner), DeviceWeights::Gpu(staged)) => runner.swap(staged).map(DeviceWeights::Gpu),
+            _ => anyhow::bail!("the new weights are for another device than the one that serves"),
+        }
+    }
+
+    fn release_cache(&mut self) -> anyhow::Result<()> {
+        match self {
+            Self::Cpu(runner) => runner.release_cache(),
+            Self::Gpu(runner) => runner.release_cache(),
+        }
+    }
+
+    fn restore_cache(&mut self) -> anyhow::Result<()> {
+        match self {
+            Self::Cpu(runner) => runner.restore_cache(),
+            Self::Gpu(runner) => runner.restore_cache(),
+        }
+    }
+}
