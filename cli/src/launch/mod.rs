@@ -15,6 +15,8 @@ use crate::commands::ConfigArgs;
 use role::{Role, RoleKind};
 use supervisor::Supervisor;
 
+/// Which GPUs a process sees. Trainer ranks see all of them, and take the one of their `LOCAL_RANK`.
+const GPUS_VARIABLE: &str = "CUDA_VISIBLE_DEVICES";
 /// Where roles listen.
 const PORTS: std::ops::Range<u16> = 20_000..30_000;
 
@@ -40,7 +42,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         config_args.overrides.extend(value.map(|value| format!("launch.{key}={value}")));
     }
     let config = config_args.load()?;
-    let num_trainers = num_trainers(&config)?;
+    let gpus = gpus(&config);
+    let num_trainers = num_trainers(&config, gpus.len())?;
     let mut addresses = free_addresses(config.launch.generators + 1)?;
     let master = addresses.pop().context("a launch has a port for its ranks to meet at")?;
     let listed = format!("generator.addresses={}", serde_json::to_string(&addresses)?);
@@ -53,7 +56,11 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         if let Some(first) = config.generator.metrics_address {
             arguments.extend(["--metrics-address".to_owned(), metrics_address(first, index)?.to_string()]);
         }
-        roles.push(Role::new(RoleKind::Generator, index, arguments));
+        let role = Role::new(RoleKind::Generator, index, arguments);
+        roles.push(match generator_gpu(&gpus, num_trainers + index) {
+            Some(gpu) => role.with_gpu(gpu),
+            None => role,
+        });
     }
     for rank in 0..num_trainers {
         let mut arguments = vec!["trainer".to_owned()];
@@ -82,12 +89,28 @@ fn metrics_address(first: SocketAddr, index: usize) -> Result<SocketAddr> {
     Ok(SocketAddr::new(first.ip(), port))
 }
 
+/// GPUs of this machine that the run may use, by the names that CUDA gives them.
+fn gpus(config: &RunConfig) -> Vec<String> {
+    if config.model.device == DeviceKind::Cpu {
+        return Vec::new();
+    }
+    let num_gpus = aha_nn::runtime::num_cuda_devices();
+    match std::env::var(GPUS_VARIABLE) {
+        Ok(names) => names.split(',').map(|name| name.trim().to_owned()).take(num_gpus).collect(),
+        Err(_) => (0..num_gpus).map(|index| index.to_string()).collect(),
+    }
+}
+
+/// The GPU of process `index`, trainer ranks first. Those past the last GPU share the first ones.
+fn generator_gpu(gpus: &[String], index: usize) -> Option<&str> {
+    gpus.get(index % gpus.len().max(1)).map(String::as_str)
+}
+
 /// Trainer ranks to start: as configured, or one for each GPU that the generators leave.
-fn num_trainers(config: &RunConfig) -> Result<usize> {
+fn num_trainers(config: &RunConfig, num_gpus: usize) -> Result<usize> {
     if config.launch.trainers > 0 {
         return Ok(config.launch.trainers);
     }
-    let num_gpus = if config.model.device == DeviceKind::Cpu { 0 } else { aha_nn::runtime::num_cuda_devices() };
     if num_gpus == 0 {
         return Ok(1);
     }
@@ -118,6 +141,15 @@ fn free_addresses(count: usize) -> Result<Vec<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn generators_get_the_gpus_after_those_of_the_trainers() {
+        let gpus: Vec<String> = ["4", "5", "GPU-7f"].map(str::to_owned).to_vec();
+        let of = |gpus: &[String], index| generator_gpu(gpus, index).map(str::to_owned);
+        assert_eq!(of(&gpus, 2), Some("GPU-7f".to_owned()));
+        assert_eq!(of(&gpus[..1], 1), Some("4".to_owned()), "one GPU for both");
+        assert_eq!(of(&[], 1), None);
+    }
 
     #[test]
     fn every_generator_has_a_port_of_its_own_for_metrics() {

@@ -42,6 +42,12 @@ impl Role {
         self
     }
 
+    /// Lets it see one GPU alone.
+    pub(super) fn with_gpu(mut self, gpu: &str) -> Self {
+        self.environment.push((super::GPUS_VARIABLE, gpu.to_owned()));
+        self
+    }
+
     /// Rank 0 talks to the user: it inherits the terminal, for progress bars and colours.
     pub(super) fn owns_terminal(&self) -> bool {
         self.kind == RoleKind::Trainer && self.index == 0
