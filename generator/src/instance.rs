@@ -46,6 +46,8 @@ pub(crate) struct Instance {
     pub manifest_hash: u64,
     /// Type of the weights that trainers of this model push.
     pub push_kind: Kind,
+    /// Where the weights that serve are.
+    pub device: Device,
     pub quantization: Quantization,
 }
 
@@ -98,6 +100,7 @@ impl Instance {
             manifest_hash: config.manifest().hash(),
             config,
             quantization: generator.quantization,
+            device: Device::Cpu,
             push_kind: if model.dtype == Dtype::Bfloat16 { Kind::BFloat16 } else { Kind::Float },
         })
     }

@@ -62,8 +62,9 @@ impl GeneratorServer {
     pub(crate) fn over(instance: Instance, incoming: TcpIncoming) -> anyhow::Result<Self> {
         let address = incoming.local_addr().context("asking for the address that was taken")?;
         let (engine, latencies) = (instance.engine.clone(), instance.outputs.latencies());
-        let Instance { config, push_kind, quantization, .. } = &instance;
-        let receiver = WeightReceiver::start(config, *push_kind, *quantization, engine.clone(), Handle::current())?;
+        let Instance { config, push_kind, device, quantization, .. } = &instance;
+        let comes = (*push_kind, *device);
+        let receiver = WeightReceiver::start(config, comes, *quantization, engine.clone(), Handle::current())?;
         Ok(Self { incoming, address, engine, latencies, service: Service::new(instance, receiver), metrics: None })
     }
 

@@ -2,6 +2,7 @@
 
 use aha_core::manifest::Manifest;
 use aha_core::random::derive_seed;
+use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
 use crate::model_config::ModelConfig;
@@ -105,17 +106,16 @@ pub fn split(flat: &Tensor, manifest: &Manifest, unit_idx: usize) -> Vec<Tensor>
 /// Normal numbers by Box and Muller from counter-based uniforms.
 fn normal_values(numel: usize, std: f64, seed: u64) -> Vec<f32> {
     let key = [seed as u32, (seed >> 32) as u32];
-    let mut values = Vec::with_capacity(numel + 3);
-    for counter in 0..numel.div_ceil(4) as u64 {
+    let mut values = vec![0.0; numel];
+    values.par_chunks_mut(4).with_min_len(1 << 14).enumerate().for_each(|(counter, values)| {
         let words = aha_core::random::philox([counter as u32, (counter >> 32) as u32, 0, 1], key);
-        for pair in words.chunks_exact(2) {
+        for (pair, values) in words.chunks_exact(2).zip(values.chunks_mut(2)) {
             let uniform = |word: u32| (f64::from(word) + 0.5) / (f64::from(u32::MAX) + 1.0);
             let radius = std * (-2.0 * uniform(pair[0]).ln()).sqrt();
             let (sin, cos) = (std::f64::consts::TAU * uniform(pair[1])).sin_cos();
-            values.extend([(radius * cos) as f32, (radius * sin) as f32]);
+            values.iter_mut().zip([cos, sin]).for_each(|(value, part)| *value = (radius * part) as f32);
         }
-    }
-    values.truncate(numel);
+    });
     values
 }
 

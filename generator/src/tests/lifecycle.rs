@@ -202,5 +202,6 @@ fn broken_instance() -> Instance {
         config,
         quantization: aha_core::config::Quantization::None,
         push_kind: Kind::Float,
+        device: tch::Device::Cpu,
     }
 }

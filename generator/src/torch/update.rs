@@ -41,6 +41,10 @@ pub struct Membership {
     pub bucket_numel: usize,
     /// Bound on every collective.
     pub timeout: Duration,
+    /// NCCL, between GPUs, or else Gloo.
+    pub is_nccl: bool,
+    /// Type of the weights that come.
+    pub kind: Kind,
 }
 
 /// One version of the weights that is about to come.
@@ -65,6 +69,13 @@ pub struct Pushed {
 pub enum UpdateError {
     #[error("manifest_hash: the trainer's model is {theirs:016x}, this generator serves {ours:016x}")]
     OtherManifest { theirs: u64, ours: u64 },
+    #[error(
+        "dtype: the trainer pushes {theirs:?}, and this generator takes {ours:?}; start it with the trainer's model.dtype \
+         and model.device"
+    )]
+    OtherKind { theirs: Kind, ours: Kind },
+    #[error("backend: NCCL goes between GPUs, and this generator's weights are on {device:?}")]
+    NoGpu { device: Device },
     #[error("group: this generator is not in {0:?}; join it first")]
     NotJoined(String),
     #[error("unit_hashes: got {got} for the {units} units of the model")]
@@ -98,14 +109,14 @@ pub struct WeightReceiver {
 }
 
 impl WeightReceiver {
-    /// Starts the thread. Pushed weights are of type `kind` and served as `quantization` says; `runtime` runs what the
+    /// Starts the thread. Pushed weights are of type `kind`, and over NCCL they come to `device`; they are served as `quantization` says; `runtime` runs what the
     /// thread asks of `engine`.
     ///
     /// # Errors
     /// If the thread cannot be started.
     pub fn start(
         config: &ModelConfig,
-        kind: Kind,
+        (kind, device): (Kind, Device),
         quantization: Quantization,
         engine: EngineHandle<ServingWeights>,
         runtime: Handle,
@@ -116,6 +127,7 @@ impl WeightReceiver {
             manifest: config.manifest(),
             config: config.clone(),
             kind,
+            device,
             quantization,
             engine,
             runtime,
@@ -169,6 +181,7 @@ struct Worker {
     config: ModelConfig,
     manifest: Manifest,
     kind: Kind,
+    device: Device,
     quantization: Quantization,
     engine: EngineHandle<ServingWeights>,
     runtime: Handle,
@@ -206,6 +219,14 @@ impl Worker {
         if theirs != ours {
             return Err(UpdateError::OtherManifest { theirs, ours });
         }
+        if membership.kind != self.kind {
+            return Err(UpdateError::OtherKind { theirs: membership.kind, ours: self.kind });
+        }
+        let backend = match (membership.is_nccl, self.device) {
+            (false, _) => Backend::Gloo,
+            (true, Device::Cuda(device)) => Backend::Nccl { device },
+            (true, device) => return Err(UpdateError::NoGpu { device }),
+        };
         let Membership { store_host, store_port, timeout, .. } = membership;
         let store = Store::connect(store_host, *store_port, *timeout)?;
         let spec = GroupSpec {
@@ -215,13 +236,13 @@ impl Worker {
             timeout: *timeout,
             address: Address::Host(own_address(store_host, *store_port)?.to_string()),
         };
-        let group = Arc::new(ProcessGroup::new(Backend::Gloo, &store, &spec)?);
+        let group = Arc::new(ProcessGroup::new(backend, &store, &spec)?);
         self.set_current(Some(Arc::clone(&group)));
         let largest = self.manifest.units.iter().map(UnitSpec::numel).max().unwrap_or(0);
         self.joined = Some(Joined {
-            group,
             buckets: self.manifest.buckets(membership.num_trainers, membership.bucket_numel),
-            buffer: Tensor::empty([largest as i64], (self.kind, Device::Cpu)),
+            buffer: Tensor::empty([largest as i64], (self.kind, group.device())),
+            group,
         });
         Ok(())
     }
@@ -262,7 +283,7 @@ impl Worker {
                 continue;
             }
             let flat = joined.buffer.narrow(0, 0, unit.numel() as i64);
-            let (got, announced) = (xxh3_64(bytes(&flat)), push.unit_hashes[bucket.unit_idx]);
+            let (got, announced) = (xxh3_64(bytes(&flat.to_device(Device::Cpu))), push.unit_hashes[bucket.unit_idx]);
             if got == announced {
                 spare.set_unit(bucket.unit_idx, split(&flat, manifest, bucket.unit_idx), pool);
             } else {

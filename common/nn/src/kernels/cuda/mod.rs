@@ -31,7 +31,7 @@ pub use attention::{AttentionShape, DecodeAttention, PagedKv, PrefillAttention, 
 pub use cache::CompileCache;
 pub use compiler::{CompileError, Compiler, Gpu};
 pub use elementwise::{AddRmsNorm, Embed, SiluMul};
-pub use kernel_set::{KernelSet, LaunchError, Stream};
+pub use kernel_set::{KernelSet, LaunchError, Stream, gpu_uuid};
 pub use launch::{DevicePtr, Launch};
 pub use program::{KernelShapes, LogitKind, Program, UnsupportedShape};
 pub use rope::QkvRope;
