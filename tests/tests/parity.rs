@@ -97,9 +97,7 @@ fn served_models() -> [(&'static str, ModelConfig); 3] {
         raw.as_object_mut().unwrap().extend(family.as_object().unwrap().clone());
         ModelConfig::from_json(raw.as_object().unwrap().clone()).unwrap()
     };
-    let heads = |query: u64, key: u64, width: u64| {
-        json!({"num_attention_heads": query, "num_key_value_heads": key, "head_dim": width})
-    };
+    let heads = |query: u64, key: u64, width: u64| json!({"num_attention_heads": query, "num_key_value_heads": key, "head_dim": width});
     let with = |heads: Value, rest: Value| {
         let mut all = heads;
         all.as_object_mut().unwrap().extend(rest.as_object().unwrap().clone());
@@ -108,8 +106,14 @@ fn served_models() -> [(&'static str, ModelConfig); 3] {
     let scaling = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64});
     [
-        ("qwen2", with(heads(7, 1, 64), json!({"model_type": "qwen2", "hidden_size": 448, "tie_word_embeddings": true}))),
-        ("qwen3", with(heads(4, 2, 128), json!({"model_type": "qwen3", "hidden_size": 128, "tie_word_embeddings": false}))),
+        (
+            "qwen2",
+            with(heads(7, 1, 64), json!({"model_type": "qwen2", "hidden_size": 448, "tie_word_embeddings": true})),
+        ),
+        (
+            "qwen3",
+            with(heads(4, 2, 128), json!({"model_type": "qwen3", "hidden_size": 128, "tie_word_embeddings": false})),
+        ),
         (
             "llama",
             with(
