@@ -108,7 +108,7 @@ fn served_models() -> [(&'static str, ModelConfig); 3] {
     [
         (
             "qwen2",
-            with(heads(7, 1, 64), json!({"model_type": "qwen2", "hidden_size": 448, "tie_word_embeddings": true})),
+            with(heads(7, 1, 64), json!({"model_type": "qwen2", "hidden_size": 128, "tie_word_embeddings": true})),
         ),
         (
             "qwen3",
@@ -118,7 +118,7 @@ fn served_models() -> [(&'static str, ModelConfig); 3] {
             "llama",
             with(
                 heads(6, 3, 32),
-                json!({"model_type": "llama", "hidden_size": 192, "tie_word_embeddings": false, "rope_scaling": scaling}),
+                json!({"model_type": "llama", "hidden_size": 128, "tie_word_embeddings": false, "rope_scaling": scaling}),
             ),
         ),
     ]
