@@ -79,7 +79,8 @@ fn the_command_line_scores_through_both_engines() {
     golden.write(folder.path());
     let tokens: Vec<String> = golden.tokens.iter().map(ToString::to_string).collect();
     for engine in ["trainer", "generator"] {
-        let arguments = ["score", "--model", ".", "--tokens", &tokens.join(","), "--engine", engine, "--json"];
+        let arguments =
+            ["score", "--model", ".", "--tokens", &tokens.join(","), "--engine", engine, "--device", "cpu", "--json"];
         let answer: Value = serde_json::from_str(&check_runs(folder.path(), &arguments)).unwrap();
         assert_eq!(answer["tokens"].as_array().unwrap().len(), golden.tokens.len());
         let logprobs = answer["logprobs"].as_array().unwrap();

@@ -45,7 +45,7 @@ def problem(bundle):
     machine = json.loads((bundle / "bundle.json").read_text())["machine"]
     if platform.machine() != machine:
         return f"the binaries are for {machine}, and this is {platform.machine()}"
-    return loader_problem(bundle, environment(bundle, bundle, "cpu"))
+    return loader_problem(bundle, environment(bundle, "cpu"))
 
 
 def needed_libraries(bundle):
@@ -69,7 +69,7 @@ def loader_problem(bundle, variables):
     return f"aha does not start (exit code {started.returncode}): {said}"
 
 
-def environment(bundle, out, device):
+def environment(bundle, device):
     """Variables of every program. The binaries name the libtorch of the machine that built them; this one comes first."""
     folder = torch_folder()
     libraries = [folder / "lib"]
@@ -77,15 +77,11 @@ def environment(bundle, out, device):
     for place in nvidia.submodule_search_locations if nvidia else []:
         libraries += sorted(Path(place).glob("*/lib"))
     before = os.environ.get("LD_LIBRARY_PATH")
-    temporary = Path(out) / "tmp"
-    temporary.mkdir(parents=True, exist_ok=True)
     return {
         **os.environ,
         "LD_LIBRARY_PATH": ":".join([*map(str, libraries), *([before] if before else [])]),
         "AHA_WORKSPACE": str(bundle / "workspace"),
         "AHA_TEST_DEVICE": device,
-        # Compiled kernels stay from one test program to the next.
-        "TMPDIR": str(temporary),
     }
 
 

@@ -48,8 +48,9 @@ class Child:
             return ""
         if code < 0:
             return f"killed by {signal.Signals(-code).name}"
-        failed = [line.split()[1] for line in self.output.splitlines() if line.endswith("... FAILED")]
-        return f"exit code {code}" + (f": {', '.join(failed)}" if failed else "")
+        failed = [line.split()[1].split("::")[-1] for line in self.output.splitlines() if line.endswith("... FAILED")]
+        more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
+        return f"exit code {code}" + (f": {', '.join(failed[:3])}{more}" if failed else "")
 
 
 def start(command, log, environment):

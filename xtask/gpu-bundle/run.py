@@ -9,10 +9,8 @@ all that was computed is correct, with 1 if something is not or was not reached,
 import argparse
 import json
 import math
-import os
 import socket
 import sys
-import time
 from pathlib import Path
 
 import host
@@ -88,9 +86,11 @@ class Run:
     def __init__(self, args):
         self.args = args
         self.out = args.out.resolve()
-        (self.out / "logs").mkdir(parents=True, exist_ok=True)
+        for folder in ("logs", "tmp"):
+            (self.out / folder).mkdir(parents=True, exist_ok=True)
         self.clock = Clock(args.minutes * 60)
-        self.environment = host.environment(BUNDLE, self.out, args.device)
+        # Compiled kernels, in TMPDIR, stay from one test program to the next.
+        self.environment = {**host.environment(BUNDLE, args.device), "TMPDIR": str(self.out / "tmp")}
         self.facts = {**host.facts(BUNDLE, args.device), "arguments": " ".join(sys.argv[1:])}
         self.rows = []
 

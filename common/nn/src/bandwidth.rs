@@ -11,7 +11,8 @@ const COPIES: usize = 10;
 const ROUNDS: usize = 3;
 
 /// Bytes per second that are read and written while a large tensor is copied, in the best of a few rounds. On the CPU
-/// with as many threads as one operator may use.
+/// with as many threads as one operator may use; a processor that reads a line before it writes it moves half as much
+/// again, so work that mostly reads can be faster there.
 #[must_use]
 pub fn copy_bandwidth(device: Device) -> f64 {
     let len = if device.is_cuda() { BYTES_ON_GPU } else { BYTES_ON_CPU };

@@ -25,7 +25,8 @@ use crate::commands::{LoadFormat, Placement, Quantize, network_runtime};
 /// Tokens per second of the engine, prefill included, and the share of what the memory allows.
 ///
 /// That share counts what decoding must move (the weights once a step, the keys and values of every context, the
-/// logits once) over the memory's bandwidth, of the whole time.
+/// logits once) over the memory's bandwidth, of the whole time. On a CPU a copy is slower than reading alone, and the share
+/// can pass 100 %.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   aha bench decode --model models/smollm2-135m --batch 1,8,32 --prompt-tokens 46 --new-tokens 128

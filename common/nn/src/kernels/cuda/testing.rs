@@ -4,6 +4,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use aha_cuda_emulation::{Arg, Order};
 use tch::{Device, Tensor};
@@ -108,10 +109,13 @@ impl Memory {
         for one in launches {
             // SAFETY: the addresses in the arguments are those of buffers of this memory, which outlives the work, as
             // libtorch's streams free memory in the order of their work.
-            match device() {
-                Device::Cuda(index) => unsafe { launch_on_gpu(one, index) }?,
-                _ => unsafe { launch_on_cpu(one, order) }?,
-            }
+            let launched = unsafe {
+                match device() {
+                    Device::Cuda(index) => launch_on_gpu(one, index),
+                    _ => launch_on_cpu(one, order),
+                }
+            };
+            launched?;
         }
         let intact = self.buffers.iter().all(Buffer::is_intact);
         if intact { Ok(()) } else { Err("a kernel wrote past the end of a buffer".to_owned()) }
@@ -138,18 +142,23 @@ unsafe fn launch_on_gpu(launch: &Launch, index: usize) -> Result<(), String> {
         static LOADED: RefCell<HashMap<Program, KernelSet>> = RefCell::default();
     }
     LOADED.with_borrow_mut(|loaded| {
-        if !loaded.contains_key(&launch.program) {
-            let cache = CompileCache::new(std::env::temp_dir().join("aha-test-kernels"));
-            let gpu = Gpu::current().map_err(|error| error.to_string())?;
-            let compiler = Compiler::open().map_err(|error| error.to_string())?;
-            let code = cache.get(&compiler, &launch.program, gpu).map_err(|error| error.to_string())?;
-            let set = KernelSet::load(&[(launch.program, code)]).map_err(|error| error.to_string())?;
-            loaded.insert(launch.program, set);
-        }
+        let set = match loaded.entry(launch.program) {
+            Entry::Occupied(set) => set.into_mut(),
+            Entry::Vacant(place) => place.insert(load(launch.program)?),
+        };
         let stream = Stream::current(index as i32).map_err(|error| error.to_string())?;
         // SAFETY: the caller's.
-        unsafe { loaded[&launch.program].launch(launch, stream) }.map_err(|error| error.to_string())
+        unsafe { set.launch(launch, stream) }.map_err(|error| error.to_string())
     })
+}
+
+/// Onto the GPU that is current on this thread.
+fn load(program: Program) -> Result<KernelSet, String> {
+    let cache = CompileCache::new(std::env::temp_dir().join("aha-test-kernels"));
+    let gpu = Gpu::current().map_err(|error| error.to_string())?;
+    let compiler = Compiler::open().map_err(|error| error.to_string())?;
+    let code = cache.get(&compiler, &program, gpu).map_err(|error| error.to_string())?;
+    KernelSet::load(&[(program, code)]).map_err(|error| error.to_string())
 }
 
 impl Buffer {
