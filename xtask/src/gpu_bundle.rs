@@ -35,6 +35,8 @@ pub(crate) fn run(workspace: &Workspace, out: Option<&Path>) -> anyhow::Result<S
     libtorch::setup(workspace, None, false)?;
     let out = std::path::absolute(out.map_or_else(|| workspace.path(DEFAULT_OUT), Path::to_owned))?;
     clear(&out)?;
+    // Before the build: what is changed while it goes on is not in it for sure.
+    let facts = facts(workspace);
     let build = run_stage("build", workspace.cargo().args(["build", "--release", "--package", "aha"]))?;
     if build.status != Status::Success {
         return Ok(build.status);
@@ -50,8 +52,7 @@ pub(crate) fn run(workspace: &Workspace, out: Option<&Path>) -> anyhow::Result<S
         copy(&workspace.path(from), &out.join(to))?;
     }
     let stamp = out.join(STAMP);
-    fs::write(&stamp, format!("{:#}\n", facts(workspace)))
-        .with_context(|| format!("cannot write {}", stamp.display()))?;
+    fs::write(&stamp, format!("{facts:#}\n")).with_context(|| format!("cannot write {}", stamp.display()))?;
     let bytes = size(&out)?;
     ensure!(bytes <= MAX_BYTES, "{} has {bytes} bytes, over {MAX_BYTES}: leave a test program out", out.display());
     eprintln!("{}: {:.1} MB", out.display(), bytes as f64 / 1e6);
