@@ -18,10 +18,6 @@ fn main() -> Result<(), Box<dyn Error>> {
     let include_dir = env::var_os("LIBTORCH_INCLUDE").map_or_else(|| torch_dir.to_owned(), PathBuf::from);
     compile(&include_dir.join("include"), cuda_include_dirs(&lib_dir, torch_dir));
     link(&lib_dir);
-    // Where the wheels beside torch's keep the CUDA libraries that are opened at run time.
-    if let Some(site) = torch_dir.parent() {
-        println!("cargo::rustc-env=AHA_CUDA_LIB_DIR={}", site.join("nvidia/cu13/lib").display());
-    }
     println!("cargo::rerun-if-changed=csrc");
     println!("cargo::rerun-if-env-changed=LIBTORCH_INCLUDE");
     println!("cargo::rerun-if-env-changed=LIBTORCH_CXX11_ABI");

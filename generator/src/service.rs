@@ -6,9 +6,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use aha_core::ids::PolicyVersion;
+use aha_nn::kernels::cuda::gpu_uuid;
 use aha_proto::v1;
 use aha_proto::v1::generator_server::Generator;
 use futures::{Stream, stream};
+use tch::{Device, Kind};
 use tonic::{Code, Request, Response, Status};
 
 use crate::deadline::timeout;
@@ -32,11 +34,18 @@ pub(crate) struct Service {
     instance: Instance,
     receiver: WeightReceiver,
     in_flight: InFlight,
+    /// UUID of the GPU that the weights are on; empty on a CPU.
+    gpu: String,
 }
 
 impl Service {
     pub(crate) fn new(instance: Instance, receiver: WeightReceiver) -> Self {
-        Self { instance, receiver, in_flight: InFlight::default() }
+        let gpu = match instance.format.device {
+            // A GPU that cannot be told from others is none that NCCL could be used with.
+            Device::Cuda(index) => gpu_uuid(index).unwrap_or_default(),
+            _ => String::new(),
+        };
+        Self { instance, receiver, in_flight: InFlight::default(), gpu }
     }
 
     fn engine(&self) -> &EngineHandle<DeviceWeights> {
@@ -91,6 +100,11 @@ impl Generator for Service {
             prefix_cache_queries: status.counters.prefix_cache_queries,
             prefix_cache_hits: status.counters.prefix_cache_hits,
             cached_blocks: count(status.cached_blocks),
+            gpu: self.gpu.clone(),
+            dtype: match self.instance.format.pushed {
+                Kind::BFloat16 => v1::WeightType::Bfloat16.into(),
+                _ => v1::WeightType::Float32.into(),
+            },
         }))
     }
 
@@ -157,7 +171,10 @@ impl From<GeneratorError> for Status {
             GeneratorError::Internal(_) => Code::Internal,
             GeneratorError::Engine(error) | GeneratorError::Update(UpdateError::Engine(error)) => engine_code(error),
             GeneratorError::Update(error) => match error {
-                UpdateError::OtherManifest { .. } | UpdateError::WrongNumberOfHashes { .. } => Code::InvalidArgument,
+                UpdateError::OtherManifest { .. }
+                | UpdateError::OtherKind { .. }
+                | UpdateError::NoGpu { .. }
+                | UpdateError::WrongNumberOfHashes { .. } => Code::InvalidArgument,
                 UpdateError::NotJoined(_) => Code::FailedPrecondition,
                 UpdateError::BadHash { .. } => Code::DataLoss,
                 UpdateError::Busy => Code::ResourceExhausted,
@@ -261,6 +278,18 @@ impl Drop for Place {
 }
 
 fn membership(wire: v1::JoinUpdateGroupRequest) -> Result<Membership, GeneratorError> {
+    let is_nccl = match wire.backend() {
+        v1::PushBackend::Gloo => false,
+        v1::PushBackend::Nccl => true,
+        v1::PushBackend::Unspecified => return Err(invalid("backend", "is unset or unknown; Gloo and NCCL are known")),
+    };
+    let kind = match wire.dtype() {
+        v1::WeightType::Float32 => Kind::Float,
+        v1::WeightType::Bfloat16 => Kind::BFloat16,
+        v1::WeightType::Unspecified => {
+            return Err(invalid("dtype", "is unset or unknown; float32 and bfloat16 are known"));
+        }
+    };
     let (rank, size, num_trainers) = (wire.rank as usize, wire.size as usize, wire.num_trainers as usize);
     if num_trainers == 0 || num_trainers >= size {
         return Err(invalid("num_trainers", format!("must be from 1 to below the size {size}, got {num_trainers}")));
@@ -289,6 +318,8 @@ fn membership(wire: v1::JoinUpdateGroupRequest) -> Result<Membership, GeneratorE
         manifest_hash: wire.manifest_hash,
         bucket_numel: usize::try_from(wire.bucket_numel).unwrap_or(usize::MAX),
         timeout,
+        is_nccl,
+        kind,
     })
 }
 

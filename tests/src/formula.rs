@@ -4,10 +4,10 @@ use aha_nn::model_config::ModelConfig;
 use aha_nn::weights::Weights;
 use tch::{Device, Kind, Tensor};
 
-/// fp32 weights of a model on the CPU.
+/// fp32 weights of a model.
 #[must_use]
-pub fn weights(config: &ModelConfig) -> Weights {
-    let weights = Weights::zeros(config.manifest(), 1, Kind::Float, Device::Cpu);
+pub fn weights(config: &ModelConfig, device: Device) -> Weights {
+    let weights = Weights::zeros(config.manifest(), 1, Kind::Float, device);
     for unit_idx in 0..weights.num_units() {
         for (spec, mut view) in weights.manifest.units[unit_idx].params.iter().zip(weights.views(unit_idx)) {
             let seed = fnv1a(&spec.name);

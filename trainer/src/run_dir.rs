@@ -19,7 +19,7 @@ const DIRS: [&str; 4] = ["completions", "completion_samples", "checkpoints", LOG
 
 /// Settings that change how a run is carried out and not what comes out: sections, or keys. A run goes on under other
 /// values of these.
-const FREE_SETTINGS: [&str; 11] = [
+const FREE_SETTINGS: [&str; 12] = [
     "run.output_dir",
     "generator.addresses",
     "generator.connect_timeout_seconds",
@@ -28,6 +28,7 @@ const FREE_SETTINGS: [&str; 11] = [
     "logging",
     "rollout.deadline_seconds",
     "train.collective_timeout_seconds",
+    "train.push_backend",
     "train.push_timeout_seconds",
     "train.save_steps",
     "train.save_total_limit",

@@ -64,6 +64,8 @@ struct Service(Arc<Shared>);
 #[derive(Debug)]
 struct Shared {
     manifest: Manifest,
+    /// In which weights are taken.
+    dtype: v1::WeightType,
     state: Mutex<State>,
 }
 
@@ -87,6 +89,15 @@ impl TestGenerator {
         manifest: Manifest,
         update: Update,
     ) -> Self {
+        Self::with_dtype(script, manifest, update, v1::WeightType::Float32)
+    }
+
+    pub(crate) fn with_dtype(
+        script: impl IntoIterator<Item = Generate>,
+        manifest: Manifest,
+        update: Update,
+        dtype: v1::WeightType,
+    ) -> Self {
         let state = State {
             version: 0,
             script: script.into_iter().collect(),
@@ -95,7 +106,7 @@ impl TestGenerator {
             joined: None,
             received: Vec::new(),
         };
-        let service = Service(Arc::new(Shared { manifest, state: Mutex::new(state) }));
+        let service = Service(Arc::new(Shared { manifest, dtype, state: Mutex::new(state) }));
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let listener = runtime.block_on(tokio::net::TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0)))).unwrap();
         let address = listener.local_addr().unwrap().to_string();
@@ -119,6 +130,11 @@ impl TestGenerator {
     /// The calls of Generate so far.
     pub(crate) fn requests(&self) -> Vec<v1::GenerateRequest> {
         self.service.0.state.lock().unwrap().requests.clone()
+    }
+
+    /// What it was asked into an update group with.
+    pub(crate) fn joined(&self) -> Option<v1::JoinUpdateGroupRequest> {
+        self.service.0.state.lock().unwrap().joined.as_ref().map(|(request, _)| request.clone())
     }
 
     /// The version that serves, and the bytes of its units.
@@ -205,7 +221,12 @@ impl Generator for Service {
     async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusResponse>, Status> {
         let version = self.0.state.lock().unwrap().version;
         let manifest_hash = self.0.manifest.hash();
-        Ok(Response::new(v1::StatusResponse { version, manifest_hash, ..Default::default() }))
+        Ok(Response::new(v1::StatusResponse {
+            version,
+            manifest_hash,
+            dtype: self.0.dtype.into(),
+            ..Default::default()
+        }))
     }
 
     async fn join_update_group(
@@ -284,12 +305,9 @@ fn receive(shared: &Shared, request: &v1::UpdateWeightsRequest) -> Result<(), St
     let (join, group) = shared.state.lock().unwrap().joined.clone().expect("a push comes after joining");
     assert_eq!(join.group, request.group);
     assert_eq!(join.manifest_hash, shared.manifest.hash());
-    let flats: Vec<Tensor> = shared
-        .manifest
-        .units
-        .iter()
-        .map(|unit| Tensor::zeros([unit.numel() as i64], (Kind::Float, Device::Cpu)))
-        .collect();
+    let kind = if join.dtype() == v1::WeightType::Bfloat16 { Kind::BFloat16 } else { Kind::Float };
+    let flats: Vec<Tensor> =
+        shared.manifest.units.iter().map(|unit| Tensor::zeros([unit.numel() as i64], (kind, Device::Cpu))).collect();
     for bucket in shared.manifest.buckets(join.num_trainers as usize, join.bucket_numel as usize) {
         let mut part = flats[bucket.unit_idx].narrow(0, bucket.offset as i64, bucket.numel as i64);
         group.broadcast(&mut part, bucket.owner).map_err(|error| Status::unavailable(error.to_string()))?;

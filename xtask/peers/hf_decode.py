@@ -1,41 +1,68 @@
-"""Tokens per second of transformers' generate in fp32, as a line of JSON.
+"""Tokens per second of transformers' generate, as a line of JSON.
 
-hf_decode.py MODEL_DIR PROMPTS.json BATCH NEW_TOKENS THREADS [dummy]
-
-Takes the first BATCH prompts, arrays of token ids of equal length. With `dummy`, weights are random.
+Takes the first prompts of a JSON array of arrays of token ids, all of one length, or random ones. On a GPU the time
+ends when the GPU has finished.
 """
 
+import argparse
 import json
-import sys
 import time
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 
-def main(folder: str, prompts: str, batch: int, new_tokens: int, threads: int, dummy: bool) -> None:
-    torch.set_num_threads(threads)
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="Hugging Face model folder")
+    parser.add_argument("--prompts", help="JSON file; without it prompts are random")
+    parser.add_argument("--prompt-tokens", type=int, default=128, help="length of random prompts")
+    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--new-tokens", type=int, required=True)
+    parser.add_argument("--threads", type=int, default=0, help="0 leaves torch's own number")
+    parser.add_argument("--dummy", action="store_true", help="random weights: only the folder's config.json is read")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    return parser.parse_args()
+
+
+def load(args: argparse.Namespace) -> torch.nn.Module:
+    dtype = getattr(torch, args.dtype)
+    if not args.dummy:
+        return AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
+    # Random numbers are made where they are used: billions of them take minutes on a CPU.
+    with torch.device(args.device):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model), dtype=dtype).eval()
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.threads:
+        torch.set_num_threads(args.threads)
     torch.manual_seed(1)
-    if dummy:
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32).eval()
+    model = load(args)
+    if args.prompts:
+        with open(args.prompts) as file:
+            input_ids = torch.tensor(json.load(file)[: args.batch])
     else:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with open(prompts) as file:
-        input_ids = torch.tensor(json.load(file)[:batch])
+        input_ids = torch.randint(model.config.vocab_size, (args.batch, args.prompt_tokens))
+    input_ids = input_ids.to(args.device)
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     pad = model.generation_config.pad_token_id
     sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0 if pad is None else pad}
+    finish = torch.cuda.synchronize if args.device.startswith("cuda") else lambda: None
     with torch.inference_mode():
         model.generate(**inputs, max_new_tokens=4, **sampling)
+        finish()
         start = time.perf_counter()
-        output = model.generate(**inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, **sampling)
+        output = model.generate(**inputs, max_new_tokens=args.new_tokens, min_new_tokens=args.new_tokens, **sampling)
+        finish()
         seconds = time.perf_counter() - start
     num_tokens = output[:, input_ids.shape[1] :].numel()
-    assert num_tokens == batch * new_tokens, f"{num_tokens} tokens instead of {batch} * {new_tokens}"
-    print(json.dumps({"tokens_per_second": num_tokens / seconds, "ms_per_step": 1e3 * seconds / new_tokens}))
+    assert num_tokens == args.batch * args.new_tokens, f"{num_tokens} tokens, not {args.batch} * {args.new_tokens}"
+    measured = {"tokens_per_second": num_tokens / seconds, "ms_per_step": 1e3 * seconds / args.new_tokens}
+    print(json.dumps({**measured, "transformers": transformers.__version__, "dtype": args.dtype}))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (6, 7):
-        sys.exit(__doc__)
-    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:6]), dummy=sys.argv[6:] == ["dummy"])
+    main(arguments())

@@ -82,16 +82,17 @@ fn decode(workspace: &Workspace, aha: &Path, args: &Decode) -> anyhow::Result<()
     for &batch in &args.batch {
         let ours = |quantization: &String| {
             let mut command = workspace.command(aha);
-            command.args(["bench", "decode", "--json", "--quantization", quantization]).arg("--model").arg(&model);
+            command.args(["bench", "decode", "--json", "--device", "cpu", "--quantization", quantization]);
+            command.arg("--model").arg(&model);
             command.arg("--prompts").arg(&prompts).args(["--batch", &batch.to_string()]);
             command.args(["--new-tokens", &args.new_tokens.to_string(), "--threads", &threads.to_string()]);
             command.args(args.dummy.then_some("--load-format=dummy"));
             command
         };
         let mut peer = workspace.command(&python);
-        peer.env("OMP_NUM_THREADS", threads.to_string()).arg(PEER).arg(&model).arg(&prompts);
-        peer.args([batch, args.new_tokens, threads].map(|number| number.to_string()));
-        peer.args(args.dummy.then_some("dummy"));
+        peer.env("OMP_NUM_THREADS", threads.to_string()).arg(PEER).arg(&model).arg("--prompts").arg(&prompts);
+        peer.args(["--batch", &batch.to_string(), "--new-tokens", &args.new_tokens.to_string()]);
+        peer.args(["--threads", &threads.to_string()]).args(args.dummy.then_some("--dummy"));
         let (mut our_rates, mut peer_rates) = (vec![Vec::new(); args.quantization.len()], Vec::new());
         for _ in 0..args.rounds {
             for (rates, quantization) in our_rates.iter_mut().zip(&args.quantization) {

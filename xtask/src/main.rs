@@ -5,6 +5,7 @@
 mod bench;
 mod checks;
 mod demo;
+mod gpu_bundle;
 mod libtorch;
 mod peers;
 mod process;
@@ -50,6 +51,12 @@ enum Task {
     /// Build for speed and measure: `decode` beside transformers, anything else as `aha bench` does
     #[command(subcommand)]
     Bench(Bench),
+    /// Make one folder that checks and measures aha on a GPU host, where only torch's wheel is installed
+    GpuBundle {
+        /// Where; a bundle that is there is replaced
+        #[arg(long, value_name = "DIR")]
+        out: Option<PathBuf>,
+    },
     /// Install the Python frameworks that aha is measured against into .peers/, and SmolLM2-135M into models/
     Peers {
         /// Make the Python environment somewhere else than .peers/
@@ -76,6 +83,7 @@ fn run(task: Task) -> anyhow::Result<Status> {
         Task::Test => checks::run(&workspace),
         Task::Demo { fresh } => demo::run(&workspace, fresh),
         Task::Bench(bench) => bench::run(&workspace, &bench),
+        Task::GpuBundle { out } => gpu_bundle::run(&workspace, out.as_deref()),
         Task::Peers { dir } => peers::install(&workspace, dir.as_deref()).map(|()| Status::Success),
     }
 }

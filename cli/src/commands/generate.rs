@@ -15,7 +15,7 @@ use aha_trainer::loggers::printable;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::{local_options, network_runtime};
+use super::{Placement, network_runtime};
 
 /// Complete one prompt with the engine that makes rollouts.
 #[derive(Debug, clap::Args)]
@@ -26,6 +26,8 @@ pub(crate) struct Args {
     /// Hugging Face model folder
     #[arg(long)]
     model: PathBuf,
+    #[command(flatten)]
+    placement: Placement,
     /// The prompt; - reads standard input
     #[arg(long)]
     prompt: String,
@@ -107,7 +109,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let sampling = args.sampling();
     let problems = sampling.problems();
     anyhow::ensure!(problems.is_empty(), "{}", problems.join("; "));
-    let generator = LocalGenerator::load(&local_options(&args.model, Generator::default()))?;
+    let generator = LocalGenerator::load(&args.placement.options(&args.model, Generator::default())?)?;
     let prompt_tokens = generator.tokenizer().encode(&prompt_text(args)?)?;
     let runtime = network_runtime()?;
     let wants_logprobs = args.logprobs > 0 || args.prompt_logprobs;

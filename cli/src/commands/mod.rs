@@ -2,9 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use aha_core::config::{self, Generator, Model, Quantization, RunConfig};
+use aha_core::config::{self, DeviceKind, Dtype, Generator, Model, Quantization, RunConfig};
 use aha_generator::GeneratorOptions;
+use aha_nn::runtime;
 use anyhow::{Context, Result};
+use tch::{Device, Kind};
 use tokio::runtime::Runtime;
 
 pub(crate) mod bench;
@@ -63,9 +65,74 @@ impl From<Quantize> for Quantization {
     }
 }
 
-/// A model folder served in this process.
-fn local_options(model: &Path, generator: Generator) -> GeneratorOptions {
-    GeneratorOptions { model: Model { path: model.to_owned(), ..Model::default() }, seed: 0, generator }
+/// A model for this process: where it computes, in what, and from which weights.
+#[derive(Debug, Clone, Copy, clap::Args)]
+struct Placement {
+    /// Where to compute; auto takes a GPU where there is one
+    #[arg(long, value_enum, default_value_t = DeviceName::Auto)]
+    device: DeviceName,
+    /// Type of weights and cache: bfloat16 on a GPU unless named, float32 on a CPU
+    #[arg(long, value_enum)]
+    dtype: Option<DtypeName>,
+    /// Where weights come from
+    #[arg(long, value_enum, default_value_t = LoadFormat::Safetensors)]
+    load_format: LoadFormat,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum DeviceName {
+    Auto,
+    Cpu,
+    Cuda,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum DtypeName {
+    Float32,
+    Bfloat16,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum LoadFormat {
+    /// The folder's files
+    Safetensors,
+    /// Random numbers: only the folder's config.json and tokenizer are read
+    Dummy,
+}
+
+impl Placement {
+    fn device(self) -> Result<Device> {
+        let name = match self.device {
+            DeviceName::Auto => "auto",
+            DeviceName::Cpu => "cpu",
+            DeviceName::Cuda => "cuda",
+        };
+        Ok(runtime::device(name, 0)?)
+    }
+
+    fn kind(self) -> Result<Kind> {
+        Ok(match (self.dtype, self.device()?) {
+            (Some(DtypeName::Float32), _) | (None, Device::Cpu) => Kind::Float,
+            (Some(DtypeName::Bfloat16), _) | (None, _) => Kind::BFloat16,
+        })
+    }
+
+    /// A model folder served in this process.
+    fn options(self, model: &Path, generator: Generator) -> Result<GeneratorOptions> {
+        let device = if self.device()? == Device::Cpu { DeviceKind::Cpu } else { DeviceKind::Cuda };
+        let dtype = match self.dtype {
+            None => Dtype::Auto,
+            Some(DtypeName::Float32) => Dtype::Float32,
+            Some(DtypeName::Bfloat16) => Dtype::Bfloat16,
+        };
+        anyhow::ensure!(
+            (device, dtype) != (DeviceKind::Cpu, Dtype::Bfloat16),
+            "--dtype bfloat16: the generator computes in float32 on a CPU"
+        );
+        let random_init = self.load_format == LoadFormat::Dummy;
+        let model = Model { path: model.to_owned(), random_init, dtype, device };
+        Ok(GeneratorOptions { model, seed: 0, generator })
+    }
 }
 
 /// The async runtime beside the thread that owns the device.

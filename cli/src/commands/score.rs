@@ -10,11 +10,11 @@ use aha_generator::LocalGenerator;
 use aha_nn::forward;
 use aha_nn::model_config::ModelConfig;
 use aha_nn::model_folder::load_weights;
+use aha_nn::weights::Weights;
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
-use tch::{Device, Kind};
 
-use super::{Quantize, local_options, network_runtime};
+use super::{LoadFormat, Placement, Quantize, network_runtime};
 
 /// Print the log-prob of every token of a text, given those before it.
 #[derive(Debug, clap::Args)]
@@ -25,6 +25,8 @@ pub(crate) struct Args {
     /// Hugging Face model folder
     #[arg(long)]
     model: PathBuf,
+    #[command(flatten)]
+    placement: Placement,
     /// Text to score, tokenised as it is
     #[arg(long, required_unless_present = "tokens", conflicts_with = "tokens")]
     text: Option<String>,
@@ -64,12 +66,16 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     );
     let logprobs = match args.engine {
         Engine::Trainer => {
-            let weights = load_weights(&args.model, &config, 1, Kind::Float, Device::Cpu)?;
+            let (kind, device) = (args.placement.kind()?, args.placement.device()?);
+            let weights = match args.placement.load_format {
+                LoadFormat::Safetensors => load_weights(&args.model, &config, 1, kind, device)?,
+                LoadFormat::Dummy => Weights::random(&config, 0, 1, kind, device),
+            };
             forward::score(&config, &weights, &tokens)
         }
         Engine::Generator => {
             let options = Generator { quantization: args.quantization.into(), ..Generator::default() };
-            let generator = LocalGenerator::load(&local_options(&args.model, options))?;
+            let generator = LocalGenerator::load(&args.placement.options(&args.model, options)?)?;
             network_runtime()?.block_on(generator.score(&tokens))?
         }
     };

@@ -2,6 +2,7 @@
 
 pub mod autograd;
 pub mod autograd_ops;
+pub mod bandwidth;
 pub mod comm;
 pub mod forward;
 pub mod gpu;

@@ -68,6 +68,8 @@ async fn measure(config: &ModelConfig, kv: KvPolicy, bucket_numel: usize, late: 
         manifest_hash: config.manifest().hash(),
         bucket_numel,
         timeout: PATIENCE,
+        is_nccl: false,
+        kind: Kind::Float,
     };
     receiver.join(membership).await.unwrap();
     let group = joining.join().unwrap();

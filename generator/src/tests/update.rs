@@ -21,11 +21,12 @@ const TINY: Tiny = Tiny::Llama;
 /// Rank 0 of the update group.
 pub(super) struct Trainer {
     pub(super) store: Store,
+    dtype: v1::WeightType,
 }
 
 impl Trainer {
     pub(super) fn new() -> Self {
-        Self { store: Store::host("127.0.0.1", 0, PATIENCE).unwrap() }
+        Self { store: Store::host("127.0.0.1", 0, PATIENCE).unwrap(), dtype: v1::WeightType::Float32 }
     }
 
     fn invitation(&self, timeout: Duration) -> v1::JoinUpdateGroupRequest {
@@ -39,6 +40,8 @@ impl Trainer {
             manifest_hash: tiny_config(TINY).manifest().hash(),
             bucket_numel: BUCKET_NUMEL as u64,
             timeout_seconds: timeout.as_secs_f64(),
+            backend: v1::PushBackend::Gloo.into(),
+            dtype: self.dtype.into(),
         }
     }
 
@@ -228,7 +231,8 @@ async fn bfloat16_weights_are_taken_as_the_trainer_holds_them() {
         }
         weights
     });
-    let group = Trainer::new().meet(&mut server, PATIENCE).await;
+    let trainer = Trainer { dtype: v1::WeightType::Bfloat16, ..Trainer::new() };
+    let group = trainer.meet(&mut server, PATIENCE).await;
     let announced = announcement(1, &halves);
     let sending = send(group, halves);
     server.client.update_weights(announced).await.unwrap();
@@ -245,13 +249,17 @@ async fn joins_and_pushes_that_make_no_sense_are_refused() {
 
     let trainer = Trainer::new();
     type Damage = fn(&mut v1::JoinUpdateGroupRequest);
-    let cases: [(&str, Damage); 6] = [
+    let cases: [(&str, Damage); 10] = [
         ("manifest_hash: ", |join| join.manifest_hash ^= 1),
         ("rank: ", |join| join.rank = 0),
         ("num_trainers: ", |join| join.num_trainers = 2),
         ("store_port: ", |join| join.store_port = 70_000),
         ("bucket_numel: ", |join| join.bucket_numel = 0),
         ("timeout_seconds: ", |join| join.timeout_seconds = f64::NAN),
+        ("backend: is unset", |join| join.backend = 0),
+        ("backend: NCCL", |join| join.set_backend(v1::PushBackend::Nccl)),
+        ("dtype: is unset", |join| join.dtype = 99),
+        ("dtype: the trainer pushes BFloat16", |join| join.set_dtype(v1::WeightType::Bfloat16)),
     ];
     for (field, damage) in cases {
         let mut join = trainer.invitation(PATIENCE);

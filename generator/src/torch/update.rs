@@ -14,7 +14,7 @@ use aha_nn::kernels::cpu::Pool;
 use aha_nn::model_config::ModelConfig;
 use aha_nn::tensor_data::bytes;
 use aha_nn::weights::split;
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
 use xxhash_rust::xxh3::xxh3_64;
@@ -40,6 +40,10 @@ pub struct Membership {
     pub bucket_numel: usize,
     /// Bound on every collective.
     pub timeout: Duration,
+    /// NCCL, between GPUs, or else Gloo.
+    pub is_nccl: bool,
+    /// Type of the weights that come.
+    pub kind: Kind,
 }
 
 /// One version of the weights that is about to come.
@@ -64,6 +68,13 @@ pub struct Pushed {
 pub enum UpdateError {
     #[error("manifest_hash: the trainer's model is {theirs:016x}, this generator serves {ours:016x}")]
     OtherManifest { theirs: u64, ours: u64 },
+    #[error(
+        "dtype: the trainer pushes {theirs:?}, and this generator takes {ours:?}; start it with the trainer's model.dtype \
+         and model.device"
+    )]
+    OtherKind { theirs: Kind, ours: Kind },
+    #[error("backend: NCCL goes between GPUs, and this generator's weights are on {device:?}")]
+    NoGpu { device: Device },
     #[error("group: this generator is not in {0:?}; join it first")]
     NotJoined(String),
     #[error("unit_hashes: got {got} for the {units} units of the model")]
@@ -203,6 +214,14 @@ impl Worker {
         if theirs != ours {
             return Err(UpdateError::OtherManifest { theirs, ours });
         }
+        if membership.kind != self.format.pushed {
+            return Err(UpdateError::OtherKind { theirs: membership.kind, ours: self.format.pushed });
+        }
+        let backend = match (membership.is_nccl, self.format.device) {
+            (false, _) => Backend::Gloo,
+            (true, Device::Cuda(device)) => Backend::Nccl { device },
+            (true, device) => return Err(UpdateError::NoGpu { device }),
+        };
         let Membership { store_host, store_port, timeout, .. } = membership;
         let store = Store::connect(store_host, *store_port, *timeout)?;
         let spec = GroupSpec {
@@ -212,14 +231,13 @@ impl Worker {
             timeout: *timeout,
             address: Address::Host(own_address(store_host, *store_port)?.to_string()),
         };
-        let backend = Backend::Gloo;
         let group = Arc::new(ProcessGroup::new(backend, &store, &spec)?);
         self.set_current(Some(Arc::clone(&group)));
         let largest = self.manifest.units.iter().map(UnitSpec::numel).max().unwrap_or(0);
         self.joined = Some(Joined {
-            group,
             buckets: self.manifest.buckets(membership.num_trainers, membership.bucket_numel),
-            buffer: Tensor::empty([largest as i64], (self.format.pushed, memory_of(backend))),
+            buffer: Tensor::empty([largest as i64], (self.format.pushed, group.device())),
+            group,
         });
         Ok(())
     }
@@ -276,14 +294,6 @@ impl Worker {
 
     fn set_current(&self, group: Option<Arc<ProcessGroup>>) {
         *self.current.lock().unwrap_or_else(PoisonError::into_inner) = group;
-    }
-}
-
-/// Where tensors are that a group carries.
-fn memory_of(backend: Backend) -> Device {
-    match backend {
-        Backend::Gloo => Device::Cpu,
-        Backend::Nccl { device } => Device::Cuda(device),
     }
 }
 

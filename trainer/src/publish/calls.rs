@@ -16,8 +16,20 @@ pub(super) const GRACE: Duration = Duration::from_secs(1);
 /// [`GRACE`]: a generator that hangs makes others fail first.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
+/// How a generator takes weights.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Receiver {
+    /// UUID of its GPU; empty where it has none.
+    pub(super) gpu: String,
+    pub(super) dtype: v1::WeightType,
+}
+
 /// Refuses a generator whose weights are not laid out as `manifest_hash` says.
-pub(super) async fn check_model(client: &Client, manifest_hash: u64, timeout: Duration) -> Result<(), PublishError> {
+pub(super) async fn check_model(
+    client: &Client,
+    manifest_hash: u64,
+    timeout: Duration,
+) -> Result<Receiver, PublishError> {
     let call = async { client.rpc().status(with_timeout(v1::StatusRequest {}, timeout + GRACE)).await };
     let status = within(client, timeout, call).await?;
     if status.manifest_hash != manifest_hash {
@@ -28,7 +40,7 @@ pub(super) async fn check_model(client: &Client, manifest_hash: u64, timeout: Du
         );
         return Err(PublishError::generator(client, problem));
     }
-    Ok(())
+    Ok(Receiver { dtype: status.dtype(), gpu: status.gpu })
 }
 
 /// Asks a generator into the update group. Returns when all members are there.

@@ -4,6 +4,7 @@
 //! owns, in buckets, in the order of [`Manifest::buckets`], which all members compute alike. Trainer rank 0 makes the
 //! calls: it tells the generators to receive, with the hash of every unit, and hears from each which version it serves.
 
+mod backend;
 mod calls;
 mod rendezvous;
 #[cfg(test)]
@@ -14,7 +15,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use aha_core::config::RunConfig;
+use aha_core::config::{PushBackend, RunConfig};
 use aha_core::ids::PolicyVersion;
 use aha_core::manifest::{Bucket, Manifest};
 use aha_nn::comm::{CommError, ProcessGroup, Store};
@@ -22,7 +23,7 @@ use aha_nn::tensor_data;
 use aha_nn::weights::Weights;
 use aha_proto::v1;
 use serde::{Deserialize, Serialize};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 use tokio::runtime::Runtime;
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -52,8 +53,11 @@ pub struct Publisher {
     runtime: Arc<Runtime>,
     timeout: Duration,
     buckets: Vec<Bucket>,
-    /// Takes what other trainers broadcast, which this one has already.
+    /// Of the type that is pushed, where the group's tensors are: what other trainers broadcast, which this one has already, and what this one does
+    /// from another device.
     scratch: Tensor,
+    /// Weights are of another type than the generators take, or on another device than the group's tensors.
+    is_staged: bool,
 }
 
 /// How a push went.
@@ -73,6 +77,8 @@ pub struct PushReport {
 pub enum PublishError {
     #[error("there is no generator to publish to")]
     NoGenerators,
+    #[error("{0}")]
+    Backend(String),
     #[error("generator {generator} {problem}")]
     Generator { generator: String, problem: String },
     #[error(
@@ -93,6 +99,7 @@ pub enum PublishError {
 struct Limits {
     timeout: Duration,
     bucket_bytes: usize,
+    backend: PushBackend,
 }
 
 /// What the calls of rank 0 found out, for the other ranks.
@@ -115,7 +122,11 @@ impl Publisher {
         clients: &[Client],
         runtime: Arc<Runtime>,
     ) -> Result<Self, PublishError> {
-        let limits = Limits { timeout: seconds(config.train.push_timeout_seconds), bucket_bytes: MAX_BUCKET_BYTES };
+        let limits = Limits {
+            timeout: seconds(config.train.push_timeout_seconds),
+            bucket_bytes: MAX_BUCKET_BYTES,
+            backend: config.train.push_backend,
+        };
         Self::join_within(limits, trainers, weights, clients, runtime)
     }
 
@@ -132,12 +143,14 @@ impl Publisher {
             manifest_hash: weights.manifest.hash(),
             bucket_numel,
             device: weights.device(),
+            backend: limits.backend,
         };
         let groups = rendezvous::meet(&terms, trainers, clients, &runtime)?;
         let buckets = weights.manifest.buckets(trainers.size(), bucket_numel);
         let longest = buckets.iter().map(|bucket| bucket.numel).max().unwrap_or(0);
-        let scratch_numel = if trainers.size() == 1 { 0 } else { longest };
-        let scratch = Tensor::zeros([scratch_numel as i64], (weights.kind(), weights.device()));
+        let is_staged = (weights.kind(), weights.device()) != (groups.kind, groups.update.device());
+        let scratch_numel = if trainers.size() == 1 && !is_staged { 0 } else { longest };
+        let scratch = Tensor::zeros([scratch_numel as i64], (groups.kind, groups.update.device()));
         Ok(Self {
             update_group: Arc::new(groups.update),
             update_name: groups.update_name,
@@ -148,6 +161,7 @@ impl Publisher {
             timeout: limits.timeout,
             buckets,
             scratch,
+            is_staged,
         })
     }
 
@@ -170,7 +184,7 @@ impl Publisher {
             .map_err(|error| PublishError::Elsewhere { rank: 0, reason: format!("unreadable report: {error}") })?;
         Ok(PushReport {
             seconds: started.elapsed().as_secs_f64(),
-            bytes: (weights.manifest.numel() * weights.kind().elt_size_in_bytes()) as u64,
+            bytes: (weights.manifest.numel() * self.scratch.kind().elt_size_in_bytes()) as u64,
             receive_seconds: answers.receive_seconds,
             swap_seconds: answers.swap_seconds,
         })
@@ -181,7 +195,7 @@ impl Publisher {
         let message = v1::UpdateWeightsRequest {
             group: self.update_name.clone(),
             version: version.0,
-            unit_hashes: unit_hashes(weights),
+            unit_hashes: unit_hashes(weights, self.scratch.kind()),
         };
         let (clients, timeout) = (self.clients.clone(), self.timeout);
         let (group, store) = (Arc::clone(&self.update_group), self.store.clone());
@@ -231,10 +245,15 @@ impl Publisher {
     fn broadcast(&self, weights: &Weights) -> Result<(), CommError> {
         for bucket in &self.buckets {
             let numel = bucket.numel as i64;
-            let mut part = if bucket.owner == self.update_group.rank() {
-                weights.flat(bucket.unit_idx).narrow(0, bucket.offset as i64, numel)
-            } else {
-                self.scratch.narrow(0, 0, numel)
+            let is_own = bucket.owner == self.update_group.rank();
+            let own = is_own.then(|| weights.flat(bucket.unit_idx).narrow(0, bucket.offset as i64, numel));
+            let mut part = match own {
+                Some(own) if !self.is_staged => own,
+                own => {
+                    let mut scratch = self.scratch.narrow(0, 0, numel);
+                    own.iter().for_each(|own| scratch.copy_(own));
+                    scratch
+                }
             };
             self.update_group.broadcast(&mut part, bucket.owner)?;
         }
@@ -281,11 +300,11 @@ impl From<Disagreement<PublishError>> for PublishError {
     }
 }
 
-/// xxh3 of every unit's bytes, without padding.
-fn unit_hashes(weights: &Weights) -> Vec<u64> {
+/// xxh3 of every unit's bytes as type `kind`, without padding.
+fn unit_hashes(weights: &Weights, kind: Kind) -> Vec<u64> {
     let Manifest { units } = &weights.manifest;
     let hash = |(unit_idx, numel)| {
-        let flat: Tensor = weights.flat(unit_idx).narrow(0, 0, numel).to_device(Device::Cpu).contiguous();
+        let flat = weights.flat(unit_idx).narrow(0, 0, numel).to_kind(kind).to_device(Device::Cpu);
         xxh3_64(tensor_data::bytes(&flat))
     };
     units.iter().map(|unit| unit.numel() as i64).enumerate().map(hash).collect()

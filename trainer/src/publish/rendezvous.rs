@@ -3,14 +3,17 @@
 use std::thread;
 use std::time::Duration;
 
+use aha_core::config::PushBackend;
 use aha_nn::comm::{Address, Backend, GroupSpec, ProcessGroup, Store};
+use aha_nn::kernels::cuda::gpu_uuid;
 use aha_proto::v1;
 use futures::future::{try_join, try_join_all};
-use tch::Device;
+use tch::{Device, Kind};
 use tokio::runtime::Runtime;
 
 use super::PublishError;
-use super::calls::{GRACE, check_model, invite};
+use super::backend::choose;
+use super::calls::{GRACE, Receiver, check_model, invite};
 use crate::agreement::agree;
 use crate::clients::Client;
 use crate::world::address_towards;
@@ -24,6 +27,7 @@ pub(super) struct Terms {
     pub(super) bucket_numel: usize,
     /// Where the weights of this trainer are.
     pub(super) device: Device,
+    pub(super) backend: PushBackend,
 }
 
 /// The groups of a trainer.
@@ -32,6 +36,8 @@ pub(super) struct Groups {
     /// Trainers and generators.
     pub(super) update: ProcessGroup,
     pub(super) update_name: String,
+    /// Type in which the generators take weights.
+    pub(super) kind: Kind,
     /// The trainers alone: how a push ended is everybody's business.
     pub(super) outcome: ProcessGroup,
     /// Serves the rendezvous from rank 0.
@@ -46,7 +52,7 @@ pub(super) fn meet(
     runtime: &Runtime,
 ) -> Result<Groups, PublishError> {
     let host = own_host(clients)?;
-    let (store, store_host) = meet_at_store(&host, terms, trainers, clients, runtime)?;
+    let Meeting { store, store_host, backend, dtype } = meet_at_store(&host, terms, trainers, clients, runtime)?;
     let (rank, num_trainers, timeout) = (trainers.rank(), trainers.size(), terms.timeout);
     // A store is made for one meeting, so its port tells this group from those before.
     let update_name = format!("weights-{}", store.port());
@@ -67,8 +73,14 @@ pub(super) fn meet(
         manifest_hash: terms.manifest_hash,
         bucket_numel: terms.bucket_numel as u64,
         timeout_seconds: timeout.as_secs_f64(),
+        backend: backend.into(),
+        dtype: dtype.into(),
     };
-    let place = Place { backend: backend(terms.device), store: &store, spec };
+    let backend = match (backend, terms.device) {
+        (v1::PushBackend::Nccl, Device::Cuda(device)) => Backend::Nccl { device },
+        _ => Backend::Gloo,
+    };
+    let place = Place { backend, store: &store, spec };
     let joined = if rank == 0 { place.join_and_invite(&invitation, clients, runtime) } else { place.join() };
     let (update, joined) = match joined {
         Ok(group) => (Some(group), Ok(Vec::new())),
@@ -76,39 +88,58 @@ pub(super) fn meet(
     };
     agree(&outcome, joined)?;
     let update = update.expect("ranks agree only where this one has joined");
-    Ok(Groups { update, update_name, outcome, store })
+    let kind = if dtype == v1::WeightType::Bfloat16 { Kind::BFloat16 } else { Kind::Float };
+    Ok(Groups { update, update_name, kind, outcome, store })
 }
 
-/// Rank 0 serves the store, once all generators are known to have this model, and the others connect to it. Returns its
-/// host as well.
+/// Where all come together, and by what.
+struct Meeting {
+    store: Store,
+    store_host: String,
+    backend: v1::PushBackend,
+    dtype: v1::WeightType,
+}
+
+/// Rank 0 serves the store, once it is known that all generators have this model and how they take weights, and the
+/// others connect to it.
 fn meet_at_store(
     host: &str,
     terms: &Terms,
     trainers: &ProcessGroup,
     clients: &[Client],
     runtime: &Runtime,
-) -> Result<(Store, String), PublishError> {
+) -> Result<Meeting, PublishError> {
+    let trainers_gpus = agree(trainers, Ok::<_, PublishError>(gpu(terms.device).into_bytes()))?;
     let opened = if trainers.rank() == 0 {
+        let mut gpus: Vec<String> = trainers_gpus.iter().map(|gpu| String::from_utf8_lossy(gpu).into()).collect();
         let checks = clients.iter().map(|client| check_model(client, terms.manifest_hash, terms.timeout));
-        let checked = runtime.block_on(try_join_all(checks));
-        checked.and_then(|_| Ok(Some(Store::host(host, 0, terms.timeout)?)))
+        runtime.block_on(try_join_all(checks)).and_then(|receivers| {
+            let dtype = common_dtype(&receivers, clients)?;
+            gpus.extend(receivers.into_iter().map(|receiver| receiver.gpu));
+            let backend = choose(terms.backend, &gpus).map_err(PublishError::Backend)?;
+            Ok(Some((Store::host(host, 0, terms.timeout)?, backend, dtype)))
+        })
     } else {
         Ok(None)
     };
     let (own, address) = match opened {
-        Ok(store) => {
-            let address = store.as_ref().map(|store| format!("{host} {}", store.port()));
-            (store, Ok(address.unwrap_or_default().into_bytes()))
+        Ok(Some((store, backend, dtype))) => {
+            let address = format!("{host} {} {} {}", store.port(), backend.as_str_name(), dtype.as_str_name());
+            (Some(store), Ok(address.into_bytes()))
         }
+        Ok(None) => (None, Ok(Vec::new())),
         Err(error) => (None, Err(error)),
     };
     let addresses = agree(trainers, address)?;
     let text = String::from_utf8_lossy(&addresses[0]);
     let unreadable = || PublishError::Elsewhere { rank: 0, reason: format!("unreadable store address {text:?}") };
-    let (store_host, port) = text.split_once(' ').ok_or_else(unreadable)?;
+    let [store_host, port, backend, dtype] =
+        text.split(' ').collect::<Vec<_>>().try_into().map_err(|_| unreadable())?;
+    let backend = v1::PushBackend::from_str_name(backend).ok_or_else(unreadable)?;
+    let dtype = v1::WeightType::from_str_name(dtype).ok_or_else(unreadable)?;
     let port = port.parse().map_err(|_| unreadable())?;
     let store = own.map_or_else(|| Store::connect(store_host, port, terms.timeout), Ok)?;
-    Ok((store, store_host.to_owned()))
+    Ok(Meeting { store, store_host: store_host.to_owned(), backend, dtype })
 }
 
 /// A trainer's place in the update group.
@@ -158,9 +189,29 @@ fn own_host(clients: &[Client]) -> Result<String, PublishError> {
     address.map(|address| address.to_string()).map_err(failed)
 }
 
-fn backend(device: Device) -> Backend {
+/// UUID of the GPU; empty where there is none, or it cannot be had: then Gloo carries the weights.
+fn gpu(device: Device) -> String {
     match device {
-        Device::Cuda(device) => Backend::Nccl { device },
-        _ => Backend::Gloo,
+        Device::Cuda(index) => gpu_uuid(index).unwrap_or_default(),
+        _ => String::new(),
     }
+}
+
+/// The type that all generators take weights in: one broadcast serves them all.
+fn common_dtype(receivers: &[Receiver], clients: &[Client]) -> Result<v1::WeightType, PublishError> {
+    let first = receivers.first().ok_or(PublishError::NoGenerators)?.dtype;
+    for (receiver, client) in receivers.iter().zip(clients) {
+        let problem = match receiver.dtype {
+            v1::WeightType::Unspecified => "does not say in which type it takes weights".to_owned(),
+            dtype if dtype != first => {
+                let (here, there, other) = (dtype.as_str_name(), first.as_str_name(), clients[0].address());
+                format!(
+                    "takes weights as {here}, and {other} as {there}; start both with the same model.dtype and device"
+                )
+            }
+            _ => continue,
+        };
+        return Err(PublishError::generator(client, problem));
+    }
+    Ok(first)
 }

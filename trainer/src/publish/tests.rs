@@ -2,7 +2,6 @@
 
 use aha_nn::model_config::ModelConfig;
 use futures::future::try_join_all;
-use tch::Kind;
 use tonic::Status;
 
 use super::*;
@@ -45,7 +44,7 @@ fn with_publishers<T: Send>(
         let clients = runtime.block_on(try_join_all(connecting)).unwrap();
         let weights = weights(1, num_trainers);
         // Buckets smaller than units, so that a unit comes in several.
-        let limits = Limits { timeout, bucket_bytes: 1000 };
+        let limits = Limits { timeout, bucket_bytes: 1000, backend: PushBackend::Auto };
         rank(Publisher::join_within(limits, &trainers, &weights, &clients, runtime), &weights)
     })
 }
@@ -70,6 +69,68 @@ fn every_generator_serves_what_was_pushed() {
             assert!(report.seconds > 0.0);
         }
     }
+}
+
+/// As from a GPU: the group's tensors are in host memory, and the weights are not.
+#[test]
+fn staged_weights_arrive_as_they_are() {
+    for num_trainers in [1, 2] {
+        let generators = generators([Update::Take]);
+        with_publishers(num_trainers, TIMEOUT, &generators, |publisher, weights| {
+            let mut publisher = publisher.unwrap();
+            let longest = publisher.buckets.iter().map(|bucket| bucket.numel).max().unwrap();
+            publisher.scratch = Tensor::full([longest as i64], f64::NAN, (Kind::Float, Device::Cpu));
+            publisher.is_staged = true;
+            publisher.publish(weights, PolicyVersion(3)).unwrap();
+        });
+        assert_eq!(generators[0].serving(), (3, bytes(&weights(1, num_trainers))));
+    }
+}
+
+#[test]
+fn generators_learn_what_is_pushed_and_by_what() {
+    let generators = generators([Update::Take]);
+    with_publishers(2, TIMEOUT, &generators, |publisher, _| drop(publisher.unwrap()));
+    let joined = generators[0].joined().unwrap();
+    assert_eq!((joined.backend(), joined.dtype()), (v1::PushBackend::Gloo, v1::WeightType::Float32));
+}
+
+#[test]
+fn weights_are_pushed_in_the_type_that_generators_take() {
+    let manifest = weights(0, 1).manifest;
+    let generators = [TestGenerator::with_dtype([], manifest, Update::Take, v1::WeightType::Bfloat16)];
+    let reports = with_publishers(2, TIMEOUT, &generators, |publisher, weights| {
+        publisher.unwrap().publish(weights, PolicyVersion(3)).unwrap()
+    });
+    let exact = weights(1, 2);
+    let halves = Weights::zeros(exact.manifest.clone(), 2, Kind::BFloat16, Device::Cpu);
+    for unit_idx in 0..exact.num_units() {
+        tch::no_grad(|| halves.flat(unit_idx).shallow_clone().copy_(exact.flat(unit_idx)));
+    }
+    assert_eq!(generators[0].serving(), (3, bytes(&halves)));
+    assert_eq!(reports[1].bytes, 2 * exact.manifest.numel() as u64);
+}
+
+#[test]
+fn generators_that_take_different_types_are_refused() {
+    let other = TestGenerator::with_dtype([], weights(0, 1).manifest, Update::Take, v1::WeightType::Bfloat16);
+    let mut generators = generators([Update::Take]);
+    generators.push(other);
+    let messages = with_publishers(1, TIMEOUT, &generators, |publisher, _| publisher.unwrap_err().to_string());
+    let expect = format!("generator {} takes weights as WEIGHT_TYPE_BFLOAT16", generators[1].address);
+    assert!(messages[0].contains(&expect), "{}", messages[0]);
+}
+
+#[test]
+fn nccl_without_gpus_is_refused_on_all_ranks() {
+    let generators = generators([Update::Take]);
+    let messages = run_ranks(2, |trainers| {
+        let runtime = runtime();
+        let client = runtime.block_on(Client::connect(&generators[0].address, TIMEOUT)).unwrap();
+        let limits = Limits { timeout: TIMEOUT, bucket_bytes: 1000, backend: PushBackend::Nccl };
+        Publisher::join_within(limits, &trainers, &weights(1, 2), &[client], runtime).unwrap_err().to_string()
+    });
+    assert!(messages.iter().all(|message| message.contains("train.push_backend is nccl")), "{messages:?}");
 }
 
 /// How long a push may take that fails at once: long beside such a push, short beside [`TIMEOUT`].

@@ -1,4 +1,5 @@
-//! The step against plain autograd, and sharded against whole.
+//! The step against plain autograd, and sharded against whole. `AHA_TEST_DEVICE=cuda` puts the learner that is alone onto
+//! a GPU; what it is compared with stays on the CPU.
 
 use std::thread;
 use std::time::Duration;
@@ -26,6 +27,12 @@ fn config(family: &str, tied: bool) -> ModelConfig {
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": tied,
         "initializer_range": 0.3});
     ModelConfig::from_json(raw.as_object().unwrap().clone()).unwrap()
+}
+
+/// Where a learner that is alone computes.
+fn device() -> Device {
+    let name = std::env::var("AHA_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
+    aha_nn::runtime::device(&name, 0).unwrap()
 }
 
 fn policy(beta: f64) -> Objective {
@@ -65,7 +72,7 @@ fn learner(model: &ModelConfig, objective: Objective, zero: Zero, checkpointing:
         gradient_checkpointing: checkpointing,
         max_length: 32,
     };
-    let reference = Weights::random(model, 99, 1, Kind::Float, Device::Cpu);
+    let reference = Weights::random(model, 99, 1, Kind::Float, zero.weights().device());
     let reference = matches!(objective, Objective::Policy(policy) if policy.beta > 0.0).then_some(reference);
     Learner::new(model.clone(), options, zero, reference)
 }
@@ -79,7 +86,7 @@ fn train(
     checkpointing: bool,
 ) -> (Learner, Vec<StepOutput>) {
     let (rank, size) = (group.rank(), group.size());
-    let weights = Weights::random(model, 5, size, Kind::Float, Device::Cpu);
+    let weights = Weights::random(model, 5, size, Kind::Float, group.device());
     let mut learner = learner(model, policy(0.05), Zero::new(stage, group, weights), checkpointing);
     let sequences = sequences(3, with_old);
     let lengths: Vec<usize> = sequences.iter().map(|sequence| sequence.token_ids.len()).collect();
@@ -94,14 +101,14 @@ fn train(
 }
 
 fn alone(model: &ModelConfig, checkpointing: bool) -> (Learner, Vec<StepOutput>) {
-    train(model, 0, ProcessGroup::solo("test", Device::Cpu), true, checkpointing)
+    train(model, 0, ProcessGroup::solo("test", device()), true, checkpointing)
 }
 
-/// All parameters one after the other.
+/// All parameters one after the other, on the CPU.
 fn flatten(weights: &Weights) -> Tensor {
     let views: Vec<Tensor> =
         (0..weights.num_units()).flat_map(|unit_idx| weights.views(unit_idx)).map(|view| view.reshape([-1])).collect();
-    Tensor::cat(&views, 0)
+    Tensor::cat(&views, 0).to_device(Device::Cpu)
 }
 
 fn largest_difference(a: &Tensor, b: &Tensor) -> f64 {
@@ -185,12 +192,9 @@ fn the_step_equals_whole_graph_autograd() {
 
         // One clipped AdamW step by the formula: at step 1 the moments' bias corrections cancel.
         let scale = (0.5 / (norm + 1e-6)).min(1.0);
-        let mut one = self::learner(
-            &model,
-            policy(0.05),
-            Zero::new(0, ProcessGroup::solo("one", Device::Cpu), weights.copy()),
-            false,
-        );
+        let own = Weights::random(&model, 5, 1, Kind::Float, device());
+        let zero = Zero::new(0, ProcessGroup::solo("one", device()), own);
+        let mut one = self::learner(&model, policy(0.05), zero, false);
         let sequences = sequences(3, true);
         let all: Vec<usize> = (0..sequences.len()).collect();
         let batch = LocalBatch { sequences: &sequences, micro_batches: &[all], num_micro_batches: 1 };
@@ -232,7 +236,7 @@ fn two_runs_are_equal_to_the_last_bit() {
 #[test]
 fn a_policy_that_has_not_moved_has_ratio_one() {
     let model = config("qwen2", true);
-    let (_, outputs) = train(&model, 0, ProcessGroup::solo("test", Device::Cpu), false, false);
+    let (_, outputs) = train(&model, 0, ProcessGroup::solo("test", device()), false, false);
     assert_eq!((outputs[0].clipped_low, outputs[0].clipped_high), (0.0, 0.0));
     assert!(outputs[0].grad_norm > 0.0);
 }
@@ -293,7 +297,7 @@ fn optimizer_state_moves_between_world_sizes() {
         learner.step(&batch, &ADAMW).unwrap();
         flatten(learner.zero().weights())
     };
-    let mut zero = Zero::new(1, ProcessGroup::solo("restored", Device::Cpu), alone.zero().weights().copy());
+    let mut zero = Zero::new(1, ProcessGroup::solo("restored", device()), alone.zero().weights().copy());
     zero.load_state(3, &states).unwrap();
     let restored = learner(&model, policy(0.05), zero, false);
     assert!(largest_difference(&fourth(restored), &fourth(alone)) < 1e-5);

@@ -1,5 +1,6 @@
 //! `aha bench decode`: tokens per second of the rollout engine.
 
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -9,20 +10,28 @@ use aha_core::ids::TokenId;
 use aha_core::random::derive_seed;
 use aha_core::rollout::Sampling;
 use aha_generator::{LocalGenerator, StepTimes};
+use aha_nn::bandwidth::copy_bandwidth;
 use aha_nn::model_config::ModelConfig;
+use aha_nn::runtime;
 use anyhow::{Context, Result, ensure};
 use futures::future::try_join_all;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use super::roofline::{Storage, Traffic};
 use super::shapes::ModelShape;
-use crate::commands::{Quantize, local_options, network_runtime};
+use crate::commands::{LoadFormat, Placement, Quantize, network_runtime};
 
-/// Tokens per second of the engine, prefill included.
+/// Tokens per second of the engine, prefill included, and the share of what the memory allows.
+///
+/// That share counts what decoding must move (the weights once a step, the keys and values of every context, the
+/// logits once) over the memory's bandwidth, of the whole time. On a CPU a copy is slower than reading alone, and the share
+/// can pass 100 %.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   aha bench decode --model models/smollm2-135m --batch 1,8,32 --prompt-tokens 46 --new-tokens 128
-  aha bench decode --model-shape qwen2.5-0.5b --load-format dummy --quantization int8")]
+  aha bench decode --model-shape qwen2.5-0.5b --load-format dummy --quantization int8
+  aha bench decode --model-shape qwen2.5-0.5b --load-format dummy --device cuda --batch 256 --new-tokens 512")]
 pub(super) struct Args {
     /// Hugging Face model folder
     #[arg(long, required_unless_present = "model_shape")]
@@ -30,9 +39,8 @@ pub(super) struct Args {
     /// A known shape instead of a folder; needs --load-format dummy
     #[arg(long, conflicts_with = "model")]
     model_shape: Option<ModelShape>,
-    /// Where weights come from
-    #[arg(long, value_enum, default_value_t = LoadFormat::Safetensors)]
-    load_format: LoadFormat,
+    #[command(flatten)]
+    placement: Placement,
     /// How the layers' matrices are stored
     #[arg(long, value_enum, default_value_t = Quantize::None)]
     quantization: Quantize,
@@ -53,17 +61,12 @@ pub(super) struct Args {
     /// Threads of the engine; 0 takes all cores
     #[arg(long, default_value_t = 0)]
     threads: usize,
+    /// Bandwidth of the memory in GB/s, such as 3350 of an H100 SXM's data sheet, instead of that of a measured copy
+    #[arg(long)]
+    bandwidth_gbs: Option<f64>,
     /// Print one JSON object a batch size
     #[arg(long)]
     json: bool,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum LoadFormat {
-    /// The folder's files
-    Safetensors,
-    /// Random numbers: only the folder's config.json and tokenizer are read
-    Dummy,
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
@@ -74,34 +77,52 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     for &batch in &args.batch {
         ensure!(batch > 0 && batch % args.group == 0, "--batch {batch} must be a multiple of --group {}", args.group);
     }
+    ensure!(args.bandwidth_gbs.is_none_or(|gbs| gbs.is_finite() && gbs > 0.0), "--bandwidth-gbs must be over 0");
     let folder = ModelFolder::of(args)?;
-    let config = ModelConfig::load(folder.path())?;
-    let prompts = Prompts::of(args, config.vocab_size)?;
+    let model = BenchModel { config: ModelConfig::load(folder.path())?, folder };
+    let prompts = Prompts::of(args, model.config.vocab_size)?;
+    let roofline = Roofline::of(args, &model.config)?;
     let runtime = network_runtime()?;
     for &batch in &args.batch {
         // An engine of its own, so that no batch finds the keys and values of the one before.
-        let generator = start(args, folder.path(), batch, prompts.longest())?;
+        let generator = start(args, &model, batch, prompts.longest())?;
         let measured = runtime.block_on(measure(args, &generator, &prompts, batch))?;
-        println!("{}", if args.json { measured.json().to_string() } else { measured.line() });
+        let share = roofline.share(&measured, prompts.mean());
+        println!(
+            "{}",
+            if args.json { measured.json(&roofline, share).to_string() } else { measured.line(&roofline, share) }
+        );
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn start(args: &Args, folder: &Path, batch: usize, prompt_tokens: usize) -> Result<LocalGenerator> {
+fn start(args: &Args, model: &BenchModel, batch: usize, prompt_tokens: usize) -> Result<LocalGenerator> {
     let defaults = Generator::default();
+    let max_model_len = prompt_tokens + args.new_tokens as usize;
+    // Room for every sequence's last block, and for those that are copied where samples part.
+    let num_tokens = batch * (max_model_len + 2 * defaults.block_size);
+    let kv_cache = num_tokens as f64 * Traffic::of(&model.config, storage(args)?).kv_per_token;
     let options = Generator {
         max_num_seqs: batch,
         max_num_batched_tokens: defaults.max_num_batched_tokens.max(batch),
-        max_model_len: prompt_tokens + args.new_tokens as usize,
+        max_model_len,
+        kv_cache_mib: defaults.kv_cache_mib.max((kv_cache / f64::from(1 << 20)).ceil() as usize),
         threads: args.threads,
         quantization: args.quantization.into(),
         // The warm-up may have the same prompts, and must not compute them for the measured run.
         enable_prefix_caching: false,
         ..defaults
     };
-    let mut options = local_options(folder, options);
-    options.model.random_init = args.load_format == LoadFormat::Dummy;
-    LocalGenerator::load(&options)
+    LocalGenerator::load(&args.placement.options(model.folder.path(), options)?)
+}
+
+fn storage(args: &Args) -> Result<Storage> {
+    let element = args.placement.kind()?.elt_size_in_bytes();
+    let layer_matrix = match args.quantization {
+        Quantize::None => element,
+        Quantize::Int8 => 1,
+    };
+    Ok(Storage { element, layer_matrix })
 }
 
 async fn measure(args: &Args, generator: &LocalGenerator, prompts: &Prompts, batch: usize) -> Result<Measured> {
@@ -122,6 +143,42 @@ async fn measure(args: &Args, generator: &LocalGenerator, prompts: &Prompts, bat
     let after = generator.status().await?;
     let steps = after.counters.steps - before.counters.steps;
     Ok(Measured { batch, num_tokens, steps, elapsed, times: after.times - before.times })
+}
+
+struct BenchModel {
+    config: ModelConfig,
+    folder: ModelFolder,
+}
+
+/// What the memory allows.
+struct Roofline {
+    traffic: Traffic,
+    /// Bytes per second.
+    bandwidth: f64,
+    /// Where that number comes from.
+    source: &'static str,
+    new_tokens: u32,
+}
+
+impl Roofline {
+    fn of(args: &Args, config: &ModelConfig) -> Result<Self> {
+        let (bandwidth, source) = match args.bandwidth_gbs {
+            Some(gbs) => (1e9 * gbs, "given bandwidth"),
+            None => {
+                let cores = std::thread::available_parallelism().context("counting this machine's cores")?;
+                runtime::set_num_threads(NonZeroUsize::new(args.threads).unwrap_or(cores));
+                (copy_bandwidth(args.placement.device()?), "measured copy bandwidth")
+            }
+        };
+        Ok(Self { traffic: Traffic::of(config, storage(args)?), bandwidth, source, new_tokens: args.new_tokens })
+    }
+
+    /// The least time for every decode step, over the time that was taken.
+    fn share(&self, measured: &Measured, prompt_tokens: f64) -> f64 {
+        let context = prompt_tokens + f64::from(self.new_tokens) / 2.0;
+        let least = f64::from(self.new_tokens) * self.traffic.of_step(measured.batch, context) / self.bandwidth;
+        least / measured.elapsed.as_secs_f64()
+    }
 }
 
 /// One batch size.
@@ -156,7 +213,7 @@ impl Measured {
         parts.map(|(name, time)| (name, 1e3 * time.as_secs_f64() / self.steps as f64))
     }
 
-    fn json(&self) -> Value {
+    fn json(&self, roofline: &Roofline, share: f64) -> Value {
         let parts: serde_json::Map<String, Value> =
             self.parts().into_iter().map(|(name, ms)| (name.to_owned(), json!(ms))).collect();
         json!({
@@ -164,17 +221,23 @@ impl Measured {
             "tokens_per_second": self.tokens_per_second(),
             "ms_per_step": self.ms_per_step(),
             "ms_of_a_step": parts,
+            "percent_of_roofline": 100.0 * share,
+            "bandwidth_gbs": roofline.bandwidth / 1e9,
+            "bandwidth_source": roofline.source,
         })
     }
 
-    fn line(&self) -> String {
+    fn line(&self, roofline: &Roofline, share: f64) -> String {
         let parts = self.parts().map(|(name, ms)| format!("{name} {ms:.2}"));
         format!(
-            "batch {:>4}: {:>8.1} tokens/s, {:>8.2} ms a step ({})",
+            "batch {:>4}: {:>8.1} tokens/s, {:>8.2} ms a step ({}), {:.1} % of the roofline at {:.0} GB/s, {}",
             self.batch,
             self.tokens_per_second(),
             self.ms_per_step(),
-            parts.join(", ")
+            parts.join(", "),
+            100.0 * share,
+            roofline.bandwidth / 1e9,
+            roofline.source
         )
     }
 }
@@ -199,6 +262,13 @@ impl Prompts {
             .with_context(|| format!("{} is not a JSON array of arrays of token ids", path.display()))?;
         ensure!(!prompts.is_empty(), "{} has no prompts", path.display());
         Ok(Self::Given(prompts))
+    }
+
+    fn mean(&self) -> f64 {
+        match self {
+            Self::Random { num_tokens, .. } => *num_tokens as f64,
+            Self::Given(prompts) => prompts.iter().map(Vec::len).sum::<usize>() as f64 / prompts.len() as f64,
+        }
     }
 
     fn longest(&self) -> usize {
@@ -229,7 +299,10 @@ impl ModelFolder {
         match (&args.model, args.model_shape) {
             (Some(path), _) => Ok(Self::Given(path.clone())),
             (None, Some(shape)) => {
-                ensure!(args.load_format == LoadFormat::Dummy, "--model-shape has no weights: add --load-format dummy");
+                ensure!(
+                    args.placement.load_format == LoadFormat::Dummy,
+                    "--model-shape has no weights: add --load-format dummy"
+                );
                 let folder = tempfile::tempdir().context("making a folder for the model's shape")?;
                 shape.write(folder.path())?;
                 Ok(Self::Made(folder))

@@ -1,12 +1,14 @@
 //! `aha bench`: measured rates of the real parts.
 
 mod decode;
+mod roofline;
 mod shapes;
 mod step;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 /// Measure the engine and the training step on this machine.
 #[derive(Debug, clap::Args)]
@@ -19,11 +21,21 @@ pub(crate) struct Args {
 enum What {
     Decode(decode::Args),
     Step(step::Args),
+    /// Write a model folder of a known shape without weights, for --load-format dummy here and elsewhere
+    Shape {
+        shape: shapes::ModelShape,
+        /// Made where it is missing
+        folder: PathBuf,
+    },
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     match &args.what {
         What::Decode(args) => decode::run(args),
         What::Step(args) => step::run(args),
+        What::Shape { shape, folder } => {
+            std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+            shape.write(folder).map(|()| ExitCode::SUCCESS)
+        }
     }
 }

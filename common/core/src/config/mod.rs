@@ -205,8 +205,21 @@ pub struct Train {
     pub collective_timeout_seconds: f64,
     /// A weight push that takes longer fails, naming whom it waited for.
     pub push_timeout_seconds: f64,
+    pub push_backend: PushBackend,
     /// Intra-op threads of a rank; 0 shares the cores among the ranks.
     pub threads: usize,
+}
+
+/// What carries weights from trainers to generators.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PushBackend {
+    /// NCCL where every trainer and generator has a GPU of its own, else Gloo.
+    #[default]
+    Auto,
+    /// TCP between host memory, wherever the weights are.
+    Gloo,
+    Nccl,
 }
 
 /// Supervised fine-tuning (`aha sft`): its own batch and length; the optimizer is `train`'s.
@@ -428,6 +441,7 @@ impl Default for Train {
             save_total_limit: 2,
             collective_timeout_seconds: 600.0,
             push_timeout_seconds: 300.0,
+            push_backend: PushBackend::Auto,
             threads: 0,
         }
     }

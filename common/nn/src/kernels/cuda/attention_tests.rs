@@ -1,6 +1,6 @@
-//! Tests of [`super`] on the CPU, against f64.
+//! Tests of [`super`] on the CPU or a GPU, against f64.
 
-use super::super::emulated::{Draws, Memory, assert_bf16_close, rounded};
+use super::super::testing::{Draws, Memory, assert_bf16_close, on_gpu, rounded};
 use super::*;
 use crate::kernels::cpu::testing::{assert_same_bits, random};
 
@@ -174,6 +174,33 @@ fn decoding_agrees_with_f64() {
             match case.lens[sequence] {
                 0 => assert_eq!(out, vec![0.0; width], "a row that is not in use is zero"),
                 len => assert_bf16_close(out, &case.reference(sequence, len - 1), 1.0, TOLERANCE),
+            }
+        }
+    }
+}
+
+/// Heads of Qwen2.5 0.5B, 1.5B, 3B and 7B, on enough blocks to fill a GPU.
+#[test]
+fn decoding_and_prefill_agree_with_f64_at_the_size_of_a_model() {
+    if !on_gpu() {
+        eprintln!("skipped: the emulation takes too long; AHA_TEST_DEVICE=cuda runs it");
+        return;
+    }
+    let mut draws = Draws(11);
+    for (head_dim, group, num_kv_heads) in [(64, 7, 2), (128, 6, 2), (128, 8, 2), (128, 7, 4)] {
+        let mut lens: Vec<usize> = (0..20).map(|_| 1 + draws.below(2000)).collect();
+        lens.extend([4096, 4095, 3841, 3840]);
+        let case = case(AttentionShape { head_dim, group, block_size: 16 }, num_kv_heads, &lens);
+        let width = case.width();
+        for (sequence, out) in case.decode(4096).chunks(width).enumerate() {
+            assert_bf16_close(out, &case.reference(sequence, lens[sequence] - 1), 1.0, TOLERANCE);
+        }
+        let starts: Vec<usize> = lens.iter().map(|len| len - len % 61).collect();
+        for (sequence, out) in case.prefill(&starts).iter().enumerate() {
+            // A row of each is enough.
+            let row = (lens[sequence] - starts[sequence]) / 2;
+            if let Some(out) = out.chunks(width).nth(row) {
+                assert_bf16_close(out, &case.reference(sequence, starts[sequence] + row), 1.0, TOLERANCE);
             }
         }
     }

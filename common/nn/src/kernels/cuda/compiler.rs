@@ -38,8 +38,8 @@ pub enum CompileError {
 
 /// The libraries, as CUDA 13 names them. NVRTC opens its builtins by name only, so they come first.
 const LIBRARIES: [&str; 2] = ["libnvrtc-builtins.so.13.0", "libnvrtc.so.13"];
-/// `nvidia/cu13/lib` of the wheels that libtorch came with.
-const WHEEL_DIR: Option<&str> = option_env!("AHA_CUDA_LIB_DIR");
+/// Where the wheels beside torch's keep them.
+const WHEEL_DIR: &str = "nvidia/cu13/lib";
 
 impl Gpu {
     /// What NVRTC calls it. From 9.0 on with the instructions that this GPU alone has: code is never moved to another.
@@ -60,8 +60,12 @@ impl Compiler {
             let [builtins, nvrtc] = LIBRARIES.map(|name| Library::open(OsStr::new(&dir.join(name))));
             builtins.and(nvrtc)
         };
-        let library = WHEEL_DIR.map(|dir| open(Path::new(dir))).unwrap_or(Err("no wheel".to_owned()));
-        let opened = library.or_else(|_| open(Path::new(""))).and_then(Self::with_library);
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+        let site = loaded_torch_site(&maps).ok_or_else(|| "libtorch is not loaded".to_owned());
+        let opened = site
+            .and_then(|site| open(&site.join(WHEEL_DIR)))
+            .or_else(|_| open(Path::new("")))
+            .and_then(Self::with_library);
         opened.map_err(|reason| CompileError::NoCompiler { reason })
     }
 
@@ -126,6 +130,14 @@ impl Compiler {
         // SAFETY: both functions belong to a program that was compiled.
         unsafe { program.bytes(f.code_size, f.code) }.map_err(without_log)
     }
+}
+
+/// The folder of Python packages whose `torch/lib` this process has loaded libtorch from, by its memory map.
+fn loaded_torch_site(maps: &str) -> Option<PathBuf> {
+    // Address, permissions, offset, device and inode come before the path.
+    let mut paths = maps.lines().filter_map(|line| Some(Path::new(&line[line.find('/')?..])));
+    let library = paths.find(|path| path.file_name().is_some_and(|name| name == "libtorch_cpu.so"))?;
+    Some(library.parent()?.parent()?.parent()?.to_owned())
 }
 
 /// A program of NVRTC.

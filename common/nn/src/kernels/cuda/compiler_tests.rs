@@ -94,3 +94,13 @@ fn architectures_are_named_as_nvrtc_names_them() {
     let name = |major, minor| Gpu { major, minor }.architecture();
     assert_eq!([name(8, 0), name(8, 9), name(9, 0), name(10, 0)], ["sm_80", "sm_89", "sm_90a", "sm_100a"]);
 }
+
+#[test]
+fn the_wheels_are_beside_the_libtorch_that_is_loaded() {
+    let maps = "7f0000000000-7f0000001000 r--p 00000000 fd:00 12 /usr/lib/libc.so.6\n7f0000002000-7f0000003000 rw-p 00000000 00:00 0 \n\
+                7f1000000000-7f1000001000 r-xp 00002000 fd:00 99    /opt/my venv/site-packages/torch/lib/libtorch_cpu.so\n";
+    assert_eq!(loaded_torch_site(maps), Some(PathBuf::from("/opt/my venv/site-packages")));
+    assert_eq!(loaded_torch_site("7f0-7f1 rw-p 0 0:0 0 [heap]\n"), None);
+    let own = loaded_torch_site(&std::fs::read_to_string("/proc/self/maps").unwrap()).unwrap();
+    assert!(own.is_dir(), "{own:?}");
+}

@@ -77,6 +77,24 @@ impl Gpu {
     }
 }
 
+/// Names CUDA device `index` as no other anywhere: `GPU-` and 32 hexadecimal digits.
+///
+/// # Errors
+/// If there is no driver, or no such device.
+pub fn gpu_uuid(index: usize) -> Result<String, LaunchError> {
+    let driver = Driver::open()?;
+    let ordinal = c_int::try_from(index).unwrap_or(c_int::MAX);
+    let (mut device, mut uuid) = (0, [0_u8; 16]);
+    // SAFETY: no flags; any thread may initialise the driver, any number of times.
+    driver.check(unsafe { (driver.init)(0) }, "starting the CUDA driver")?;
+    // SAFETY: the driver writes one number.
+    driver.check(unsafe { (driver.device_get)(&mut device, ordinal) }, format_args!("finding CUDA device {index}"))?;
+    // SAFETY: the driver writes 16 bytes.
+    let status = unsafe { (driver.device_get_uuid)(uuid.as_mut_ptr(), device) };
+    driver.check(status, format_args!("asking for the UUID of CUDA device {index}"))?;
+    Ok(format!("GPU-{:032x}", u128::from_be_bytes(uuid)))
+}
+
 impl KernelSet {
     /// Loads every kernel of `programs`, each with its code, onto the current GPU.
     ///
@@ -147,6 +165,9 @@ type LaunchFn = unsafe extern "C" fn(
 /// The functions of cuda.h that are used.
 #[derive(Debug, Clone, Copy)]
 struct Driver {
+    init: unsafe extern "C" fn(c_uint) -> c_int,
+    device_get: unsafe extern "C" fn(*mut c_int, c_int) -> c_int,
+    device_get_uuid: unsafe extern "C" fn(*mut u8, c_int) -> c_int,
     get_error_string: unsafe extern "C" fn(c_int, *mut *const c_char) -> c_int,
     ctx_get_current: unsafe extern "C" fn(*mut Handle) -> c_int,
     ctx_get_device: unsafe extern "C" fn(*mut c_int) -> c_int,
@@ -162,6 +183,9 @@ impl Driver {
         // SAFETY: the types are those of cuda.h of CUDA 13.
         let find = || unsafe {
             Ok(Self {
+                init: library.function(c"cuInit")?,
+                device_get: library.function(c"cuDeviceGet")?,
+                device_get_uuid: library.function(c"cuDeviceGetUuid_v2")?,
                 get_error_string: library.function(c"cuGetErrorString")?,
                 ctx_get_current: library.function(c"cuCtxGetCurrent")?,
                 ctx_get_device: library.function(c"cuCtxGetDevice")?,
@@ -212,6 +236,6 @@ mod tests {
         assert!(matches!(&error, LaunchError::NoStream(_)), "{error}");
         let error = KernelSet::load(&[]).unwrap_err();
         assert!(matches!(error, LaunchError::NoDriver(_) | LaunchError::NoContext), "{error}");
-        assert!(Gpu::current().is_err());
+        assert!(Gpu::current().is_err() && gpu_uuid(0).is_err());
     }
 }

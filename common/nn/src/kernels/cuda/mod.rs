@@ -7,7 +7,8 @@
 //! - [`Compiler`] makes code of the programs, [`CompileCache`] keeps it, and [`KernelSet`] launches it.
 //!
 //! The kernels run in the tests on the CPU (`aha-cuda-emulation`) and are compiled for sm_90a and sm_80 wherever
-//! the NVRTC library is. **[`KernelSet`] has not run on a GPU yet.**
+//! the NVRTC library is. With `AHA_TEST_DEVICE=cuda` the same tests run on the GPU, through [`KernelSet`]. **That has not
+//! been done yet.**
 //!
 //! Storage is bf16, arithmetic fp32, the residual stream fp32. Like the CPU kernels these are batch-invariant: a row's
 //! result does not depend on its neighbours, on the bucket of a CUDA graph or on the longest context in the batch.
@@ -16,8 +17,6 @@ mod attention;
 mod cache;
 mod compiler;
 mod elementwise;
-#[cfg(test)]
-mod emulated;
 mod kernel_set;
 mod launch;
 mod library;
@@ -25,12 +24,14 @@ mod program;
 mod rope;
 mod sampling;
 mod step;
+#[cfg(test)]
+mod testing;
 
 pub use attention::{AttentionShape, DecodeAttention, PagedKv, PrefillAttention, Span, kv_cache_len};
 pub use cache::CompileCache;
 pub use compiler::{CompileError, Compiler, Gpu};
 pub use elementwise::{AddRmsNorm, Embed, SiluMul};
-pub use kernel_set::{KernelSet, LaunchError, Stream};
+pub use kernel_set::{KernelSet, LaunchError, Stream, gpu_uuid};
 pub use launch::{DevicePtr, Launch};
 pub use program::{KernelShapes, LogitKind, Program, UnsupportedShape};
 pub use rope::QkvRope;

@@ -1,7 +1,7 @@
-//! Tests of [`super`] on the CPU, against f64.
+//! Tests of [`super`] on the CPU or a GPU, against f64.
 
-use super::super::emulated::{Draws, Memory, assert_bf16_close, bf16_value, rounded};
 use super::super::kv_cache_len;
+use super::super::testing::{Draws, Memory, assert_bf16_close, bf16_value, rounded};
 use super::*;
 use crate::kernels::cpu::testing::random;
 

@@ -1,8 +1,8 @@
-//! Tests of [`super`] on the CPU, against the rules in plain Rust.
+//! Tests of [`super`] on the CPU or a GPU, against the rules in plain Rust.
 
 use aha_core::random::sampling_uniform;
 
-use super::super::emulated::{Draws, Memory};
+use super::super::testing::{Draws, Memory};
 use super::*;
 
 const STRIDE: usize = 300;
