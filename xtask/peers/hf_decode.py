@@ -1,7 +1,7 @@
 """Tokens per second of transformers' generate, as a line of JSON.
 
-Takes the first prompts of a JSON array of arrays of token ids, all of one length, or random ones. On a GPU the time
-ends when the GPU has finished.
+Takes the first prompts of a JSON array of arrays of token ids, all of one length, or random ones. On a GPU the time ends
+when the GPU has finished.
 """
 
 import argparse
@@ -19,6 +19,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", help="JSON file; without it prompts are random")
     parser.add_argument("--prompt-tokens", type=int, default=128, help="length of random prompts")
     parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--group", type=int, default=1, help="rows of the batch that have the same prompt")
     parser.add_argument("--new-tokens", type=int, required=True)
     parser.add_argument("--threads", type=int, default=0, help="0 leaves torch's own number")
     parser.add_argument("--dummy", action="store_true", help="random weights: only the folder's config.json is read")
@@ -43,9 +44,10 @@ def main(args: argparse.Namespace) -> None:
     model = load(args)
     if args.prompts:
         with open(args.prompts) as file:
-            input_ids = torch.tensor(json.load(file)[: args.batch])
+            prompts = torch.tensor(json.load(file)[: args.batch // args.group])
     else:
-        input_ids = torch.randint(model.config.vocab_size, (args.batch, args.prompt_tokens))
+        prompts = torch.randint(model.config.vocab_size, (args.batch // args.group, args.prompt_tokens))
+    input_ids = prompts.repeat_interleave(args.group, dim=0)
     input_ids = input_ids.to(args.device)
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     pad = model.generation_config.pad_token_id

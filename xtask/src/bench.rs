@@ -35,6 +35,9 @@ pub(crate) struct Decode {
     /// Sequences decoded at once, one row of the table each
     #[arg(long, value_delimiter = ',', default_value = "1,32,64")]
     batch: Vec<usize>,
+    /// Samples of each prompt, as GRPO draws them; divides every batch. transformers gets each prompt as often
+    #[arg(long, default_value_t = 1)]
+    group: usize,
     /// How aha stores the layers' matrices, one row of the table each: none, int8
     #[arg(long, value_delimiter = ',', default_value = "none")]
     quantization: Vec<String>,
@@ -43,7 +46,7 @@ pub(crate) struct Decode {
     /// Tokens of every completion
     #[arg(long, default_value_t = 128)]
     new_tokens: usize,
-    /// Measurements of each; their median counts
+    /// Measurements of each, in turns; medians count
     #[arg(long, default_value_t = 3)]
     rounds: usize,
     /// Threads of both; 0 takes all cores
@@ -71,6 +74,8 @@ fn decode(workspace: &Workspace, aha: &Path, args: &Decode) -> anyhow::Result<()
     let python = workspace.path(PYTHON);
     ensure!(python.exists(), "transformers is not installed: `cargo xtask peers` puts it into .peers/");
     ensure!(args.rounds > 0 && !args.batch.is_empty(), "--rounds and --batch must not be empty");
+    let is_whole = args.group > 0 && args.batch.iter().all(|batch| batch.is_multiple_of(args.group));
+    ensure!(is_whole, "--group {} does not divide every --batch", args.group);
     let threads = match args.threads {
         0 => std::thread::available_parallelism().context("counting this machine's cores")?.get(),
         threads => threads,
@@ -84,14 +89,16 @@ fn decode(workspace: &Workspace, aha: &Path, args: &Decode) -> anyhow::Result<()
             let mut command = workspace.command(aha);
             command.args(["bench", "decode", "--json", "--device", "cpu", "--quantization", quantization]);
             command.arg("--model").arg(&model);
-            command.arg("--prompts").arg(&prompts).args(["--batch", &batch.to_string()]);
+            command.arg("--prompts").arg(&prompts);
+            command.args(["--batch", &batch.to_string(), "--group", &args.group.to_string()]);
             command.args(["--new-tokens", &args.new_tokens.to_string(), "--threads", &threads.to_string()]);
             command.args(args.dummy.then_some("--load-format=dummy"));
             command
         };
         let mut peer = workspace.command(&python);
         peer.env("OMP_NUM_THREADS", threads.to_string()).arg(PEER).arg(&model).arg("--prompts").arg(&prompts);
-        peer.args(["--batch", &batch.to_string(), "--new-tokens", &args.new_tokens.to_string()]);
+        peer.args(["--batch", &batch.to_string(), "--group", &args.group.to_string()]);
+        peer.args(["--new-tokens", &args.new_tokens.to_string()]);
         peer.args(["--threads", &threads.to_string()]).args(args.dummy.then_some("--dummy"));
         let (mut our_rates, mut peer_rates) = (vec![Vec::new(); args.quantization.len()], Vec::new());
         for _ in 0..args.rounds {
@@ -100,11 +107,12 @@ fn decode(workspace: &Workspace, aha: &Path, args: &Decode) -> anyhow::Result<()
             }
             peer_rates.push(rate(&mut peer)?);
         }
-        let peer_rate = median(peer_rates);
         for (rates, quantization) in our_rates.into_iter().zip(&args.quantization) {
-            let own = median(rates);
             let label = if quantization == "none" { "fp32" } else { quantization };
-            eprintln!("{batch:>6}  {label:>6}  {own:>10.1}  {peer_rate:>14.1}  {:>6.2}", own / peer_rate);
+            // Of neighbours in time: the machine may be faster in one round than in another.
+            let ratio = median(rates.iter().zip(&peer_rates).map(|(own, peer)| own / peer).collect());
+            let (own, peer) = (median(rates), median(peer_rates.clone()));
+            eprintln!("{batch:>6}  {label:>6}  {own:>10.1}  {peer:>14.1}  {ratio:>6.2}");
         }
     }
     Ok(())
