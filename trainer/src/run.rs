@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use aha_core::config::RunConfig;
+use aha_core::config::{RewardSpec, RunConfig};
 use aha_core::ids::PolicyVersion;
 use aha_core::random::derive_seed;
 use aha_core::rollout::Group;
@@ -12,13 +12,13 @@ use serde::Serialize;
 use crate::evaluate::{self, Evaluation, evaluate};
 use crate::exchange::{exchange, share};
 use crate::loggers::{CompletionRecord, Metrics};
+use crate::optimize::optimize;
 use crate::publish::Publisher;
 use crate::rollouts::{RolloutRequest, Rollouts};
 use crate::session::Session;
 use crate::step_metrics::{rollout_metrics, step_metrics};
-use crate::torch::learner::{LocalBatch, StepOutput};
 use crate::torch::objective::{Objective, PolicyObjective};
-use crate::training_batch::{Plan, TrainingBatch};
+use crate::training_batch::TrainingBatch;
 use crate::world::World;
 
 /// Steps in a row whose gradients may be NaN or infinite before the run stops.
@@ -47,7 +47,7 @@ pub fn run<R: Rollouts>(
     world: &World,
     connect: impl FnOnce(&Session) -> Result<(R, Publisher)>,
 ) -> Result<Summary> {
-    let mut session = Session::start(config, world, objective(config))?;
+    let mut session = Session::start(config, world, Objective::Policy(PolicyObjective::new(&config.train)))?;
     let (mut rollouts, mut publisher) = connect(&session)?;
     let rollouts = &mut rollouts;
     publisher.publish(session.learner.zero().weights(), PolicyVersion(session.step))?;
@@ -88,7 +88,7 @@ fn train_step(
     clock.lap("time/generate");
     let groups = exchange(session.group(), prompts, own, config.rollout.num_generations)?;
     clock.lap("time/exchange");
-    let mut batch = TrainingBatch::new(&groups, &config);
+    let mut batch = TrainingBatch::new(&groups, &config, step);
     metrics.extend(rollout_metrics(&groups, &batch, &config).iter());
     let output = optimize(session, &mut batch, step)?;
     clock.lap("time/train");
@@ -97,7 +97,7 @@ fn train_step(
 
     let sampled: Vec<&[f32]> =
         groups.iter().flat_map(|group| &group.completions).map(|completion| completion.logprobs.as_slice()).collect();
-    step_metrics(session.group(), &output, &sampled, &mut metrics)?;
+    step_metrics((session.group(), &config), &output, &sampled, &mut metrics)?;
     metrics.set("learning_rate", session.adamw(step).lr);
     metrics.set("policy/lag", lag(&groups, step));
     metrics.set("weights/swap_seconds", push.swap_seconds);
@@ -107,32 +107,6 @@ fn train_step(
         loggers.log_step(step + 1, &metrics)?;
     }
     Ok(output.skipped)
-}
-
-/// `train.num_iterations` optimizer steps on one batch. The first needs no old log-probs, since its policy sampled the
-/// batch; it leaves those that the others compare with. Returns the first one's output.
-fn optimize(session: &mut Session, batch: &mut TrainingBatch, step: u64) -> Result<StepOutput> {
-    let train = &session.config.train;
-    let (num_iterations, budget) = (train.num_iterations, train.micro_batch_tokens);
-    let lengths: Vec<usize> = batch.sequences.iter().map(|sequence| sequence.token_ids.len()).collect();
-    let plan = Plan::new(&lengths, session.world.rank, session.world.size, budget)?;
-    let options = session.adamw(step);
-    let mut first = None;
-    for _ in 0..num_iterations {
-        let local = LocalBatch {
-            sequences: &batch.sequences,
-            micro_batches: &plan.micro_batches,
-            num_micro_batches: plan.num_micro_batches,
-        };
-        let output = session.learner.step(&local, &options)?;
-        if first.is_none() {
-            for (sequence, logprobs) in batch.sequences.iter_mut().zip(&output.logprobs) {
-                sequence.old_logprobs.clone_from(logprobs);
-            }
-            first = Some(output);
-        }
-    }
-    first.ok_or_else(|| anyhow::anyhow!("train.num_iterations must be at least 1"))
 }
 
 fn evaluate_if_due(session: &mut Session, rollouts: &mut dyn Rollouts, step: u64) -> Result<()> {
@@ -165,15 +139,6 @@ fn finish(session: Session) -> Result<Summary> {
     Ok(summary)
 }
 
-fn objective(config: &RunConfig) -> Objective {
-    let train = &config.train;
-    Objective::Policy(PolicyObjective {
-        epsilon: f64::from(train.epsilon),
-        epsilon_high: f64::from(train.epsilon_high.unwrap_or(train.epsilon)),
-        beta: f64::from(train.beta),
-    })
-}
-
 /// Versions between the oldest token of the step and the policy that trains on it.
 fn lag(groups: &[Group], step: u64) -> f64 {
     let completions = groups.iter().flat_map(|group| &group.completions);
@@ -186,8 +151,11 @@ fn records(groups: &[Group], batch: &TrainingBatch, config: &RunConfig) -> Vec<C
     let completions =
         groups.iter().flat_map(|group| group.completions.iter().map(move |completion| (group, completion)));
     completions
-        .zip(batch.advantages.iter().zip(&batch.rewards))
-        .map(|((group, completion), (&advantage, &reward))| {
+        .zip(&batch.advantages)
+        .map(|((group, completion), &advantage)| {
+            let scored = |function: &str| completion.rewards.iter().find(|reward| reward.function == function);
+            let score = |spec: &RewardSpec| scored(&spec.function).map_or(0.0, |reward| spec.weight * reward.score);
+            let reward: f32 = config.rewards.iter().map(score).sum();
             CompletionRecord::new(&group.prompt, completion, advantage, reward >= best)
         })
         .collect()

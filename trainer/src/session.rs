@@ -65,11 +65,10 @@ impl Session {
         let run_dir = RunDir::open(config, &group)?;
         let checkpoint = checkpoint::latest(&run_dir, &group)?;
         let weights = initial_weights(config, &model_config, checkpoint.as_ref(), (world.size, device))?;
-        let reference = match objective {
-            Objective::Policy(policy) if policy.beta > 0.0 => {
-                Some(initial_weights(config, &model_config, None, (1, device))?)
-            }
-            _ => None,
+        let reference = if objective.needs_reference() {
+            Some(initial_weights(config, &model_config, None, (1, device))?)
+        } else {
+            None
         };
         let step = checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.state.step);
         let mut zero = Zero::new(config.train.zero_stage, group, weights);

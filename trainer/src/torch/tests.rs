@@ -4,6 +4,7 @@ use std::thread;
 use std::time::Duration;
 
 use aha_core::batch::TrainSequence;
+use aha_core::config::Train;
 use aha_core::random::derive_seed;
 use aha_nn::autograd_ops::PackedBatch;
 use aha_nn::comm::{Address, Backend, GroupSpec, ProcessGroup, Store};
@@ -28,8 +29,12 @@ fn config(family: &str, tied: bool) -> ModelConfig {
     ModelConfig::from_json(raw.as_object().unwrap().clone()).unwrap()
 }
 
-fn policy(beta: f64) -> Objective {
-    Objective::Policy(PolicyObjective { epsilon: 0.2, epsilon_high: 0.3, beta })
+fn policy(beta: f32) -> Objective {
+    objective(&Train { epsilon_high: Some(0.3), beta, ..Train::default() })
+}
+
+fn objective(train: &Train) -> Objective {
+    Objective::Policy(PolicyObjective::new(train))
 }
 
 /// Sequences of uneven lengths with all streams filled.
@@ -52,6 +57,7 @@ fn sequences(seed: u64, with_old: bool) -> Vec<TrainSequence> {
                 } else {
                     vec![]
                 },
+                ..TrainSequence::default()
             }
         })
         .collect()
@@ -66,7 +72,7 @@ fn learner(model: &ModelConfig, objective: Objective, zero: Zero, checkpointing:
         max_length: 32,
     };
     let reference = Weights::random(model, 99, 1, Kind::Float, Device::Cpu);
-    let reference = matches!(objective, Objective::Policy(policy) if policy.beta > 0.0).then_some(reference);
+    let reference = objective.needs_reference().then_some(reference);
     Learner::new(model.clone(), options, zero, reference)
 }
 
@@ -83,13 +89,9 @@ fn train(
     let mut learner = learner(model, policy(0.05), Zero::new(stage, group, weights), checkpointing);
     let sequences = sequences(3, with_old);
     let lengths: Vec<usize> = sequences.iter().map(|sequence| sequence.token_ids.len()).collect();
-    let plan = Plan::new(&lengths, rank, size, 20).unwrap();
-    let batch = LocalBatch {
-        sequences: &sequences,
-        micro_batches: &plan.micro_batches,
-        num_micro_batches: plan.num_micro_batches,
-    };
-    let outputs = (0..3).map(|_| learner.step(&batch, &ADAMW).unwrap()).collect();
+    let all: Vec<usize> = (0..sequences.len()).collect();
+    let plan = Plan::new(&lengths, &all, (rank, size), 20).unwrap();
+    let outputs = (0..3).map(|_| learner.step(&plan.of(&sequences), &ADAMW).unwrap()).collect();
     (learner, outputs)
 }
 
@@ -233,7 +235,7 @@ fn two_runs_are_equal_to_the_last_bit() {
 fn a_policy_that_has_not_moved_has_ratio_one() {
     let model = config("qwen2", true);
     let (_, outputs) = train(&model, 0, ProcessGroup::solo("test", Device::Cpu), false, false);
-    assert_eq!((outputs[0].clipped_low, outputs[0].clipped_high), (0.0, 0.0));
+    assert_eq!((outputs[0].sums.clipped_low, outputs[0].sums.clipped_high), (0.0, 0.0));
     assert!(outputs[0].grad_norm > 0.0);
 }
 
