@@ -5,26 +5,34 @@
 
 use aha_core::batch::TrainSequence;
 use aha_core::config::Train;
-use anyhow::Result;
+use aha_nn::comm::CommError;
 
-use crate::session::Session;
+use crate::torch::learner::Learner;
 use crate::training_batch::{Plan, TrainingBatch};
+
+/// Entropies this close are equal, in nats. The completions of a prompt share the context of their first token, whose
+/// entropies differ by rounding alone: without this, how sequences are packed would decide which of them count.
+const TIE: f32 = 1e-5;
 
 /// Fills `policy_mask` and `entropy_weights` of this rank's sequences of one update, a plan and its index. With neither
 /// `train.top_entropy_quantile` under 1 nor `train.entropy_coef` over 0 it does nothing.
 ///
 /// # Errors
 /// If the ranks cannot exchange their entropies.
-pub(crate) fn weigh(session: &Session, batch: &mut TrainingBatch, (plan, index): (&Plan, usize)) -> Result<()> {
-    let train = &session.config.train;
+pub(crate) fn weigh(
+    learner: &Learner,
+    train: &Train,
+    batch: &mut TrainingBatch,
+    (plan, index): (&Plan, usize),
+) -> Result<(), CommError> {
     let own: Vec<usize> = plan.micro_batches.concat();
     let mut num_counted: usize =
         batch.updates[index].iter().map(|&index| batch.sequences[index].num_completion_tokens()).sum();
     if train.top_entropy_quantile < 1.0 {
-        let entropies = session.learner.statistics(&plan.of(&batch.sequences)).entropies;
+        let entropies = learner.statistics(&plan.of(&batch.sequences)).entropies;
         let flat: Vec<u8> =
             own.iter().flat_map(|&index| &entropies[index]).flat_map(|value| value.to_le_bytes()).collect();
-        let everyone = session.group().all_gather_bytes(&flat)?.concat();
+        let everyone = learner.zero().group().all_gather_bytes(&flat)?.concat();
         let (values, _) = everyone.as_chunks::<4>();
         let all: Vec<f32> = values.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
         num_counted = fill_masks(train, &mut batch.sequences, &entropies, &all);
@@ -35,7 +43,7 @@ pub(crate) fn weigh(session: &Session, batch: &mut TrainingBatch, (plan, index):
 
 /// Masks the tokens of low entropy of every sequence whose entropies are given; returns how many of `all` are left.
 pub(crate) fn fill_masks(train: &Train, sequences: &mut [TrainSequence], entropies: &[Vec<f32>], all: &[f32]) -> usize {
-    let threshold = quantile(all, 1.0 - train.top_entropy_quantile);
+    let threshold = quantile(all, 1.0 - train.top_entropy_quantile) - TIE;
     for (sequence, entropies) in sequences.iter_mut().zip(entropies) {
         sequence.policy_mask = mask(entropies, threshold);
     }

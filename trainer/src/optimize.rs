@@ -1,13 +1,14 @@
 //! The optimizer updates on one batch of rollouts: `train.num_iterations` passes of `train.steps_per_generation` updates.
 
+use aha_core::config::Train;
+use aha_nn::optim::AdamW;
 use anyhow::Result;
 
 use crate::entropy;
-use crate::session::Session;
-use crate::torch::learner::StepOutput;
+use crate::torch::learner::{Learner, StepOutput};
 use crate::training_batch::{Plan, TrainingBatch};
 
-/// Takes the updates of one step, counted from 0.
+/// Takes the updates of one step.
 ///
 /// The first update needs no old log-probs, since its policy sampled the batch; it leaves those that later passes compare
 /// with. Those of the other updates' sequences are computed before the policy moves.
@@ -17,27 +18,30 @@ use crate::training_batch::{Plan, TrainingBatch};
 ///
 /// # Errors
 /// As [`crate::torch::learner::Learner::step`]'s, or if a sequence exceeds `train.micro_batch_tokens`.
-pub fn optimize(session: &mut Session, batch: &mut TrainingBatch, step: u64) -> Result<StepOutput> {
-    let train = &session.config.train;
-    let num_iterations = train.num_iterations;
-    let plans = batch.plans((session.world.rank, session.world.size), train.micro_batch_tokens)?;
-    let options = session.adamw(step);
+pub fn optimize(
+    learner: &mut Learner,
+    train: &Train,
+    batch: &mut TrainingBatch,
+    options: &AdamW,
+) -> Result<StepOutput> {
+    let group = learner.zero().group();
+    let plans = batch.plans((group.rank(), group.size()), train.micro_batch_tokens)?;
     for plan in plans.iter().skip(1) {
-        let logprobs = session.learner.statistics(&plan.of(&batch.sequences)).logprobs;
+        let logprobs = learner.statistics(&plan.of(&batch.sequences)).logprobs;
         keep_old_logprobs(batch, plan, logprobs);
     }
     let mut total = StepOutput::default();
-    for iteration in 0..num_iterations {
+    for iteration in 0..train.num_iterations {
         for (index, plan) in plans.iter().enumerate() {
-            entropy::weigh(session, batch, (plan, index))?;
-            let mut output = session.learner.step(&plan.of(&batch.sequences), &options)?;
+            entropy::weigh(learner, train, batch, (plan, index))?;
+            let mut output = learner.step(&plan.of(&batch.sequences), options)?;
             if (iteration, index) == (0, 0) {
                 keep_old_logprobs(batch, plan, std::mem::take(&mut output.logprobs));
             }
             total.add_update(&output);
         }
     }
-    let num_updates = f64::from(num_iterations) * plans.len() as f64;
+    let num_updates = f64::from(train.num_iterations) * plans.len() as f64;
     total.loss /= num_updates;
     total.grad_norm /= num_updates;
     total.logprobs = batch.sequences.iter().map(|sequence| sequence.old_logprobs.clone()).collect();
@@ -49,3 +53,6 @@ fn keep_old_logprobs(batch: &mut TrainingBatch, plan: &Plan, mut logprobs: Vec<V
         batch.sequences[index].old_logprobs = std::mem::take(&mut logprobs[index]);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -90,7 +90,8 @@ fn train_step(
     clock.lap("time/exchange");
     let mut batch = TrainingBatch::new(&groups, &config, step);
     metrics.extend(rollout_metrics(&groups, &batch, &config).iter());
-    let output = optimize(session, &mut batch, step)?;
+    let adamw = session.adamw(step);
+    let output = optimize(&mut session.learner, &config.train, &mut batch, &adamw)?;
     clock.lap("time/train");
     let push = publisher.publish(session.learner.zero().weights(), PolicyVersion(step + 1))?;
     clock.lap("weights/push_seconds");
@@ -98,7 +99,7 @@ fn train_step(
     let sampled: Vec<&[f32]> =
         groups.iter().flat_map(|group| &group.completions).map(|completion| completion.logprobs.as_slice()).collect();
     step_metrics((session.group(), &config), &output, &sampled, &mut metrics)?;
-    metrics.set("learning_rate", session.adamw(step).lr);
+    metrics.set("learning_rate", adamw.lr);
     metrics.set("policy/lag", lag(&groups, step));
     metrics.set("weights/swap_seconds", push.swap_seconds);
     finish_metrics(&mut metrics, &clock, &groups);

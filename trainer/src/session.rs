@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use aha_core::config::{DeviceKind, Dtype, RunConfig};
 use aha_core::schedule::Schedule;
 use aha_nn::comm::{Address, Backend, GroupSpec, ProcessGroup, Store};
+use aha_nn::logprob::chunk_rows;
 use aha_nn::model_config::ModelConfig;
 use aha_nn::model_folder::{check_weights, load_weights};
 use aha_nn::optim::AdamW;
@@ -76,7 +77,7 @@ impl Session {
             zero.load_state(checkpoint.state.num_updates, &checkpoint.optimizer()?)?;
             tracing::info!("going on from {}", checkpoint.folder.display());
         }
-        let options = learner_options(config, objective);
+        let options = learner_options(config, objective, model_config.vocab_size);
         let learner = Learner::new(model_config, options, zero, reference);
         let loggers = if world.rank == 0 { Some(loggers(config, &run_dir, step)?) } else { None };
         Ok(Self {
@@ -192,7 +193,7 @@ fn initial_weights(
     Ok(load_weights(folder, model_config, world_size, kind, device)?)
 }
 
-fn learner_options(config: &RunConfig, objective: Objective) -> LearnerOptions {
+fn learner_options(config: &RunConfig, objective: Objective, vocab_size: usize) -> LearnerOptions {
     let supervised = objective == Objective::Supervised;
     let grpo_length = config.data.max_prompt_length + config.rollout.max_completion_length as usize;
     LearnerOptions {
@@ -201,6 +202,7 @@ fn learner_options(config: &RunConfig, objective: Objective) -> LearnerOptions {
         max_grad_norm: config.train.max_grad_norm,
         gradient_checkpointing: config.train.gradient_checkpointing,
         max_length: if supervised { config.sft.max_length } else { grpo_length },
+        logit_rows: chunk_rows(vocab_size as i64),
     }
 }
 

@@ -13,8 +13,8 @@ use super::targets::Targets;
 use crate::entropy::{fill_masks, fill_weights};
 use crate::training_batch::TrainingBatch;
 
-const LOSS_TOLERANCE: f64 = 2e-6;
-const GRADIENT_TOLERANCE: f64 = 1e-6;
+const LOSS_TOLERANCE: f64 = 1e-5;
+const GRADIENT_TOLERANCE: f64 = 1e-5;
 
 #[derive(Debug, Deserialize)]
 struct Golden {

@@ -9,7 +9,7 @@ use aha_core::batch::TrainSequence;
 use aha_nn::autograd::{GradError, grad};
 use aha_nn::autograd_ops::PackedBatch;
 use aha_nn::forward::{head_matrix, hidden_states};
-use aha_nn::logprob::{chunk_rows, log_softmax, token_entropies, token_statistics};
+use aha_nn::logprob::{log_softmax, token_entropies, token_statistics};
 use aha_nn::model_config::ModelConfig;
 use aha_nn::optim::AdamW;
 use aha_nn::rotary::RotaryTable;
@@ -32,6 +32,8 @@ pub struct LearnerOptions {
     pub gradient_checkpointing: bool,
     /// Longest sequence.
     pub max_length: usize,
+    /// Tokens whose logits exist together.
+    pub logit_rows: i64,
 }
 
 /// The policy in training on this rank.
@@ -280,7 +282,9 @@ impl Learner {
         };
         let mut d_matrix: Option<Tensor> = None;
         let (mut d_hidden, mut logprobs) = (Vec::new(), Vec::new());
-        for (start, len) in inputs.chunks() {
+        let num_rows = targets.rows.size()[0];
+        for start in (0..num_rows).step_by(self.options.logit_rows as usize) {
+            let len = self.options.logit_rows.min(num_rows - start);
             let rows = leaf(&inputs.hidden.narrow(0, start, len));
             let all = log_softmax(&rows, &inputs.matrix, self.options.temperature); // [m, V]
             let tokens = Tokens {
@@ -306,7 +310,7 @@ impl Learner {
             });
         }
         let matrix = inputs.matrix;
-        output.num_tokens += targets.rows.size()[0] as usize;
+        output.num_tokens += num_rows as usize;
         targets.scatter(&Tensor::cat(&logprobs, 0), &mut output.logprobs);
 
         let d_hidden = Some(Tensor::cat(&d_hidden, 0)); // [M, C]
@@ -378,14 +382,6 @@ impl StepOutput {
     fn add(&mut self, loss: &Loss) {
         self.loss += loss.loss.double_value(&[]);
         self.sums.add(&loss.sums);
-    }
-}
-
-impl HeadInputs {
-    /// Start and length of each part whose logits may exist together.
-    fn chunks(&self) -> impl Iterator<Item = (i64, i64)> {
-        let (num_rows, chunk) = (self.hidden.size()[0], chunk_rows(self.matrix.size()[0]));
-        (0..num_rows).step_by(chunk as usize).map(move |start| (start, chunk.min(num_rows - start)))
     }
 }
 

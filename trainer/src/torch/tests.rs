@@ -70,6 +70,7 @@ fn learner(model: &ModelConfig, objective: Objective, zero: Zero, checkpointing:
         max_grad_norm: 0.5,
         gradient_checkpointing: checkpointing,
         max_length: 32,
+        logit_rows: 7,
     };
     let reference = Weights::random(model, 99, 1, Kind::Float, Device::Cpu);
     let reference = objective.needs_reference().then_some(reference);
