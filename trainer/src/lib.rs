@@ -15,6 +15,7 @@ pub mod publish;
 pub mod rollouts;
 pub mod run;
 pub mod run_dir;
+mod sampling;
 pub mod session;
 pub mod sft;
 pub mod step_metrics;

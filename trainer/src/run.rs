@@ -1,20 +1,19 @@
 //! The training loop: take prompts, roll out, exchange, advantages, pack, step, publish.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use aha_core::config::{RewardSpec, RunConfig};
 use aha_core::ids::PolicyVersion;
-use aha_core::random::derive_seed;
 use aha_core::rollout::Group;
 use anyhow::{Result, bail};
 use serde::Serialize;
 
 use crate::evaluate::{self, Evaluation, evaluate};
-use crate::exchange::{exchange, share};
 use crate::loggers::{CompletionRecord, Metrics};
 use crate::optimize::optimize;
 use crate::publish::Publisher;
-use crate::rollouts::{RolloutRequest, Rollouts};
+use crate::rollouts::Rollouts;
+use crate::sampling::Sampler;
 use crate::session::Session;
 use crate::step_metrics::{rollout_metrics, step_metrics};
 use crate::torch::objective::{Objective, PolicyObjective};
@@ -61,6 +60,7 @@ pub fn run<R: Rollouts>(
             bail!("the gradients of {MAX_SKIPPED} steps in a row were not finite; lower train.learning_rate");
         }
         evaluate_if_due(&mut session, rollouts, step + 1)?;
+        session.sync_reference_if_due(step + 1);
         session.save_if_due(step + 1)?;
     }
     finish(session)
@@ -77,28 +77,27 @@ fn train_step(
     let mut metrics = Metrics::default();
     let config = session.config.clone();
     let prompts = session.prompts.step_prompts(step)?;
-    let own = rollouts.roll_out(&RolloutRequest {
-        prompts: share(&prompts, session.world.rank, session.world.size),
-        num_generations: config.rollout.num_generations,
-        sampling: config.rollout.sampling(),
-        seed: derive_seed(config.run.seed, &[step]),
-        rewards: config.rewards.iter().map(|spec| spec.function.clone()).collect(),
-        version: PolicyVersion(step),
-    })?;
+    let sampler = Sampler { rollouts, group: session.group(), config: &config, step };
+    let replacements = |round, count, seen: &_| session.prompts.replacements((step, round), count, seen);
+    let sampled = sampler.sample(prompts, replacements)?;
     clock.lap("time/generate");
-    let groups = exchange(session.group(), prompts, own, config.rollout.num_generations)?;
-    clock.lap("time/exchange");
+    clock.split_off("time/exchange", sampled.exchange);
+    let groups = sampled.groups;
     let mut batch = TrainingBatch::new(&groups, &config, step);
     metrics.extend(rollout_metrics(&groups, &batch, &config).iter());
+    if config.train.dynamic_sampling {
+        metrics.set("sampling/dropped_groups", sampled.num_dropped as f64);
+        metrics.set("sampling/resample_rounds", f64::from(sampled.num_rounds));
+    }
     let adamw = session.adamw(step);
     let output = optimize(&mut session.learner, &config.train, &mut batch, &adamw)?;
     clock.lap("time/train");
     let push = publisher.publish(session.learner.zero().weights(), PolicyVersion(step + 1))?;
     clock.lap("weights/push_seconds");
 
-    let sampled: Vec<&[f32]> =
+    let logprobs: Vec<&[f32]> =
         groups.iter().flat_map(|group| &group.completions).map(|completion| completion.logprobs.as_slice()).collect();
-    step_metrics((session.group(), &config), &output, &sampled, &mut metrics)?;
+    step_metrics((session.group(), &config), &output, &logprobs, &mut metrics)?;
     metrics.set("learning_rate", adamw.lr);
     metrics.set("policy/lag", lag(&groups, step));
     metrics.set("weights/swap_seconds", push.swap_seconds);
@@ -192,6 +191,14 @@ impl Clock {
     fn start() -> Self {
         let now = Instant::now();
         Self { started: now, last: now, laps: Vec::new() }
+    }
+
+    /// Takes a part of the last lap for a lap of its own.
+    fn split_off(&mut self, name: &'static str, part: Duration) {
+        if let Some((_, seconds)) = self.laps.last_mut() {
+            *seconds -= part.as_secs_f64();
+        }
+        self.laps.push((name, part.as_secs_f64()));
     }
 
     fn lap(&mut self, name: &'static str) {

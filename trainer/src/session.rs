@@ -67,7 +67,7 @@ impl Session {
         let checkpoint = checkpoint::latest(&run_dir, &group)?;
         let weights = initial_weights(config, &model_config, checkpoint.as_ref(), (world.size, device))?;
         let reference = if objective.needs_reference() {
-            Some(initial_weights(config, &model_config, None, (1, device))?)
+            Some(reference_weights(config, &model_config, checkpoint.as_ref(), device)?)
         } else {
             None
         };
@@ -114,6 +114,14 @@ impl Session {
             beta2: train.adam_beta2,
             eps: train.adam_epsilon,
             weight_decay: train.weight_decay,
+        }
+    }
+
+    /// Moves the reference policy where `train.sync_ref_model` asks for it after `step` steps.
+    pub fn sync_reference_if_due(&mut self, step: u64) {
+        let train = &self.config.train;
+        if train.sync_ref_model && step.is_multiple_of(train.ref_model_sync_steps) {
+            self.learner.sync_reference(train.ref_model_mixup_alpha);
         }
     }
 
@@ -191,6 +199,20 @@ fn initial_weights(
     }
     let folder: &Path = checkpoint.map_or(&config.model.path, |checkpoint| &checkpoint.folder);
     Ok(load_weights(folder, model_config, world_size, kind, device)?)
+}
+
+/// The initial policy; the one that a checkpoint left where `train.sync_ref_model` moves it.
+fn reference_weights(
+    config: &RunConfig,
+    model_config: &ModelConfig,
+    checkpoint: Option<&Checkpoint>,
+    device: Device,
+) -> Result<Weights> {
+    let initial = initial_weights(config, model_config, None, (1, device))?;
+    match checkpoint.and_then(Checkpoint::reference).filter(|_| config.train.sync_ref_model) {
+        Some(folder) => Ok(load_weights(&folder, model_config, 1, initial.kind(), device)?),
+        None => Ok(initial),
+    }
 }
 
 fn learner_options(config: &RunConfig, objective: Objective, vocab_size: usize) -> LearnerOptions {

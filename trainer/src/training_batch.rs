@@ -99,6 +99,15 @@ impl TrainingBatch {
     }
 }
 
+/// The reward of every completion: weighted sums of the reward functions' scores and of the soft overlong punishment.
+#[must_use]
+pub fn rewards(groups: &[Group], config: &RunConfig) -> Vec<f32> {
+    let completions: Vec<&Completion> = groups.iter().flat_map(|group| &group.completions).collect();
+    let (by_function, weights) = scores(&completions, &soft_punishments(&completions, config), config);
+    let num_tokens = vec![1; completions.len()];
+    Scores { by_function: &by_function, weights: &weights, num_tokens: &num_tokens, group_size: 1 }.rewards()
+}
+
 /// `[K][P * G]` scores and `[K]` weights of the reward functions, and of the soft overlong punishment where it is on.
 fn scores(completions: &[&Completion], soft_punishments: &[f32], config: &RunConfig) -> (Vec<Vec<f32>>, Vec<f32>) {
     let score = |completion: &Completion, function: &str| {

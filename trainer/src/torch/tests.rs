@@ -301,3 +301,17 @@ fn optimizer_state_moves_between_world_sizes() {
     let restored = learner(&model, policy(0.05), zero, false);
     assert!(largest_difference(&fourth(restored), &fourth(alone)) < 1e-5);
 }
+
+#[test]
+fn the_reference_moves_towards_the_policy() {
+    let model = config("qwen2", true);
+    let (mut learner, _) = alone(&model, false);
+    let before = flatten(learner.reference().unwrap());
+    let policy = flatten(learner.zero().weights());
+    learner.sync_reference(0.6);
+    let expect = &before * 0.4 + &policy * 0.6;
+    assert!(largest_difference(&flatten(learner.reference().unwrap()), &expect) < 1e-6);
+    assert!(flatten(learner.zero().weights()).equal(&policy), "the policy must not move");
+    learner.sync_reference(1.0);
+    assert!(largest_difference(&flatten(learner.reference().unwrap()), &policy) < 1e-6);
+}

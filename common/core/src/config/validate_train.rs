@@ -200,3 +200,124 @@ impl Problems {
         self.unless((0.0..=1.0).contains(&value), || format!("train.{key}: must be in [0, 1], got {value}"));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// Problems of a configuration whose `train` section is this.
+    fn problems(train: Value) -> Vec<String> {
+        let train: Train = serde_json::from_value(train).unwrap();
+        let config = RunConfig { train, ..RunConfig::default() };
+        config.problems().into_iter().filter(|problem| problem.starts_with("train.")).collect()
+    }
+
+    /// One problem, which names all of `expect`: key, value and bound.
+    #[track_caller]
+    fn check(train: Value, expect: &[&str]) {
+        let problems = problems(train);
+        assert_eq!(problems.len(), 1, "{problems:?}");
+        for expect in expect {
+            assert!(problems[0].contains(expect), "no {expect:?} in {}", problems[0]);
+        }
+    }
+
+    #[test]
+    fn the_defaults_have_no_problem() {
+        assert_eq!(problems(json!({})), Vec::<String>::new());
+    }
+
+    #[test]
+    fn numbers_out_of_range_are_named_with_their_bound() {
+        for key in ["beta", "epsilon_high", "entropy_coef", "soft_punish_weight", "vespo_k_pos", "vespo_lambda_neg"] {
+            check(json!({key: -0.5}), &[&format!("train.{key}: "), ">= 0", "-0.5"]);
+        }
+        for key in ["epsilon", "top_entropy_quantile", "ref_model_mixup_alpha"] {
+            // The upper clip range follows epsilon where it is not set.
+            check(json!({key: 1.5, "epsilon_high": 0.2}), &[&format!("train.{key}: "), "[0, 1]", "1.5"]);
+        }
+        for key in ["sapo_temperature_pos", "sapo_temperature_neg", "off_policy_mask_threshold"] {
+            check(json!({key: 0.0}), &[&format!("train.{key}: "), "over 0", "got 0"]);
+        }
+        for key in ["num_iterations", "ref_model_sync_steps"] {
+            check(json!({key: 0}), &[&format!("train.{key}: "), "at least 1"]);
+        }
+        for key in ["rollout_importance_sampling_clip_min", "rollout_importance_sampling_clip_max"] {
+            check(json!({key: -1.0}), &[&format!("train.{key}: "), ">= 0", "-1"]);
+        }
+    }
+
+    #[test]
+    fn the_clip_range_and_its_bound_fit_the_loss() {
+        check(json!({"delta": 1.2}), &["train.delta: ", "1 + epsilon_high = 1.2", "got 1.2"]);
+        check(json!({"delta": 2.0, "loss_type": "sapo"}), &["train.delta: 2", "Sapo"]);
+        check(json!({"loss_type": "cispo"}), &["train.epsilon_high: ", "at least 1", "0.2"]);
+        assert!(problems(json!({"loss_type": "cispo", "epsilon_high": 5.0})).is_empty());
+    }
+
+    #[test]
+    fn ratios_of_sequences_fit_the_loss() {
+        check(json!({"loss_type": "luspo"}), &["train.importance_sampling_level: ", "sequence", "got token"]);
+        check(
+            json!({"loss_type": "vespo", "importance_sampling_level": "sequence"}),
+            &["train.importance_sampling_level: ", "must be token", "Sequence"],
+        );
+        check(
+            json!({"loss_type": "vespo", "rollout_importance_sampling_correction": true}),
+            &["train.rollout_importance_sampling_mode: ", "token_truncate or token_mask", "SequenceMask"],
+        );
+    }
+
+    #[test]
+    fn bounds_of_the_correction_are_in_order_and_there() {
+        check(
+            json!({"rollout_importance_sampling_clip_min": 3.5}),
+            &["train.rollout_importance_sampling_clip_min: 3.5", "clip_max 3"],
+        );
+        check(
+            json!({"rollout_importance_sampling_correction": true, "rollout_importance_sampling_clip_max": null,
+                "rollout_importance_sampling_mode": "token_truncate"}),
+            &["train.rollout_importance_sampling_mode: TokenTruncate", "bound"],
+        );
+    }
+
+    #[test]
+    fn a_penalty_needs_a_pull_and_a_reference_to_move() {
+        check(json!({"beta": 0.1, "kl_estimator": "k1"}), &["train.kl_estimator: k1", "use_bias_correction_kl"]);
+        assert!(problems(json!({"beta": 0.1, "kl_estimator": "k1", "use_bias_correction_kl": true})).is_empty());
+        check(json!({"sync_ref_model": true}), &["train.sync_ref_model: ", "train.beta is 0"]);
+    }
+
+    #[test]
+    fn options_of_one_estimator_are_refused_with_another() {
+        check(
+            json!({"advantage_estimator": "rloo", "multi_objective_aggregation": "normalize_then_sum"}),
+            &["train.multi_objective_aggregation: ", "Rloo"],
+        );
+        check(
+            json!({"advantage_estimator": "reinforce_plus_plus", "scale_rewards": "batch"}),
+            &["train.scale_rewards: ", "ReinforcePlusPlus"],
+        );
+        check(json!({"normalize_advantages": true}), &["train.normalize_advantages: ", "rloo", "Grpo"]);
+    }
+
+    #[test]
+    fn a_batch_is_split_evenly() {
+        check(json!({"steps_per_generation": 0}), &["train.steps_per_generation: 0", "64"]);
+        check(json!({"steps_per_generation": 7}), &["train.steps_per_generation: 7", "64"]);
+        check(
+            json!({"loss_type": "bnpo", "bnpo_batch_size": 5, "steps_per_generation": 2}),
+            &["train.bnpo_batch_size: 5", "32"],
+        );
+        check(json!({"soft_punish_cache": 513}), &["train.soft_punish_cache: 513", "512"]);
+    }
+
+    #[test]
+    fn dynamic_sampling_needs_rewards_and_a_round() {
+        check(json!({"dynamic_sampling": true}), &["train.dynamic_sampling: ", "rewards"]);
+        let problems = problems(json!({"dynamic_sampling": true, "max_resample_rounds": 0}));
+        assert!(problems.iter().any(|problem| problem.starts_with("train.max_resample_rounds: ")), "{problems:?}");
+    }
+}
