@@ -198,3 +198,17 @@ fn any_split_over_ranks_micro_batches_and_chunks_gives_the_same_update() {
         }
     }
 }
+
+#[test]
+fn a_batch_without_loss_leaves_the_policy_as_it_is() {
+    let mut config = config(Draw(0));
+    config.train = Train { mask_truncated_completions: true, entropy_coef: 0.1, ..Train::default() };
+    let mut groups = groups(Draw(0), &config);
+    for completion in groups.iter_mut().flat_map(|group| &mut group.completions) {
+        completion.finish_reason = FinishReason::Length;
+    }
+    let before = Weights::random(&model(), 5, 1, Kind::Float, Device::Cpu).embedding();
+    let (after, loss, grad_norm) = train(&groups, &config, ProcessGroup::solo("test", Device::Cpu), 10);
+    assert!(after.narrow(0, 0, before.numel() as i64).equal(&before.reshape([-1])));
+    assert_eq!((loss, grad_norm), (0.0, 0.0));
+}
