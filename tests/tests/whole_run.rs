@@ -55,25 +55,7 @@ fn a_run_is_repeatable_and_resumes_where_it_was_interrupted() {
     assert!(said.contains("held-out accuracy on 8 prompts"), "{said}");
     check_run_folder(&whole.path().join("runs/small"));
 
-    // Interrupted after the first checkpoint, by the signal that Ctrl-C sends.
-    let interrupted = tempfile::tempdir().unwrap();
-    let folder = interrupted.path().canonicalize().unwrap();
-    small_run::write(&folder);
-    let mut child = Command::new(aha())
-        .args(["launch", "run.yaml"])
-        .current_dir(&folder)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    wait_until("the first checkpoint", || folder.join("runs/small/checkpoints/step-2").is_dir());
-    let kill = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
-    assert!(kill.success());
-    assert!(!child.wait().unwrap().success());
-    assert_eq!(processes_in(&folder), Vec::<String>::new(), "processes stayed behind");
-    launch(&folder, &[]);
-    assert_eq!(metrics(&folder), metrics(whole.path()));
+    assert_eq!(metrics(interrupted_and_resumed(&[]).path()), metrics(whole.path()));
 
     let other = tempfile::tempdir().unwrap();
     small_run::write(other.path());
@@ -85,6 +67,69 @@ fn a_run_is_repeatable_and_resumes_where_it_was_interrupted() {
         &["launch", "run.yaml", "--set", "train.learning_rate=1e-4"],
         &["train.learning_rate", "0.0001", "0.001", "run.name"],
     );
+}
+
+/// A run that is interrupted after the first checkpoint, by the signal that Ctrl-C sends, and started again.
+fn interrupted_and_resumed(overrides: &[&str]) -> tempfile::TempDir {
+    let interrupted = tempfile::tempdir().unwrap();
+    let folder = interrupted.path().canonicalize().unwrap();
+    small_run::write(&folder);
+    let mut child = Command::new(aha())
+        .args(["launch", "run.yaml"])
+        .args(overrides.iter().flat_map(|text| ["--set", text]))
+        .current_dir(&folder)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    wait_until("the first checkpoint", || folder.join("runs/small/checkpoints/step-2").is_dir());
+    let kill = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(kill.success());
+    assert!(!child.wait().unwrap().success());
+    assert_eq!(processes_in(&folder), Vec::<String>::new(), "processes stayed behind");
+    launch(&folder, overrides);
+    interrupted
+}
+
+/// Options with state, draws or exchanges of their own, all at once.
+const EVERY_OPTION: [&str; 15] = [
+    "train.loss_type=grpo",
+    "train.importance_sampling_level=sequence",
+    "train.num_iterations=2",
+    "train.steps_per_generation=3",
+    "train.beta=0.05",
+    "train.use_bias_correction_kl=true",
+    "train.sync_ref_model=true",
+    "train.ref_model_sync_steps=1",
+    "train.rollout_importance_sampling_correction=true",
+    "train.off_policy_mask_threshold=0.5",
+    "train.top_entropy_quantile=0.5",
+    "train.entropy_coef=0.01",
+    "train.soft_punish_cache=23",
+    "train.dynamic_sampling=true",
+    "train.max_resample_rounds=2",
+];
+
+#[test]
+fn a_run_with_every_option_of_the_loss_is_repeatable_and_resumes() {
+    let whole = tempfile::tempdir().unwrap();
+    small_run::write(whole.path());
+    launch(whole.path(), &EVERY_OPTION);
+    let steps = metrics(whole.path());
+    assert_eq!(steps.len() as u64, MAX_STEPS);
+    let numbers = |name: &str| -> Vec<f64> {
+        steps.iter().map(|step| step[name].as_f64().unwrap_or_else(|| panic!("no {name} in {step:?}"))).collect()
+    };
+    for ratio in numbers("sampling/importance_sampling_ratio/max") {
+        assert!((ratio - 1.0).abs() < 1e-2, "trainer and generator agree, and their ratio is {ratio}");
+    }
+    assert!(numbers("policy_loss/masked_ratio").iter().all(|&masked| masked > 0.3 && masked < 0.6));
+    assert!(numbers("rewards/soft_overlong_punishment/mean").iter().all(|&mean| mean < 0.0));
+    // The reference has just become a mix of itself and the policy: it is near, and not there.
+    assert!(numbers("kl")[MAX_STEPS as usize - 1] > 0.0);
+    assert!(whole.path().join("runs/small/checkpoints/step-6/trainer_state/reference/model.safetensors").is_file());
+    assert_eq!(metrics(interrupted_and_resumed(&EVERY_OPTION).path()), steps);
 }
 
 fn check_run_folder(run: &Path) {

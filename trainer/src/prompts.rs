@@ -1,6 +1,6 @@
 //! Prompts: rows of the data set, in an order that only configuration and step decide.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 
 use aha_core::chat_template::{ChatTemplate, ChatTemplateError};
@@ -16,6 +16,9 @@ use aha_nn::model_config::ModelConfig;
 
 /// Names the shuffle among the purposes that the run's seed is used for.
 const SHUFFLE: u64 = 0x5348_5546;
+
+/// The same for the prompts that replace others.
+const REPLACE: u64 = 0x5245_504c;
 
 /// The prompts of a run.
 #[derive(Debug)]
@@ -33,6 +36,8 @@ pub struct PromptSource {
     prompts_per_step: usize,
     max_steps: u64,
     num_eval_prompts: usize,
+    /// Steps may ask for other prompts than their own.
+    dynamic_sampling: bool,
 }
 
 /// What a sequence may be made of.
@@ -125,6 +130,7 @@ impl PromptSource {
             prompts_per_step: config.rollout.prompts_per_step(),
             max_steps: config.train.max_steps,
             num_eval_prompts: config.eval.num_prompts,
+            dynamic_sampling: config.train.dynamic_sampling,
         })
     }
 
@@ -134,6 +140,7 @@ impl PromptSource {
     /// The first row whose prompt cannot be made or is too long.
     pub fn check_run(&self) -> Result<(), PromptsError> {
         let num_asked = usize::try_from(self.max_steps).unwrap_or(usize::MAX).saturating_mul(self.prompts_per_step);
+        let num_asked = if self.dynamic_sampling { usize::MAX } else { num_asked };
         let asked = self.positions(0, num_asked.min(self.train.len()));
         for row in asked {
             self.prompt(row)?;
@@ -148,6 +155,28 @@ impl PromptSource {
     /// A prompt that cannot be made or is too long, by row.
     pub fn step_prompts(&self, step: u64) -> Result<Vec<Prompt>, PromptsError> {
         self.positions(step, self.prompts_per_step).into_iter().map(|row| self.prompt(row)).collect()
+    }
+
+    /// Up to `count` training prompts that are not among `seen`, drawn at random for a step and a round of it; fewer where
+    /// there are no more. A function of configuration and arguments.
+    ///
+    /// # Errors
+    /// A prompt that cannot be made or is too long, by row.
+    pub fn replacements(
+        &self,
+        (step, round): (u64, u32),
+        count: usize,
+        seen: &BTreeSet<PromptId>,
+    ) -> Result<Vec<Prompt>, PromptsError> {
+        let mut rows: Vec<usize> =
+            self.train.iter().copied().filter(|&row| !seen.contains(&PromptId(row as u64))).collect();
+        let count = count.min(rows.len());
+        let mut random = SplitMix64::new(derive_seed(self.seed, &[REPLACE, step, u64::from(round)]));
+        for index in 0..count {
+            let rest = (rows.len() - index) as u64;
+            rows.swap(index, index + random.below(rest) as usize);
+        }
+        rows[..count].iter().map(|&row| self.prompt(row)).collect()
     }
 
     /// The first `num_prompts` of the rows that are never trained on, in the order of the data set.

@@ -1,24 +1,23 @@
 //! The training loop: take prompts, roll out, exchange, advantages, pack, step, publish.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use aha_core::config::RunConfig;
+use aha_core::config::{RewardSpec, RunConfig};
 use aha_core::ids::PolicyVersion;
-use aha_core::random::derive_seed;
 use aha_core::rollout::Group;
 use anyhow::{Result, bail};
 use serde::Serialize;
 
 use crate::evaluate::{self, Evaluation, evaluate};
-use crate::exchange::{exchange, share};
 use crate::loggers::{CompletionRecord, Metrics};
+use crate::optimize::optimize;
 use crate::publish::Publisher;
-use crate::rollouts::{RolloutRequest, Rollouts};
+use crate::rollouts::Rollouts;
+use crate::sampling::Sampler;
 use crate::session::Session;
 use crate::step_metrics::{rollout_metrics, step_metrics};
-use crate::torch::learner::{LocalBatch, StepOutput};
 use crate::torch::objective::{Objective, PolicyObjective};
-use crate::training_batch::{Plan, TrainingBatch};
+use crate::training_batch::TrainingBatch;
 use crate::world::World;
 
 /// Steps in a row whose gradients may be NaN or infinite before the run stops.
@@ -47,7 +46,7 @@ pub fn run<R: Rollouts>(
     world: &World,
     connect: impl FnOnce(&Session) -> Result<(R, Publisher)>,
 ) -> Result<Summary> {
-    let mut session = Session::start(config, world, objective(config))?;
+    let mut session = Session::start(config, world, Objective::Policy(PolicyObjective::new(&config.train)))?;
     let (mut rollouts, mut publisher) = connect(&session)?;
     let rollouts = &mut rollouts;
     publisher.publish(session.learner.zero().weights(), PolicyVersion(session.step))?;
@@ -61,6 +60,7 @@ pub fn run<R: Rollouts>(
             bail!("the gradients of {MAX_SKIPPED} steps in a row were not finite; lower train.learning_rate");
         }
         evaluate_if_due(&mut session, rollouts, step + 1)?;
+        session.sync_reference_if_due(step + 1);
         session.save_if_due(step + 1)?;
     }
     finish(session)
@@ -77,28 +77,28 @@ fn train_step(
     let mut metrics = Metrics::default();
     let config = session.config.clone();
     let prompts = session.prompts.step_prompts(step)?;
-    let own = rollouts.roll_out(&RolloutRequest {
-        prompts: share(&prompts, session.world.rank, session.world.size),
-        num_generations: config.rollout.num_generations,
-        sampling: config.rollout.sampling(),
-        seed: derive_seed(config.run.seed, &[step]),
-        rewards: config.rewards.iter().map(|spec| spec.function.clone()).collect(),
-        version: PolicyVersion(step),
-    })?;
+    let sampler = Sampler { rollouts, group: session.group(), config: &config, step };
+    let replacements = |round, count, seen: &_| session.prompts.replacements((step, round), count, seen);
+    let sampled = sampler.sample(prompts, replacements)?;
     clock.lap("time/generate");
-    let groups = exchange(session.group(), prompts, own, config.rollout.num_generations)?;
-    clock.lap("time/exchange");
-    let mut batch = TrainingBatch::new(&groups, &config);
+    clock.split_off("time/exchange", sampled.exchange);
+    let groups = sampled.groups;
+    let mut batch = TrainingBatch::new(&groups, &config, step);
     metrics.extend(rollout_metrics(&groups, &batch, &config).iter());
-    let output = optimize(session, &mut batch, step)?;
+    if config.train.dynamic_sampling {
+        metrics.set("sampling/dropped_groups", sampled.num_dropped as f64);
+        metrics.set("sampling/resample_rounds", f64::from(sampled.num_rounds));
+    }
+    let adamw = session.adamw(step);
+    let output = optimize(&mut session.learner, &config.train, &mut batch, &adamw)?;
     clock.lap("time/train");
     let push = publisher.publish(session.learner.zero().weights(), PolicyVersion(step + 1))?;
     clock.lap("weights/push_seconds");
 
-    let sampled: Vec<&[f32]> =
+    let logprobs: Vec<&[f32]> =
         groups.iter().flat_map(|group| &group.completions).map(|completion| completion.logprobs.as_slice()).collect();
-    step_metrics(session.group(), &output, &sampled, &mut metrics)?;
-    metrics.set("learning_rate", session.adamw(step).lr);
+    step_metrics((session.group(), &config), &output, &logprobs, &mut metrics)?;
+    metrics.set("learning_rate", adamw.lr);
     metrics.set("policy/lag", lag(&groups, step));
     metrics.set("weights/swap_seconds", push.swap_seconds);
     finish_metrics(&mut metrics, &clock, &groups);
@@ -107,32 +107,6 @@ fn train_step(
         loggers.log_step(step + 1, &metrics)?;
     }
     Ok(output.skipped)
-}
-
-/// `train.num_iterations` optimizer steps on one batch. The first needs no old log-probs, since its policy sampled the
-/// batch; it leaves those that the others compare with. Returns the first one's output.
-fn optimize(session: &mut Session, batch: &mut TrainingBatch, step: u64) -> Result<StepOutput> {
-    let train = &session.config.train;
-    let (num_iterations, budget) = (train.num_iterations, train.micro_batch_tokens);
-    let lengths: Vec<usize> = batch.sequences.iter().map(|sequence| sequence.token_ids.len()).collect();
-    let plan = Plan::new(&lengths, session.world.rank, session.world.size, budget)?;
-    let options = session.adamw(step);
-    let mut first = None;
-    for _ in 0..num_iterations {
-        let local = LocalBatch {
-            sequences: &batch.sequences,
-            micro_batches: &plan.micro_batches,
-            num_micro_batches: plan.num_micro_batches,
-        };
-        let output = session.learner.step(&local, &options)?;
-        if first.is_none() {
-            for (sequence, logprobs) in batch.sequences.iter_mut().zip(&output.logprobs) {
-                sequence.old_logprobs.clone_from(logprobs);
-            }
-            first = Some(output);
-        }
-    }
-    first.ok_or_else(|| anyhow::anyhow!("train.num_iterations must be at least 1"))
 }
 
 fn evaluate_if_due(session: &mut Session, rollouts: &mut dyn Rollouts, step: u64) -> Result<()> {
@@ -165,15 +139,6 @@ fn finish(session: Session) -> Result<Summary> {
     Ok(summary)
 }
 
-fn objective(config: &RunConfig) -> Objective {
-    let train = &config.train;
-    Objective::Policy(PolicyObjective {
-        epsilon: f64::from(train.epsilon),
-        epsilon_high: f64::from(train.epsilon_high.unwrap_or(train.epsilon)),
-        beta: f64::from(train.beta),
-    })
-}
-
 /// Versions between the oldest token of the step and the policy that trains on it.
 fn lag(groups: &[Group], step: u64) -> f64 {
     let completions = groups.iter().flat_map(|group| &group.completions);
@@ -186,8 +151,11 @@ fn records(groups: &[Group], batch: &TrainingBatch, config: &RunConfig) -> Vec<C
     let completions =
         groups.iter().flat_map(|group| group.completions.iter().map(move |completion| (group, completion)));
     completions
-        .zip(batch.advantages.iter().zip(&batch.rewards))
-        .map(|((group, completion), (&advantage, &reward))| {
+        .zip(&batch.advantages)
+        .map(|((group, completion), &advantage)| {
+            let scored = |function: &str| completion.rewards.iter().find(|reward| reward.function == function);
+            let score = |spec: &RewardSpec| scored(&spec.function).map_or(0.0, |reward| spec.weight * reward.score);
+            let reward: f32 = config.rewards.iter().map(score).sum();
             CompletionRecord::new(&group.prompt, completion, advantage, reward >= best)
         })
         .collect()
@@ -223,6 +191,14 @@ impl Clock {
     fn start() -> Self {
         let now = Instant::now();
         Self { started: now, last: now, laps: Vec::new() }
+    }
+
+    /// Takes a part of the last lap for a lap of its own.
+    fn split_off(&mut self, name: &'static str, part: Duration) {
+        if let Some((_, seconds)) = self.laps.last_mut() {
+            *seconds -= part.as_secs_f64();
+        }
+        self.laps.push((name, part.as_secs_f64()));
     }
 
     fn lap(&mut self, name: &'static str) {

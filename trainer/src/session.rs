@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use aha_core::config::{DeviceKind, Dtype, RunConfig};
 use aha_core::schedule::Schedule;
 use aha_nn::comm::{Address, Backend, GroupSpec, ProcessGroup, Store};
+use aha_nn::logprob::chunk_rows;
 use aha_nn::model_config::ModelConfig;
 use aha_nn::model_folder::{check_weights, load_weights};
 use aha_nn::optim::AdamW;
@@ -65,11 +66,10 @@ impl Session {
         let run_dir = RunDir::open(config, &group)?;
         let checkpoint = checkpoint::latest(&run_dir, &group)?;
         let weights = initial_weights(config, &model_config, checkpoint.as_ref(), (world.size, device))?;
-        let reference = match objective {
-            Objective::Policy(policy) if policy.beta > 0.0 => {
-                Some(initial_weights(config, &model_config, None, (1, device))?)
-            }
-            _ => None,
+        let reference = if objective.needs_reference() {
+            Some(reference_weights(config, &model_config, checkpoint.as_ref(), device)?)
+        } else {
+            None
         };
         let step = checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.state.step);
         let mut zero = Zero::new(config.train.zero_stage, group, weights);
@@ -77,7 +77,7 @@ impl Session {
             zero.load_state(checkpoint.state.num_updates, &checkpoint.optimizer()?)?;
             tracing::info!("going on from {}", checkpoint.folder.display());
         }
-        let options = learner_options(config, objective);
+        let options = learner_options(config, objective, model_config.vocab_size);
         let learner = Learner::new(model_config, options, zero, reference);
         let loggers = if world.rank == 0 { Some(loggers(config, &run_dir, step)?) } else { None };
         Ok(Self {
@@ -114,6 +114,14 @@ impl Session {
             beta2: train.adam_beta2,
             eps: train.adam_epsilon,
             weight_decay: train.weight_decay,
+        }
+    }
+
+    /// Moves the reference policy where `train.sync_ref_model` asks for it after `step` steps.
+    pub fn sync_reference_if_due(&mut self, step: u64) {
+        let train = &self.config.train;
+        if train.sync_ref_model && step.is_multiple_of(train.ref_model_sync_steps) {
+            self.learner.sync_reference(train.ref_model_mixup_alpha);
         }
     }
 
@@ -193,7 +201,21 @@ fn initial_weights(
     Ok(load_weights(folder, model_config, world_size, kind, device)?)
 }
 
-fn learner_options(config: &RunConfig, objective: Objective) -> LearnerOptions {
+/// The initial policy; the one that a checkpoint left where `train.sync_ref_model` moves it.
+fn reference_weights(
+    config: &RunConfig,
+    model_config: &ModelConfig,
+    checkpoint: Option<&Checkpoint>,
+    device: Device,
+) -> Result<Weights> {
+    let initial = initial_weights(config, model_config, None, (1, device))?;
+    match checkpoint.and_then(Checkpoint::reference).filter(|_| config.train.sync_ref_model) {
+        Some(folder) => Ok(load_weights(&folder, model_config, 1, initial.kind(), device)?),
+        None => Ok(initial),
+    }
+}
+
+fn learner_options(config: &RunConfig, objective: Objective, vocab_size: usize) -> LearnerOptions {
     let supervised = objective == Objective::Supervised;
     let grpo_length = config.data.max_prompt_length + config.rollout.max_completion_length as usize;
     LearnerOptions {
@@ -202,6 +224,7 @@ fn learner_options(config: &RunConfig, objective: Objective) -> LearnerOptions {
         max_grad_norm: config.train.max_grad_norm,
         gradient_checkpointing: config.train.gradient_checkpointing,
         max_length: if supervised { config.sft.max_length } else { grpo_length },
+        logit_rows: chunk_rows(vocab_size as i64),
     }
 }
 

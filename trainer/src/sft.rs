@@ -12,7 +12,7 @@ use tch::Tensor;
 
 use crate::loggers::Metrics;
 use crate::session::Session;
-use crate::torch::learner::{LocalBatch, StepOutput};
+use crate::torch::learner::StepOutput;
 use crate::torch::objective::Objective;
 use crate::training_batch::Plan;
 use crate::world::World;
@@ -57,14 +57,10 @@ fn supervised_step(session: &mut Session, step: u64) -> Result<Metrics> {
         .collect();
     let lengths: Vec<usize> = sequences.iter().map(|sequence| sequence.token_ids.len()).collect();
     let world = &session.world;
-    let plan = Plan::new(&lengths, world.rank, world.size, session.config.train.micro_batch_tokens)?;
-    let batch = LocalBatch {
-        sequences: &sequences,
-        micro_batches: &plan.micro_batches,
-        num_micro_batches: plan.num_micro_batches,
-    };
+    let all: Vec<usize> = (0..sequences.len()).collect();
+    let plan = Plan::new(&lengths, &all, (world.rank, world.size), session.config.train.micro_batch_tokens)?;
     let options = session.adamw(step);
-    let output = session.learner.step(&batch, &options)?;
+    let output = session.learner.step(&plan.of(&sequences), &options)?;
 
     let mut metrics = Metrics::default();
     metrics.set("loss", total_loss(session, &output)?);

@@ -24,6 +24,10 @@ pub fn rollout_metrics(groups: &[Group], batch: &TrainingBatch, config: &RunConf
         metrics.set(format!("rewards/{}/mean", spec.function), f64::from(mean(&scores)));
         metrics.set(format!("rewards/{}/std", spec.function), f64::from(standard_deviation(&scores)));
     }
+    if !batch.soft_punishments.is_empty() {
+        metrics.set("rewards/soft_overlong_punishment/mean", f64::from(mean(&batch.soft_punishments)));
+        metrics.set("rewards/soft_overlong_punishment/std", f64::from(standard_deviation(&batch.soft_punishments)));
+    }
     let group_stds: Vec<f32> = batch.rewards.chunks(config.rollout.num_generations).map(standard_deviation).collect();
     let without_signal = group_stds.iter().filter(|&&std| std == 0.0).count();
     metrics.set("reward", f64::from(mean(&batch.rewards)));
@@ -50,16 +54,17 @@ pub fn rollout_metrics(groups: &[Group], batch: &TrainingBatch, config: &RunConf
 /// # Errors
 /// If the reduction fails.
 pub fn step_metrics(
-    group: &ProcessGroup,
+    (group, config): (&ProcessGroup, &RunConfig),
     output: &StepOutput,
     sampled: &[&[f32]],
     metrics: &mut Metrics,
 ) -> Result<(), CommError> {
-    let (mut difference_sum, mut difference_max) = (0.0_f64, 0.0_f64);
+    let (mut difference_sum, mut difference_max, mut num_compared) = (0.0_f64, 0.0_f64, 0_usize);
     for (trained, sampled) in output.logprobs.iter().zip(sampled).filter(|(trained, _)| !trained.is_empty()) {
         for (trained, sampled) in trained.iter().zip(*sampled) {
             let difference = f64::from((trained - sampled).abs());
             difference_sum += difference;
+            num_compared += 1;
             // `max` would pass over a NaN, which is the worst difference there is.
             difference_max = if difference.is_nan() { difference } else { difference_max.max(difference) };
         }
@@ -68,14 +73,18 @@ pub fn step_metrics(
         output.num_tokens as f64,
         output.loss,
         output.entropy_sum,
-        output.kl_sum,
-        output.clipped_low,
-        output.clipped_high,
+        output.sums.kl,
+        output.sums.clipped_low,
+        output.sums.clipped_high,
         difference_sum,
+        num_compared as f64,
+        output.sums.masked,
+        output.sums.correction,
     ])
     .to_device(group.device());
     group.all_reduce(&mut sums, ReduceOp::Sum)?;
-    let mut max = Tensor::from_slice(&[difference_max]).to_device(group.device());
+    let extremes = [difference_max, output.sums.correction_max, -output.sums.correction_min];
+    let mut max = Tensor::from_slice(&extremes).to_device(group.device());
     group.all_reduce(&mut max, ReduceOp::Max)?;
 
     let sum = |index: i64| sums.double_value(&[index]);
@@ -87,7 +96,15 @@ pub fn step_metrics(
     metrics.set("clip_ratio/low_mean", sum(4) / num_tokens);
     metrics.set("clip_ratio/high_mean", sum(5) / num_tokens);
     metrics.set("clip_ratio/region_mean", (sum(4) + sum(5)) / num_tokens);
-    metrics.set("sampling/sampling_logp_difference/mean", sum(6) / num_tokens);
+    metrics.set("sampling/sampling_logp_difference/mean", sum(6) / sum(7).max(1.0));
     metrics.set("sampling/sampling_logp_difference/max", max.double_value(&[0]));
+    if config.train.masks_tokens() {
+        metrics.set("policy_loss/masked_ratio", sum(8) / num_tokens);
+    }
+    if config.train.rollout_importance_sampling_correction {
+        metrics.set("sampling/importance_sampling_ratio/mean", sum(9) / num_tokens);
+        metrics.set("sampling/importance_sampling_ratio/min", -max.double_value(&[2]));
+        metrics.set("sampling/importance_sampling_ratio/max", max.double_value(&[1]));
+    }
     Ok(())
 }

@@ -1,24 +1,36 @@
 //! From the groups of a step to what every rank trains on.
 
-use aha_core::advantage::advantages;
+use aha_core::advantage::{Scores, advantages};
 use aha_core::batch::{TrainSequence, token_weights};
 use aha_core::config::RunConfig;
+use aha_core::dataset::SplitMix64;
 use aha_core::packing::{SequenceTooLong, pack};
 use aha_core::partition::partition_by_tokens;
-use aha_core::rollout::{Completion, Group};
+use aha_core::random::derive_seed;
+use aha_core::reward::soft_overlong_punishment;
+use aha_core::rollout::{Completion, FinishReason, Group};
+
+use crate::torch::learner::LocalBatch;
+
+/// Names the order of a step's completions among the purposes that the run's seed is used for.
+const ORDER: u64 = 0x4f52_4445;
 
 /// The sequences of a step, the same on all ranks.
 #[derive(Debug)]
 pub struct TrainingBatch {
     /// One a completion, group after group.
     pub sequences: Vec<TrainSequence>,
-    /// `[P * G]`, weighted sums of the reward functions' scores.
+    /// `[P * G]`, weighted sums of the reward functions' scores and of the soft overlong punishment.
     pub rewards: Vec<f32>,
     /// `[P * G]`.
     pub advantages: Vec<f32>,
+    /// `[P * G]`, unweighted; empty where `train.soft_punish_cache` is 0.
+    pub soft_punishments: Vec<f32>,
+    /// For every optimizer update of one pass, the indices of the sequences that carry its loss.
+    pub updates: Vec<Vec<usize>>,
 }
 
-/// Which sequences a rank trains on, in which micro-batches.
+/// Which sequences a rank trains on in one optimizer update, in which micro-batches.
 #[derive(Debug)]
 pub struct Plan {
     /// Indices into the batch's sequences.
@@ -28,16 +40,31 @@ pub struct Plan {
 }
 
 impl TrainingBatch {
+    /// A pure function of its arguments. `step` is counted from 0.
     #[must_use]
-    pub fn new(groups: &[Group], config: &RunConfig) -> Self {
-        let completions = || groups.iter().flat_map(|group| &group.completions);
-        let rewards: Vec<f32> = completions().map(|completion| reward(completion, config)).collect();
-        let advantages = advantages(&rewards, config.rollout.num_generations, config.train.scale_rewards);
-        let lengths: Vec<usize> = completions().map(|completion| completion.token_ids.len()).collect();
-        let weights = token_weights(config.train.loss_type, &lengths, config.rollout.max_completion_length as usize);
+    pub fn new(groups: &[Group], config: &RunConfig, step: u64) -> Self {
+        let train = &config.train;
+        let completions: Vec<&Completion> = groups.iter().flat_map(|group| &group.completions).collect();
+        let masked = |completion: &Completion| {
+            train.mask_truncated_completions && completion.finish_reason != FinishReason::Stop
+        };
+        // Tokens that carry loss.
+        let num_tokens: Vec<usize> = completions
+            .iter()
+            .map(|completion| if masked(completion) { 0 } else { completion.token_ids.len() })
+            .collect();
+        let soft_punishments = soft_punishments(&completions, config);
+        let (by_function, weights) = scores(&completions, &soft_punishments, config);
+        let group_size = config.rollout.num_generations;
+        let scores = Scores { by_function: &by_function, weights: &weights, num_tokens: &num_tokens, group_size };
+        let rewards = scores.rewards();
+        let advantages = advantages(&scores, train.advantage_options());
+
+        let order = order(completions.len(), config, step);
+        let weights = weights_in_order(&order, &num_tokens, config);
         let prompts = groups.iter().flat_map(|group| group.completions.iter().map(|_| &group.prompt));
         let sequences = prompts
-            .zip(completions())
+            .zip(&completions)
             .zip(advantages.iter().zip(&weights))
             .map(|((prompt, completion), (&advantage, &weight))| {
                 let num_tokens = completion.token_ids.len();
@@ -46,42 +73,127 @@ impl TrainingBatch {
                     num_prompt_tokens: prompt.token_ids.len(),
                     weights: vec![weight; num_tokens],
                     advantages: vec![advantage; num_tokens],
-                    old_logprobs: Vec::new(),
+                    sampled_logprobs: if train.needs_sampled_logprobs() {
+                        completion.logprobs.clone()
+                    } else {
+                        Vec::new()
+                    },
+                    ..TrainSequence::default()
                 }
             })
             .collect();
-        Self { sequences, rewards, advantages }
+        let size = order.len().div_ceil(train.steps_per_generation).max(1);
+        let with_loss =
+            |update: &[usize]| update.iter().copied().filter(|&index| num_tokens[index] > 0).collect::<Vec<_>>();
+        let updates = order.chunks(size).map(with_loss).collect();
+        Self { sequences, rewards, advantages, soft_punishments, updates }
+    }
+
+    /// How each update is split between ranks and micro-batches.
+    ///
+    /// # Errors
+    /// If a sequence alone exceeds `budget` tokens.
+    pub fn plans(&self, world: (usize, usize), budget: usize) -> Result<Vec<Plan>, SequenceTooLong> {
+        let lengths: Vec<usize> = self.sequences.iter().map(|sequence| sequence.token_ids.len()).collect();
+        self.updates.iter().map(|update| Plan::new(&lengths, update, world, budget)).collect()
     }
 }
 
-/// The weighted sum of a completion's scores.
+/// The reward of every completion: weighted sums of the reward functions' scores and of the soft overlong punishment.
 #[must_use]
-pub fn reward(completion: &Completion, config: &RunConfig) -> f32 {
-    let weight =
-        |function: &str| config.rewards.iter().find(|spec| spec.function == function).map_or(0.0, |spec| spec.weight);
-    completion.rewards.iter().map(|reward| weight(&reward.function) * reward.score).sum()
+pub fn rewards(groups: &[Group], config: &RunConfig) -> Vec<f32> {
+    let completions: Vec<&Completion> = groups.iter().flat_map(|group| &group.completions).collect();
+    let (by_function, weights) = scores(&completions, &soft_punishments(&completions, config), config);
+    let num_tokens = vec![1; completions.len()];
+    Scores { by_function: &by_function, weights: &weights, num_tokens: &num_tokens, group_size: 1 }.rewards()
+}
+
+/// `[K][P * G]` scores and `[K]` weights of the reward functions, and of the soft overlong punishment where it is on.
+fn scores(completions: &[&Completion], soft_punishments: &[f32], config: &RunConfig) -> (Vec<Vec<f32>>, Vec<f32>) {
+    let score = |completion: &Completion, function: &str| {
+        completion.rewards.iter().find(|reward| reward.function == function).map_or(0.0, |reward| reward.score)
+    };
+    let of_function =
+        |function: &str| completions.iter().map(|completion| score(completion, function)).collect::<Vec<_>>();
+    let mut by_function: Vec<_> = config.rewards.iter().map(|spec| of_function(&spec.function)).collect();
+    let mut weights: Vec<f32> = config.rewards.iter().map(|spec| spec.weight).collect();
+    if !soft_punishments.is_empty() {
+        by_function.push(soft_punishments.to_vec());
+        weights.push(config.train.soft_punish_weight);
+    }
+    (by_function, weights)
+}
+
+fn soft_punishments(completions: &[&Completion], config: &RunConfig) -> Vec<f32> {
+    let (longest, cache) = (config.rollout.max_completion_length, config.train.soft_punish_cache);
+    if cache == 0 {
+        return Vec::new();
+    }
+    completions.iter().map(|completion| soft_overlong_punishment(completion.token_ids.len(), longest, cache)).collect()
+}
+
+/// The order in which completions are dealt to the optimizer updates of a pass: shuffled where there are several, so
+/// that a group does not lie in one of them alone.
+fn order(num_sequences: usize, config: &RunConfig, step: u64) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..num_sequences).collect();
+    if config.train.steps_per_generation > 1 {
+        let mut random = SplitMix64::new(derive_seed(config.run.seed, &[ORDER, step]));
+        for last in (1..order.len()).rev() {
+            order.swap(last, random.below(last as u64 + 1) as usize);
+        }
+    }
+    order
+}
+
+/// The weight of the tokens of every sequence, `[P * G]`; 0 for those that are masked. As in TRL, the updates of a pass
+/// share the normaliser of the whole pass, so that the sum of their losses is the pass' loss times their number.
+fn weights_in_order(order: &[usize], num_tokens: &[usize], config: &RunConfig) -> Vec<f32> {
+    let train = &config.train;
+    let in_order: Vec<usize> = order.iter().map(|&index| num_tokens[index]).collect();
+    let longest = config.rollout.max_completion_length as usize;
+    let of_pass = token_weights(train.loss_type, &in_order, longest, config.bnpo_batch_size());
+    let mut weights = vec![0.0; num_tokens.len()];
+    for (&index, weight) in order.iter().zip(of_pass) {
+        if num_tokens[index] > 0 {
+            weights[index] = weight * train.steps_per_generation as f32;
+        }
+    }
+    weights
 }
 
 impl Plan {
-    /// Splits sequences of the given lengths between ranks and packs each rank's under the token budget.
+    /// Splits those `members` of the sequences of the given lengths between ranks and packs each rank's under the token
+    /// budget; `world` is rank and size.
     ///
     /// # Errors
     /// If a sequence alone exceeds the budget.
-    pub fn new(lengths: &[usize], rank: usize, world_size: usize, budget: usize) -> Result<Self, SequenceTooLong> {
+    pub fn new(
+        lengths: &[usize],
+        members: &[usize],
+        (rank, world_size): (usize, usize),
+        budget: usize,
+    ) -> Result<Self, SequenceTooLong> {
+        let of_members: Vec<usize> = members.iter().map(|&index| lengths[index]).collect();
         let mut micro_batches = Vec::new();
         let mut num_micro_batches = 0;
-        for (owner, indices) in partition_by_tokens(lengths, world_size).into_iter().enumerate() {
-            let own_lengths: Vec<usize> = indices.iter().map(|&index| lengths[index]).collect();
+        for (owner, own) in partition_by_tokens(&of_members, world_size).into_iter().enumerate() {
+            let own_lengths: Vec<usize> = own.iter().map(|&position| of_members[position]).collect();
             let packs = pack(&own_lengths, budget)?;
             num_micro_batches = num_micro_batches.max(packs.len());
             if owner == rank {
                 micro_batches = packs
                     .into_iter()
-                    .map(|pack| pack.into_iter().map(|position| indices[position]).collect())
+                    .map(|pack| pack.into_iter().map(|position| members[own[position]]).collect())
                     .collect();
             }
         }
         Ok(Self { micro_batches, num_micro_batches })
+    }
+
+    /// This rank's share.
+    #[must_use]
+    pub fn of<'a>(&'a self, sequences: &'a [TrainSequence]) -> LocalBatch<'a> {
+        LocalBatch { sequences, micro_batches: &self.micro_batches, num_micro_batches: self.num_micro_batches }
     }
 }
 
@@ -92,10 +204,11 @@ mod tests {
     #[test]
     fn plans_of_all_ranks_cover_every_sequence_once() {
         let lengths: Vec<usize> = (0..37).map(|index| 5 + index * 7 % 31).collect();
-        let plans: Vec<Plan> = (0..3).map(|rank| Plan::new(&lengths, rank, 3, 64).unwrap()).collect();
+        let all: Vec<usize> = (0..37).collect();
+        let plans: Vec<Plan> = (0..3).map(|rank| Plan::new(&lengths, &all, (rank, 3), 64).unwrap()).collect();
         let mut seen: Vec<usize> = plans.iter().flat_map(|plan| plan.micro_batches.concat()).collect();
         seen.sort_unstable();
-        assert_eq!(seen, (0..37).collect::<Vec<_>>());
+        assert_eq!(seen, all);
         let most = plans.iter().map(|plan| plan.micro_batches.len()).max().unwrap();
         assert!(plans.iter().all(|plan| plan.num_micro_batches == most));
     }

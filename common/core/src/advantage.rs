@@ -1,12 +1,33 @@
-//! Group-relative advantages.
+//! Advantages from rewards, by one of several baselines.
 //!
-//! GRPO (Shao et al., "DeepSeekMath", arXiv 2402.03300, section 4.1.2) scales the rewards of a group to mean 0 and
-//! standard deviation 1. As in TRL, the deviation is the unbiased one and 1e-4 is added to it. Dr. GRPO (Liu et al.,
-//! arXiv 2503.20783) leaves the scaling out, because it up-weights groups that are nearly solved.
+//! With `r` the reward of a completion, its group the G completions of its prompt, and the batch all completions of the
+//! step; deviations are unbiased, and 1e-4 is added to them, as in TRL:
+//!
+//! - `grpo`: `(r - mean(group)) / divisor` (Shao et al., "DeepSeekMath", arXiv 2402.03300, section 4.1.2). Dr. GRPO
+//!   (Liu et al., arXiv 2503.20783) leaves the divisor out, because it up-weights groups that are nearly solved.
+//! - `rloo`: `r - mean(the others of the group)` (Ahmadian et al., arXiv 2402.14740), on request normalised over the
+//!   batch afterwards. As TRL's `RLOOTrainer`, without its KL term in the reward.
+//! - `reinforce_plus_plus`: `(r - mean) / std` over the tokens of the batch (Hu et al., arXiv 2501.03262), and
+//!   `reinforce_plus_plus_baseline`: the same of `r - mean(group)`. Every token of a completion counts once in mean and
+//!   deviation, and 1e-8 is added to the variance, as in verl's `masked_whiten`.
+//!
+//! Several reward functions are added up first, or normalised one by one and then added up (GDPO, arXiv 2601.05242).
 
 use serde::{Deserialize, Serialize};
 
 const EPSILON: f32 = 1e-4;
+const WHITENING_EPSILON: f64 = 1e-8;
+
+/// What a reward is compared with. Names as verl's `adv_estimator`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AdvantageEstimator {
+    #[default]
+    Grpo,
+    Rloo,
+    ReinforcePlusPlus,
+    ReinforcePlusPlusBaseline,
+}
 
 /// What the centred rewards of a group are divided by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -21,18 +42,91 @@ pub enum ScaleRewards {
     None,
 }
 
-/// Advantage of every rollout, in order. `rewards` holds groups of `group_size` one after the other.
+/// How the scores of several reward functions become one number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MultiObjectiveAggregation {
+    /// Their weighted sum is the reward, and advantages are taken of that.
+    #[default]
+    SumThenNormalize,
+    /// The scores of each are centred and scaled within their group; the weighted sum of those is normalised over the
+    /// batch (GDPO).
+    NormalizeThenSum,
+}
+
+/// How rewards become advantages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct AdvantageOptions {
+    pub estimator: AdvantageEstimator,
+    /// For `grpo` with summed rewards alone.
+    pub scale_rewards: ScaleRewards,
+    pub aggregation: MultiObjectiveAggregation,
+    /// For `rloo` alone: normalise over the batch.
+    pub normalize_advantages: bool,
+}
+
+/// The scores of a step, groups one after the other.
+#[derive(Debug, Clone, Copy)]
+pub struct Scores<'a> {
+    /// `[K]` reward functions of `[P * G]` completions.
+    pub by_function: &'a [Vec<f32>],
+    /// `[K]`.
+    pub weights: &'a [f32],
+    /// `[P * G]`, tokens that carry loss.
+    pub num_tokens: &'a [usize],
+    /// G.
+    pub group_size: usize,
+}
+
+impl Scores<'_> {
+    /// Weighted sums over the reward functions, `[P * G]`.
+    #[must_use]
+    pub fn rewards(&self) -> Vec<f32> {
+        self.weighted_sum(self.by_function.iter().map(|scores| scores.iter().copied()))
+    }
+
+    fn weighted_sum(&self, by_function: impl Iterator<Item = impl Iterator<Item = f32>>) -> Vec<f32> {
+        let mut sums = vec![0.0; self.num_tokens.len()];
+        for (scores, weight) in by_function.zip(self.weights) {
+            for (sum, score) in sums.iter_mut().zip(scores) {
+                *sum += weight * score;
+            }
+        }
+        sums
+    }
+}
+
+/// Advantage of every completion, in order, `[P * G]`.
 ///
-/// # Shapes
-/// - rewards: `[P * G]`, returns `[P * G]`.
-///
-/// A group whose rewards are all equal yields zeros: it carries no signal.
+/// Completions of a group whose rewards are all equal get zeros from `grpo` and `rloo` without normalisation: the group
+/// carries no signal.
 ///
 /// # Panics
-/// If `group_size` does not divide the number of rewards.
+/// If the groups are not whole.
 #[must_use]
-pub fn advantages(rewards: &[f32], group_size: usize, scale: ScaleRewards) -> Vec<f32> {
-    assert!(group_size > 0 && rewards.len().is_multiple_of(group_size), "rewards must be whole groups");
+pub fn advantages(scores: &Scores<'_>, options: AdvantageOptions) -> Vec<f32> {
+    let size = scores.group_size;
+    assert!(size > 0 && scores.num_tokens.len().is_multiple_of(size), "rewards must be whole groups");
+    if options.aggregation == MultiObjectiveAggregation::NormalizeThenSum {
+        let normalized =
+            scores.by_function.iter().map(|scores| by_group(scores, size, ScaleRewards::Group).into_iter());
+        return normalized_over_batch(&scores.weighted_sum(normalized));
+    }
+    let rewards = scores.rewards();
+    match options.estimator {
+        AdvantageEstimator::Grpo => by_group(&rewards, size, options.scale_rewards),
+        AdvantageEstimator::Rloo => {
+            let advantages = leave_one_out(&rewards, size);
+            if options.normalize_advantages { normalized_over_batch(&advantages) } else { advantages }
+        }
+        AdvantageEstimator::ReinforcePlusPlus => whitened_by_tokens(&rewards, scores.num_tokens),
+        AdvantageEstimator::ReinforcePlusPlusBaseline => {
+            whitened_by_tokens(&by_group(&rewards, size, ScaleRewards::None), scores.num_tokens)
+        }
+    }
+}
+
+fn by_group(rewards: &[f32], group_size: usize, scale: ScaleRewards) -> Vec<f32> {
     let batch_std = standard_deviation(rewards);
     rewards
         .chunks_exact(group_size)
@@ -46,6 +140,36 @@ pub fn advantages(rewards: &[f32], group_size: usize, scale: ScaleRewards) -> Ve
             group.iter().map(move |reward| (reward - mean) / divisor)
         })
         .collect()
+}
+
+fn leave_one_out(rewards: &[f32], group_size: usize) -> Vec<f32> {
+    let num_others = group_size.saturating_sub(1).max(1) as f64;
+    rewards
+        .chunks_exact(group_size)
+        .flat_map(|group| {
+            let total = sum(group);
+            group.iter().map(move |&reward| {
+                let others = (total - f64::from(reward)) / num_others;
+                (f64::from(reward) - others) as f32
+            })
+        })
+        .collect()
+}
+
+fn normalized_over_batch(values: &[f32]) -> Vec<f32> {
+    let (mean, divisor) = (mean(values), standard_deviation(values) + EPSILON);
+    values.iter().map(|value| (value - mean) / divisor).collect()
+}
+
+fn whitened_by_tokens(values: &[f32], num_tokens: &[usize]) -> Vec<f32> {
+    let total: usize = num_tokens.iter().sum();
+    let over_tokens = |of: &dyn Fn(f64) -> f64| -> f64 {
+        values.iter().zip(num_tokens).map(|(&value, &count)| of(f64::from(value)) * count as f64).sum()
+    };
+    let mean = over_tokens(&|value| value) / total.max(1) as f64;
+    let variance = over_tokens(&|value| (value - mean).powi(2)) / total.saturating_sub(1).max(1) as f64;
+    let divisor = (variance + WHITENING_EPSILON).sqrt();
+    values.iter().map(|&value| ((f64::from(value) - mean) / divisor) as f32).collect()
 }
 
 /// Arithmetic mean; 0 for nothing.
@@ -74,30 +198,59 @@ mod tests {
     use super::*;
 
     #[track_caller]
-    fn check(rewards: &[f32], group_size: usize, scale: ScaleRewards, expect: &[f32]) {
-        let got = advantages(rewards, group_size, scale);
+    fn check(rewards: &[f32], group_size: usize, options: AdvantageOptions, expect: &[f32]) {
+        let by_function = [rewards.to_vec()];
+        let num_tokens: Vec<usize> = (1..=rewards.len()).collect();
+        let scores = Scores { by_function: &by_function, weights: &[1.0], num_tokens: &num_tokens, group_size };
+        let got = advantages(&scores, options);
         assert_eq!(got.len(), expect.len());
         for (got, expect) in got.iter().zip(expect) {
             assert!((got - expect).abs() < 1e-5, "{got} is not {expect}");
         }
     }
 
+    fn scaled(scale_rewards: ScaleRewards) -> AdvantageOptions {
+        AdvantageOptions { scale_rewards, ..AdvantageOptions::default() }
+    }
+
+    fn by(estimator: AdvantageEstimator) -> AdvantageOptions {
+        AdvantageOptions { estimator, ..AdvantageOptions::default() }
+    }
+
     // Expected values: torch, (r - r.mean()) / (r.std() + 1e-4).
     #[test]
     fn scaled_by_group() {
-        check(&[1.0, 0.0, 0.0, 2.0], 4, ScaleRewards::Group, &[0.261_089, -0.783_27, -0.783_27, 1.305_45]);
+        check(&[1.0, 0.0, 0.0, 2.0], 4, scaled(ScaleRewards::Group), &[0.261_089, -0.783_27, -0.783_27, 1.305_45]);
     }
 
     #[test]
     fn scaled_by_batch_or_not_at_all() {
         let std = 0.816_496_6_f32 + 1e-4;
-        check(&[1.0, 0.0, 2.0, 1.0], 2, ScaleRewards::Batch, &[0.5 / std, -0.5 / std, 0.5 / std, -0.5 / std]);
-        check(&[1.0, 0.0, 2.0, 1.0], 2, ScaleRewards::None, &[0.5, -0.5, 0.5, -0.5]);
+        let rewards = [1.0, 0.0, 2.0, 1.0];
+        check(&rewards, 2, scaled(ScaleRewards::Batch), &[0.5 / std, -0.5 / std, 0.5 / std, -0.5 / std]);
+        check(&rewards, 2, scaled(ScaleRewards::None), &[0.5, -0.5, 0.5, -0.5]);
     }
 
     #[test]
     fn equal_rewards_carry_no_signal() {
-        check(&[1.0, 1.0, 1.0], 3, ScaleRewards::Group, &[0.0; 3]);
-        check(&[1.0], 1, ScaleRewards::None, &[0.0]);
+        check(&[1.0, 1.0, 1.0], 3, scaled(ScaleRewards::Group), &[0.0; 3]);
+        check(&[1.0], 1, scaled(ScaleRewards::None), &[0.0]);
+        check(&[1.0, 1.0, 1.0], 3, by(AdvantageEstimator::Rloo), &[0.0; 3]);
+        check(&[1.0, 1.0, 1.0], 3, by(AdvantageEstimator::ReinforcePlusPlus), &[0.0; 3]);
+    }
+
+    #[test]
+    fn leaving_one_out_compares_with_the_others() {
+        check(&[1.0, 0.0, 0.0, 2.0], 4, by(AdvantageEstimator::Rloo), &[1.0 / 3.0, -1.0, -1.0, 5.0 / 3.0]);
+    }
+
+    #[test]
+    fn tokens_are_whitened_to_mean_0_and_variance_1() {
+        // Completions of 1, 2, 3 and 4 tokens.
+        let rewards = [3.0_f32, 1.0, 2.0, 0.0];
+        let tokens: Vec<f32> = (0..4).flat_map(|index| vec![rewards[index]; index + 1]).collect();
+        let (mean, std) = (mean(&tokens), standard_deviation(&tokens));
+        let expect: Vec<f32> = rewards.iter().map(|reward| (reward - mean) / std).collect();
+        check(&rewards, 4, by(AdvantageEstimator::ReinforcePlusPlus), &expect);
     }
 }

@@ -10,6 +10,7 @@ pub mod ids;
 mod jinja;
 pub mod manifest;
 mod nearest;
+pub mod objective;
 pub mod packing;
 pub mod partition;
 pub mod prompt;

@@ -29,6 +29,8 @@ use write::Snapshot;
 const PARTIAL: &str = ".partial-";
 
 const STATE_DIR: &str = "trainer_state";
+/// The reference policy, where it moves; a model folder without a tokenizer.
+const REFERENCE_DIR: &str = "trainer_state/reference";
 const STATE_FILE: &str = "trainer_state/state.json";
 
 /// A checkpoint that is whole.
@@ -100,6 +102,7 @@ pub fn save(run_dir: &RunDir, config: &RunConfig, learner: &Learner, step: u64) 
         base_model: &config.model.path,
         model_config: learner.config(),
         weights: zero.weights(),
+        reference: learner.reference().filter(|_| config.train.sync_ref_model),
         shards: &zero.state(),
     };
     snapshot.save(&run_dir.checkpoints(), config.train.save_total_limit, zero.group())
@@ -129,6 +132,13 @@ pub fn latest(run_dir: &RunDir, group: &ProcessGroup) -> Result<Option<Checkpoin
 }
 
 impl Checkpoint {
+    /// The folder of the reference policy, where the checkpoint has one.
+    #[must_use]
+    pub fn reference(&self) -> Option<PathBuf> {
+        let written = self.state.files.contains_key(&format!("{REFERENCE_DIR}/model.safetensors"));
+        written.then(|| self.folder.join(REFERENCE_DIR))
+    }
+
     /// The optimizer's state of every unit, put together from the files of all ranks that wrote it.
     ///
     /// # Errors

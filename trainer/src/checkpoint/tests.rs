@@ -11,6 +11,9 @@ use super::*;
 use crate::test_ranks::run_ranks;
 use crate::torch::zero::ShardState;
 
+/// What the seed of a reference policy's weights is more than the policy's.
+const REFERENCE: u64 = 1000;
+
 /// A base model and a folder for checkpoints.
 struct Fixture {
     folder: tempfile::TempDir,
@@ -55,6 +58,7 @@ impl Fixture {
             base_model: &self.base(),
             model_config: &self.model,
             weights: &weights,
+            reference: Some(&self.weights(step + REFERENCE, 1)),
             shards: &shards(&weights, step, group),
         };
         snapshot.save(&self.checkpoints(), limit, group)
@@ -124,6 +128,9 @@ fn what_any_number_of_ranks_writes_one_rank_reads() {
         for unit_idx in 0..weights.num_units() {
             assert!(weights.flat(unit_idx).equal(expect.flat(unit_idx)));
         }
+        let reference = checkpoint.reference().unwrap();
+        let reference = load_weights(&reference, &fixture.model, 1, Kind::Float, Device::Cpu).unwrap();
+        assert!(reference.flat(0).equal(fixture.weights(7 + REFERENCE, 1).flat(0)));
         let optimizer = checkpoint.optimizer().unwrap();
         assert_eq!(optimizer.len(), weights.num_units());
         for FullState { unit_idx, name, tensor } in optimizer {
@@ -157,7 +164,7 @@ fn every_damaged_file_is_named_and_the_checkpoint_before_is_used() {
     let folder = fixture.save_alone(2, 0).unwrap();
     let mut files: Vec<String> = fixture.latest().unwrap().unwrap().state.files.into_keys().collect();
     files.push(STATE_FILE.to_owned());
-    assert_eq!(files.len(), 6, "{files:?}");
+    assert_eq!(files.len(), 8, "{files:?}");
     for file in files {
         let path = folder.join(&file);
         let whole = std::fs::read(&path).unwrap();
@@ -269,6 +276,7 @@ fn saving_to_a_full_disk() {
         base_model: &base,
         model_config: &scratch.model,
         weights: &weights,
+        reference: None,
         shards: &shards(&weights, 2, &solo()),
     };
     let error = snapshot.save(&dir.join("checkpoints"), 1, &solo()).unwrap_err();

@@ -9,7 +9,7 @@ use aha_nn::model_config::ModelConfig;
 use aha_nn::model_folder::save_weights;
 use aha_nn::weights::Weights;
 
-use super::{CheckpointError, FileRecord, STATE_DIR, STATE_FILE, State, folder, optimizer};
+use super::{CheckpointError, FileRecord, REFERENCE_DIR, STATE_DIR, STATE_FILE, State, folder, optimizer};
 use crate::agreement::agree;
 use crate::durable;
 use crate::torch::zero::ShardState;
@@ -28,6 +28,9 @@ const COMPANIONS: [&str; 10] = [
     "chat_template.json",
 ];
 
+/// What a model's weights are written as.
+const WEIGHTS: [&str; 2] = ["config.json", "model.safetensors"];
+
 /// Files by their path within a folder.
 type Files = BTreeMap<String, FileRecord>;
 
@@ -41,6 +44,8 @@ pub(super) struct Snapshot<'a> {
     pub(super) model_config: &'a ModelConfig,
     /// Equal on all ranks; rank 0 writes them.
     pub(super) weights: &'a Weights,
+    /// The same for the reference policy, where it moves.
+    pub(super) reference: Option<&'a Weights>,
     pub(super) shards: &'a [ShardState],
 }
 
@@ -87,6 +92,9 @@ impl Snapshot<'_> {
         let mut names = Vec::new();
         if rank == 0 {
             names.extend(write_model_files(partial, self.base_model, self.model_config, self.weights)?);
+            if let Some(reference) = self.reference {
+                names.extend(write_reference(partial, self.model_config, reference)?);
+            }
         }
         names.extend(optimizer::write(partial, (rank, world_size), &self.weights.manifest, self.shards)?);
         let mut files = Files::new();
@@ -153,13 +161,8 @@ fn write_model_files(
     config: &ModelConfig,
     weights: &Weights,
 ) -> Result<Vec<String>, CheckpointError> {
-    save_weights(partial, config, weights)?;
-    let (weights, config) = (partial.join("model.safetensors"), partial.join("config.json"));
-    // The weights come out readable by their owner alone; whoever may read the rest may read them.
-    std::fs::metadata(config)
-        .and_then(|config| std::fs::set_permissions(&weights, config.permissions()))
-        .map_err(|error| CheckpointError::unwritable(&weights, error))?;
-    let mut names = vec!["config.json".to_owned(), "model.safetensors".to_owned()];
+    write_weights(partial, config, weights)?;
+    let mut names = WEIGHTS.map(str::to_owned).to_vec();
     for name in COMPANIONS {
         let (from, to) = (base_model.join(name), partial.join(name));
         if from.is_file() {
@@ -169,6 +172,25 @@ fn write_model_files(
         }
     }
     Ok(names)
+}
+
+/// Returns the names of the files.
+fn write_reference(partial: &Path, config: &ModelConfig, weights: &Weights) -> Result<Vec<String>, CheckpointError> {
+    let folder = partial.join(REFERENCE_DIR);
+    create(&folder)?;
+    write_weights(&folder, config, weights)?;
+    durable::sync(&folder).map_err(|error| CheckpointError::unwritable(&folder, error))?;
+    Ok(WEIGHTS.map(|name| format!("{REFERENCE_DIR}/{name}")).to_vec())
+}
+
+/// Writes the files [`WEIGHTS`].
+fn write_weights(folder: &Path, config: &ModelConfig, weights: &Weights) -> Result<(), CheckpointError> {
+    save_weights(folder, config, weights)?;
+    let [config, weights] = WEIGHTS.map(|name| folder.join(name));
+    // The weights come out readable by their owner alone; whoever may read the rest may read them.
+    std::fs::metadata(config)
+        .and_then(|config| std::fs::set_permissions(&weights, config.permissions()))
+        .map_err(|error| CheckpointError::unwritable(&weights, error))
 }
 
 /// An empty folder.

@@ -196,3 +196,17 @@ fn countdown_puzzles_are_a_source_of_their_own() {
     fixture.config.data.countdown.max_target = 0;
     assert!(fixture.refusal().starts_with("data.countdown: found no puzzle"));
 }
+
+#[test]
+fn replacements_are_new_training_rows_and_the_same_every_time() {
+    let source = Fixture::new().load().unwrap();
+    let train: BTreeSet<u64> = source.train.iter().map(|&row| row as u64).collect();
+    let seen: BTreeSet<PromptId> = source.step_prompts(0).unwrap().iter().map(|prompt| prompt.id).collect();
+    let drawn = |step, round, count| ids(&source.replacements((step, round), count, &seen).unwrap());
+    let all = drawn(3, 1, 1000);
+    assert_eq!(all.len(), train.len() - seen.len());
+    assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), all.len(), "no row twice");
+    assert!(all.iter().all(|id| train.contains(id) && !seen.contains(&PromptId(*id))));
+    assert_eq!(drawn(3, 1, 4), drawn(3, 1, 4));
+    assert!(drawn(3, 1, 6) != drawn(3, 2, 6) && drawn(3, 1, 6) != drawn(4, 1, 6));
+}

@@ -9,7 +9,7 @@ use aha_core::batch::TrainSequence;
 use aha_nn::autograd::{GradError, grad};
 use aha_nn::autograd_ops::PackedBatch;
 use aha_nn::forward::{head_matrix, hidden_states};
-use aha_nn::logprob::{chunk_rows, log_softmax, token_logprobs};
+use aha_nn::logprob::{log_softmax, token_entropies, token_statistics};
 use aha_nn::model_config::ModelConfig;
 use aha_nn::optim::AdamW;
 use aha_nn::rotary::RotaryTable;
@@ -17,7 +17,8 @@ use aha_nn::transformer::{Head, Layer, Ops};
 use aha_nn::weights::Weights;
 use tch::{Kind, Tensor};
 
-use super::objective::{Objective, Streams};
+use super::objective::{Loss, LossSums, Objective, Streams, Tokens};
+use super::targets::Targets;
 use super::zero::{Zero, ZeroError};
 
 /// What a step needs beside its data.
@@ -31,6 +32,8 @@ pub struct LearnerOptions {
     pub gradient_checkpointing: bool,
     /// Longest sequence.
     pub max_length: usize,
+    /// Tokens whose logits exist together.
+    pub logit_rows: i64,
 }
 
 /// The policy in training on this rank.
@@ -65,9 +68,15 @@ pub struct StepOutput {
     pub logprobs: Vec<Vec<f32>>,
     pub num_tokens: usize,
     pub entropy_sum: f64,
-    pub kl_sum: f64,
-    pub clipped_low: f64,
-    pub clipped_high: f64,
+    pub sums: LossSums,
+}
+
+/// What the current weights say of the completion tokens of every sequence; empty for those of other ranks.
+#[derive(Debug)]
+pub struct Statistics {
+    pub logprobs: Vec<Vec<f32>>,
+    /// In nats.
+    pub entropies: Vec<Vec<f32>>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -90,6 +99,14 @@ struct LayerTape {
     input: Tensor,
     params: Vec<Tensor>,
     output: Option<Tensor>,
+}
+
+/// The head unit's input rows and parameters, as leaves.
+struct HeadInputs {
+    /// After the norm, `[M, C]`.
+    hidden: Tensor,
+    /// `[V, C]`.
+    matrix: Tensor,
 }
 
 /// What the head's pass over a micro-batch leaves behind.
@@ -146,16 +163,34 @@ impl Learner {
         Ok(output)
     }
 
-    /// Log-probs of the completion tokens of every sequence under the current weights, without a step.
-    pub fn logprobs(&self, batch: &LocalBatch<'_>) -> Vec<Vec<f32>> {
-        let mut logprobs = vec![Vec::new(); batch.sequences.len()];
+    /// What the current weights say of a batch, without a step.
+    #[must_use]
+    pub fn statistics(&self, batch: &LocalBatch<'_>) -> Statistics {
+        let empty = || vec![Vec::new(); batch.sequences.len()];
+        let mut statistics = Statistics { logprobs: empty(), entropies: empty() };
         for indices in batch.micro_batches {
             let packed = self.pack(batch.sequences, indices);
             let targets = Targets::new(batch.sequences, indices, self.zero.weights().device());
-            let all = self.frozen_logprobs(self.zero.weights(), &packed, &targets);
-            targets.scatter(&all, &mut logprobs);
+            let (logprobs, entropies) = self.frozen_statistics(self.zero.weights(), &packed, &targets);
+            targets.scatter(&logprobs, &mut statistics.logprobs);
+            targets.scatter(&entropies, &mut statistics.entropies);
         }
-        logprobs
+        statistics
+    }
+
+    pub fn reference(&self) -> Option<&Weights> {
+        self.reference.as_ref()
+    }
+
+    /// Moves the reference policy towards the policy: `alpha * policy + (1 - alpha) * reference`. Nothing happens
+    /// without one.
+    pub fn sync_reference(&mut self, alpha: f64) {
+        let Some(reference) = &self.reference else { return };
+        for unit_idx in 0..reference.num_units() {
+            for (mut theirs, ours) in reference.views(unit_idx).into_iter().zip(self.zero.weights().views(unit_idx)) {
+                tch::no_grad(|| theirs.copy_(&(&theirs * (1.0 - alpha) + ours * alpha)));
+            }
+        }
     }
 
     fn micro_batch(
@@ -168,7 +203,7 @@ impl Learner {
         let targets = Targets::new(sequences, indices, self.zero.weights().device());
         let mut streams = targets.streams(sequences, indices);
         streams.reference_logprobs =
-            self.reference.as_ref().map(|reference| self.frozen_logprobs(reference, &packed, &targets));
+            self.reference.as_ref().map(|reference| self.frozen_statistics(reference, &packed, &targets).0);
         let batch = MicroBatch { packed, targets, streams };
 
         let (embedding, embedded, tapes, last) = self.forward(&batch.packed);
@@ -189,9 +224,10 @@ impl Learner {
         PackedBatch::new(&tokens, &self.table, self.zero.weights().kind())
     }
 
-    fn frozen_logprobs(&self, weights: &Weights, packed: &PackedBatch, targets: &Targets) -> Tensor {
+    /// Log-probs and entropies, `[M]` each.
+    fn frozen_statistics(&self, weights: &Weights, packed: &PackedBatch, targets: &Targets) -> (Tensor, Tensor) {
         let hidden = hidden_states(&self.config, weights, packed).index_select(0, &targets.rows); // [M, C]
-        token_logprobs(&hidden, &head_matrix(&self.config, weights), &targets.tokens, self.options.temperature)
+        token_statistics(&hidden, &head_matrix(&self.config, weights), &targets.tokens, self.options.temperature)
     }
 
     /// Returns the embedding leaf, its output, the layers' tapes, and the input leaf of the head.
@@ -238,26 +274,42 @@ impl Learner {
         let rows = Tensor::embedding(x, &targets.rows, -1, false, false); // [M, C]
         let hidden = packed.rms_norm(&rows, &norm, self.config.rms_norm_eps); // [M, C]
 
-        let num_rows = targets.rows.size()[0];
-        let chunk = chunk_rows(matrix.size()[0]);
+        let inputs = HeadInputs { hidden: hidden.detach(), matrix };
+        let d_tokens = if self.options.objective.spans_sequences() {
+            Some(self.token_gradients(&inputs, targets, streams, output)?)
+        } else {
+            None
+        };
         let mut d_matrix: Option<Tensor> = None;
         let (mut d_hidden, mut logprobs) = (Vec::new(), Vec::new());
-        for start in (0..num_rows).step_by(chunk as usize) {
-            let len = chunk.min(num_rows - start);
-            let input = leaf(&hidden.narrow(0, start, len));
-            let all = log_softmax(&input, &matrix, self.options.temperature); // [m, V]
-            let chosen = all.gather(1, &targets.tokens.narrow(0, start, len).unsqueeze(1), false).squeeze_dim(1); // [m]
-            let loss = self.options.objective.chunk_loss(&chosen, &streams.narrow(start, len));
-            output.entropy_sum += tch::no_grad(|| -(all.exp() * &all).sum(Kind::Double)).double_value(&[]);
-            output.add(&loss.loss, &loss.sums);
-            logprobs.push(chosen.detach());
-            let [d_input, d_chunk] = required(grad(&[loss.loss], &[input, matrix.shallow_clone()], &[None], false)?);
-            d_hidden.push(d_input);
+        let num_rows = targets.rows.size()[0];
+        for start in (0..num_rows).step_by(self.options.logit_rows as usize) {
+            let len = self.options.logit_rows.min(num_rows - start);
+            let rows = leaf(&inputs.hidden.narrow(0, start, len));
+            let all = log_softmax(&rows, &inputs.matrix, self.options.temperature); // [m, V]
+            let tokens = Tokens {
+                logprobs: targets.choose(&all, start, len),
+                entropies: streams.entropy_weights.as_ref().map(|_| token_entropies(&all)),
+            };
+            let (outputs, d_outputs) = match &d_tokens {
+                Some(d_tokens) => (tokens.outputs(), d_tokens.iter().map(|d| Some(d.narrow(0, start, len))).collect()),
+                None => {
+                    let loss = self.options.objective.loss(&tokens, &streams.narrow(start, len));
+                    output.add(&loss);
+                    (vec![loss.loss], vec![None])
+                }
+            };
+            output.entropy_sum += tch::no_grad(|| token_entropies(&all).sum(Kind::Double)).double_value(&[]);
+            logprobs.push(tokens.logprobs.detach());
+            let leaves = [rows, inputs.matrix.shallow_clone()];
+            let [d_rows, d_chunk] = required(grad(&outputs, &leaves, &d_outputs, false)?);
+            d_hidden.push(d_rows);
             d_matrix = Some(match d_matrix {
                 Some(sum) => sum + d_chunk,
                 None => d_chunk,
             });
         }
+        let matrix = inputs.matrix;
         output.num_tokens += num_rows as usize;
         targets.scatter(&Tensor::cat(&logprobs, 0), &mut output.logprobs);
 
@@ -269,6 +321,24 @@ impl Learner {
         } else {
             HeadGradients { input: d_x, params: vec![d_norm], embedding: Some(d_matrix) }
         })
+    }
+
+    /// The loss of whole sequences and its gradients with respect to the log-probs of their tokens and, where they take
+    /// part, the entropies: each `[M]`. Costs the head's forward pass once more.
+    fn token_gradients(
+        &self,
+        inputs: &HeadInputs,
+        targets: &Targets,
+        streams: &Streams,
+        output: &mut StepOutput,
+    ) -> Result<Vec<Tensor>, StepError> {
+        let temperature = self.options.temperature;
+        let (logprobs, entropies) = token_statistics(&inputs.hidden, &inputs.matrix, &targets.tokens, temperature);
+        let tokens =
+            Tokens { logprobs: leaf(&logprobs), entropies: streams.entropy_weights.as_ref().map(|_| leaf(&entropies)) };
+        let loss = self.options.objective.loss(&tokens, streams);
+        output.add(&loss);
+        Ok(defined(grad(&[loss.loss], &tokens.outputs(), &[None], false)?))
     }
 
     fn backward(
@@ -299,67 +369,19 @@ impl Learner {
 }
 
 impl StepOutput {
-    fn add(&mut self, loss: &Tensor, sums: &[Tensor; 3]) {
-        self.loss += loss.double_value(&[]);
-        let [kl, low, high] = sums.each_ref().map(|sum| sum.double_value(&[]));
-        self.kl_sum += kl;
-        self.clipped_low += low;
-        self.clipped_high += high;
-    }
-}
-
-/// The completion tokens of a micro-batch and the packed rows that predict them.
-struct Targets {
-    /// `[M]`, i64: the row before each completion token.
-    rows: Tensor,
-    /// `[M]`, i64: the completion tokens.
-    tokens: Tensor,
-    /// Sequence and number of completion tokens, in packed order.
-    pieces: Vec<(usize, usize)>,
-}
-
-impl Targets {
-    fn new(sequences: &[TrainSequence], indices: &[usize], device: tch::Device) -> Self {
-        let (mut rows, mut tokens, mut pieces) = (Vec::new(), Vec::new(), Vec::new());
-        let mut start = 0_i64;
-        for &index in indices {
-            let sequence = &sequences[index];
-            for position in sequence.num_prompt_tokens..sequence.token_ids.len() {
-                rows.push(start + position as i64 - 1);
-                tokens.push(i64::from(sequence.token_ids[position]));
-            }
-            pieces.push((index, sequence.num_completion_tokens()));
-            start += sequence.token_ids.len() as i64;
-        }
-        let to_device = |values: &[i64]| Tensor::from_slice(values).to_device(device);
-        Self { rows: to_device(&rows), tokens: to_device(&tokens), pieces }
+    /// Adds what another update did to sums, losses and norms.
+    pub fn add_update(&mut self, other: &Self) {
+        self.loss += other.loss;
+        self.grad_norm += other.grad_norm;
+        self.skipped |= other.skipped;
+        self.num_tokens += other.num_tokens;
+        self.entropy_sum += other.entropy_sum;
+        self.sums.add(&other.sums);
     }
 
-    fn streams(&self, sequences: &[TrainSequence], indices: &[usize]) -> Streams {
-        let device = self.rows.device();
-        let gather = |stream: fn(&TrainSequence) -> &Vec<f32>| {
-            let values: Vec<f32> =
-                indices.iter().flat_map(|&index| stream(&sequences[index]).iter().copied()).collect();
-            (values.len() as i64 == self.rows.size()[0]).then(|| Tensor::from_slice(&values).to_device(device))
-        };
-        let weights = gather(|sequence| &sequence.weights);
-        Streams {
-            weights: weights.expect("every completion token has a weight"),
-            advantages: gather(|sequence| &sequence.advantages),
-            old_logprobs: gather(|sequence| &sequence.old_logprobs),
-            reference_logprobs: None,
-        }
-    }
-
-    /// Cuts `[M]` values up by sequence.
-    fn scatter(&self, values: &Tensor, by_sequence: &mut [Vec<f32>]) {
-        let values = Vec::<f32>::try_from(values.to_kind(Kind::Float)).expect("log-probs are a vector of floats");
-        let mut rest = values.as_slice();
-        for &(index, len) in &self.pieces {
-            let (piece, tail) = rest.split_at(len);
-            by_sequence[index] = piece.to_vec();
-            rest = tail;
-        }
+    fn add(&mut self, loss: &Loss) {
+        self.loss += loss.loss.double_value(&[]);
+        self.sums.add(&loss.sums);
     }
 }
 

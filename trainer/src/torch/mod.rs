@@ -1,7 +1,10 @@
 //! Everything of the trainer that touches tensors.
 
+#[cfg(test)]
+mod golden_tests;
 pub mod learner;
 pub mod objective;
+mod targets;
 #[cfg(test)]
 mod tests;
 pub mod zero;

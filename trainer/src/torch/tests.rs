@@ -4,7 +4,9 @@
 use std::thread;
 use std::time::Duration;
 
-use aha_core::batch::TrainSequence;
+use aha_core::batch::{LossType, TrainSequence};
+use aha_core::config::Train;
+use aha_core::objective::{ImportanceSamplingLevel, RolloutImportanceSamplingMode};
 use aha_core::random::derive_seed;
 use aha_nn::autograd_ops::PackedBatch;
 use aha_nn::comm::{Address, Backend, GroupSpec, ProcessGroup, Store};
@@ -16,7 +18,8 @@ use aha_nn::weights::Weights;
 use tch::{Device, Kind, Tensor};
 
 use super::learner::{Learner, LearnerOptions, LocalBatch, StepOutput};
-use super::objective::{Objective, PolicyObjective};
+use super::objective::{Objective, PolicyObjective, Tokens};
+use super::targets::Targets;
 use super::zero::{FullState, Zero};
 use crate::training_batch::Plan;
 
@@ -35,8 +38,12 @@ fn device() -> Device {
     aha_nn::runtime::device(&name, 0).unwrap()
 }
 
-fn policy(beta: f64) -> Objective {
-    Objective::Policy(PolicyObjective { epsilon: 0.2, epsilon_high: 0.3, beta })
+fn policy(beta: f32) -> Objective {
+    objective(&Train { epsilon_high: Some(0.3), beta, ..Train::default() })
+}
+
+fn objective(train: &Train) -> Objective {
+    Objective::Policy(PolicyObjective::new(train))
 }
 
 /// Sequences of uneven lengths with all streams filled.
@@ -59,6 +66,7 @@ fn sequences(seed: u64, with_old: bool) -> Vec<TrainSequence> {
                 } else {
                     vec![]
                 },
+                ..TrainSequence::default()
             }
         })
         .collect()
@@ -71,9 +79,10 @@ fn learner(model: &ModelConfig, objective: Objective, zero: Zero, checkpointing:
         max_grad_norm: 0.5,
         gradient_checkpointing: checkpointing,
         max_length: 32,
+        logit_rows: 7,
     };
     let reference = Weights::random(model, 99, 1, Kind::Float, zero.weights().device());
-    let reference = matches!(objective, Objective::Policy(policy) if policy.beta > 0.0).then_some(reference);
+    let reference = objective.needs_reference().then_some(reference);
     Learner::new(model.clone(), options, zero, reference)
 }
 
@@ -90,13 +99,9 @@ fn train(
     let mut learner = learner(model, policy(0.05), Zero::new(stage, group, weights), checkpointing);
     let sequences = sequences(3, with_old);
     let lengths: Vec<usize> = sequences.iter().map(|sequence| sequence.token_ids.len()).collect();
-    let plan = Plan::new(&lengths, rank, size, 20).unwrap();
-    let batch = LocalBatch {
-        sequences: &sequences,
-        micro_batches: &plan.micro_batches,
-        num_micro_batches: plan.num_micro_batches,
-    };
-    let outputs = (0..3).map(|_| learner.step(&batch, &ADAMW).unwrap()).collect();
+    let all: Vec<usize> = (0..sequences.len()).collect();
+    let plan = Plan::new(&lengths, &all, (rank, size), 20).unwrap();
+    let outputs = (0..3).map(|_| learner.step(&plan.of(&sequences), &ADAMW).unwrap()).collect();
     (learner, outputs)
 }
 
@@ -237,7 +242,7 @@ fn two_runs_are_equal_to_the_last_bit() {
 fn a_policy_that_has_not_moved_has_ratio_one() {
     let model = config("qwen2", true);
     let (_, outputs) = train(&model, 0, ProcessGroup::solo("test", device()), false, false);
-    assert_eq!((outputs[0].clipped_low, outputs[0].clipped_high), (0.0, 0.0));
+    assert_eq!((outputs[0].sums.clipped_low, outputs[0].sums.clipped_high), (0.0, 0.0));
     assert!(outputs[0].grad_norm > 0.0);
 }
 
@@ -301,4 +306,93 @@ fn optimizer_state_moves_between_world_sizes() {
     zero.load_state(3, &states).unwrap();
     let restored = learner(&model, policy(0.05), zero, false);
     assert!(largest_difference(&fourth(restored), &fourth(alone)) < 1e-5);
+}
+
+#[test]
+fn the_reference_moves_towards_the_policy() {
+    let model = config("qwen2", true);
+    let (mut learner, _) = alone(&model, false);
+    let before = flatten(learner.reference().unwrap());
+    let policy = flatten(learner.zero().weights());
+    learner.sync_reference(0.6);
+    let expect = &before * 0.4 + &policy * 0.6;
+    assert!(largest_difference(&flatten(learner.reference().unwrap()), &expect) < 1e-6);
+    assert!(flatten(learner.zero().weights()).equal(&policy), "the policy must not move");
+    learner.sync_reference(1.0);
+    assert!(largest_difference(&flatten(learner.reference().unwrap()), &policy) < 1e-6);
+}
+
+/// Log-softmax of the logits at every completion token of all sequences, `[M, V]`, on one graph with `leaves`.
+fn whole_graph(model: &ModelConfig, leaves: &[Vec<Tensor>], sequences: &[TrainSequence]) -> Tensor {
+    let views = |unit_idx: usize| leaves[unit_idx].iter().map(Tensor::shallow_clone).collect::<Vec<_>>();
+    let table = RotaryTable::new(model, 32, Device::Cpu);
+    let rows = sequences.iter().map(|sequence| {
+        let packed = PackedBatch::new(&[&sequence.token_ids], &table, Kind::Float);
+        let embedding = views(0).remove(0);
+        let mut x = packed.embed(&embedding);
+        for layer_idx in 0..model.num_layers {
+            x = Layer::new(model, views(1 + layer_idx), |weight| weight).forward(&packed, model, layer_idx, x);
+        }
+        let head = Head::new(views(1 + model.num_layers), |weight| weight);
+        let x = packed.rms_norm(&x, &head.norm, model.rms_norm_eps);
+        let matrix = head.lm_head.map_or(embedding, |projection| projection.weight);
+        let (first, count) = (sequence.num_prompt_tokens as i64, sequence.num_completion_tokens() as i64);
+        (x.matmul(&matrix.transpose(0, 1)) / 0.8).narrow(0, first - 1, count).log_softmax(-1, Kind::Float)
+    });
+    Tensor::cat(&rows.collect::<Vec<_>>(), 0)
+}
+
+#[test]
+fn objectives_of_sequences_and_entropies_equal_whole_graph_autograd() {
+    let gspo = Train {
+        importance_sampling_level: ImportanceSamplingLevel::Sequence,
+        rollout_importance_sampling_correction: true,
+        rollout_importance_sampling_mode: RolloutImportanceSamplingMode::SequenceTruncate,
+        ..Train::default()
+    };
+    let vespo = Train { loss_type: LossType::Vespo, ..Train::default() };
+    let token = Train { use_bias_correction_kl: true, beta: 0.1, ..Train::default() };
+    for (train, with_old) in [(&gspo, true), (&gspo, false), (&vespo, true), (&token, true), (&token, false)] {
+        let model = config("qwen2", true);
+        let mut sequences = sequences(3, with_old);
+        for (index, sequence) in sequences.iter_mut().enumerate() {
+            let len = sequence.num_completion_tokens();
+            sequence.advantages = vec![index as f32 - 3.2; len];
+            sequence.sampled_logprobs = vec![-3.3; len];
+            sequence.entropy_weights = (0..len).map(|token| 0.01 * (token % 3) as f32).collect();
+        }
+        let weights = Weights::random(&model, 5, 1, Kind::Float, Device::Cpu);
+        let leaf = |view: &Tensor| view.detach().copy().set_requires_grad(true);
+        let leaves: Vec<Vec<Tensor>> =
+            (0..weights.num_units()).map(|unit_idx| weights.views(unit_idx).iter().map(leaf).collect()).collect();
+        let reference = Weights::random(&model, 99, 1, Kind::Float, Device::Cpu);
+        let frozen: Vec<Vec<Tensor>> = (0..reference.num_units()).map(|unit_idx| reference.views(unit_idx)).collect();
+        let all: Vec<usize> = (0..sequences.len()).collect();
+        let targets = Targets::new(&sequences, &all, Device::Cpu);
+        let num_rows = targets.rows.size()[0];
+        let rows = whole_graph(&model, &leaves, &sequences); // [M, V]
+        let mut streams = targets.streams(&sequences, &all);
+        streams.reference_logprobs = Some(targets.choose(&whole_graph(&model, &frozen, &sequences), 0, num_rows));
+        let tokens = Tokens {
+            logprobs: targets.choose(&rows, 0, num_rows),
+            entropies: Some(-(rows.exp() * &rows).sum_dim_intlist(-1, false, Kind::Float)),
+        };
+        let loss = objective(train).loss(&tokens, &streams).loss;
+        let grads = Tensor::run_backward(
+            &[&loss],
+            &leaves.iter().flatten().map(Tensor::shallow_clone).collect::<Vec<_>>(),
+            false,
+            false,
+        );
+        let norm: f64 = grads.iter().map(|grad| grad.square().sum(Kind::Double).double_value(&[])).sum::<f64>().sqrt();
+
+        let solo = ProcessGroup::solo("test", Device::Cpu);
+        let mut learner = learner(&model, objective(train), Zero::new(0, solo, weights), false);
+        let lengths: Vec<usize> = sequences.iter().map(|sequence| sequence.token_ids.len()).collect();
+        let plan = Plan::new(&lengths, &all, (0, 1), 20).unwrap();
+        let output = learner.step(&plan.of(&sequences), &ADAMW).unwrap();
+        let expect = loss.double_value(&[]);
+        assert!((output.loss - expect).abs() < 1e-5, "{train:?}: {} is not {expect}", output.loss);
+        assert!((output.grad_norm - norm).abs() < 1e-4 * norm, "{train:?}: {} is not {norm}", output.grad_norm);
+    }
 }

@@ -3,7 +3,9 @@
 //! Keys that TRL's `GRPOConfig` has keep its names and meanings. Defaults that differ from TRL's say so.
 
 mod load;
+mod train;
 mod validate;
+mod validate_train;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -11,11 +13,9 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 pub use load::{ConfigError, load, parse_override};
+pub use train::Train;
 
-use crate::advantage::ScaleRewards;
-use crate::batch::LossType;
 use crate::rollout::Sampling;
-use crate::schedule::LrSchedulerType;
 
 /// Everything a run is made of.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -163,51 +163,6 @@ pub struct Rollout {
     pub stop_token_ids: Vec<u32>,
     /// A step whose completions take longer fails, naming the generator it waited for.
     pub deadline_seconds: f64,
-}
-
-/// The optimizer's side of a step.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Train {
-    pub max_steps: u64,
-    pub learning_rate: f64,
-    pub lr_scheduler_type: LrSchedulerType,
-    /// Share of the peak rate where `cosine_with_min_lr` ends.
-    pub min_lr_rate: f64,
-    pub warmup_ratio: f64,
-    /// Wins over `warmup_ratio` where it is not 0.
-    pub warmup_steps: u64,
-    pub weight_decay: f64,
-    pub adam_beta1: f64,
-    pub adam_beta2: f64,
-    pub adam_epsilon: f64,
-    /// Gradients are scaled to this global norm where they exceed it; 0 leaves them.
-    pub max_grad_norm: f64,
-    /// KL penalty to the initial policy; 0 loads no reference model.
-    pub beta: f32,
-    pub epsilon: f32,
-    /// Upper clip range where it differs from `epsilon` (DAPO's clip-higher).
-    pub epsilon_high: Option<f32>,
-    pub loss_type: LossType,
-    pub scale_rewards: ScaleRewards,
-    /// Optimizer steps on each batch of rollouts.
-    pub num_iterations: u32,
-    /// 0 replicates everything, 1 shards optimizer state, 2 gradients as well.
-    pub zero_stage: u8,
-    /// Most tokens of a micro-batch; gradients accumulate over as many as the step needs.
-    pub micro_batch_tokens: usize,
-    /// Keep only the inputs of layers and compute their activations again in the backward pass.
-    pub gradient_checkpointing: bool,
-    pub save_steps: u64,
-    /// Checkpoints kept; 0 keeps all.
-    pub save_total_limit: usize,
-    /// A collective that takes longer fails, naming its group and rank.
-    pub collective_timeout_seconds: f64,
-    /// A weight push that takes longer fails, naming whom it waited for.
-    pub push_timeout_seconds: f64,
-    pub push_backend: PushBackend,
-    /// Intra-op threads of a rank; 0 shares the cores among the ranks.
-    pub threads: usize,
 }
 
 /// What carries weights from trainers to generators.
@@ -410,51 +365,6 @@ impl Rollout {
             stop: self.stop.clone(),
             stop_token_ids: self.stop_token_ids.clone(),
             ..Sampling::default()
-        }
-    }
-}
-
-impl Default for Train {
-    fn default() -> Self {
-        Self {
-            max_steps: 100,
-            learning_rate: 1e-6,
-            lr_scheduler_type: LrSchedulerType::Linear,
-            min_lr_rate: 0.1,
-            warmup_ratio: 0.0,
-            warmup_steps: 0,
-            weight_decay: 0.0,
-            adam_beta1: 0.9,
-            adam_beta2: 0.999,
-            adam_epsilon: 1e-8,
-            max_grad_norm: 1.0,
-            beta: 0.0,
-            epsilon: 0.2,
-            epsilon_high: None,
-            loss_type: LossType::Dapo,
-            scale_rewards: ScaleRewards::Group,
-            num_iterations: 1,
-            zero_stage: 2,
-            micro_batch_tokens: 8192,
-            gradient_checkpointing: false,
-            save_steps: 50,
-            save_total_limit: 2,
-            collective_timeout_seconds: 600.0,
-            push_timeout_seconds: 300.0,
-            push_backend: PushBackend::Auto,
-            threads: 0,
-        }
-    }
-}
-
-impl Train {
-    /// Steps over which the learning rate rises, as transformers counts them.
-    #[must_use]
-    pub fn num_warmup_steps(&self) -> u64 {
-        if self.warmup_steps > 0 {
-            self.warmup_steps
-        } else {
-            (self.max_steps as f64 * self.warmup_ratio).ceil() as u64
         }
     }
 }

@@ -116,37 +116,6 @@ impl RunConfig {
         });
     }
 
-    fn check_train(&self, problems: &mut Problems) {
-        let train = &self.train;
-        problems
-            .unless(train.zero_stage <= 2, || format!("train.zero_stage: must be 0, 1 or 2, got {}", train.zero_stage));
-        problems.unless(train.max_steps > 0, || "train.max_steps: must be at least 1".to_owned());
-        problems.unless(train.num_iterations > 0, || "train.num_iterations: must be at least 1".to_owned());
-        problems.unless(train.save_steps > 0, || "train.save_steps: must be at least 1".to_owned());
-        for (key, value) in [
-            ("learning_rate", train.learning_rate),
-            ("weight_decay", train.weight_decay),
-            ("max_grad_norm", train.max_grad_norm),
-            ("beta", f64::from(train.beta)),
-            ("epsilon", f64::from(train.epsilon)),
-            ("epsilon_high", f64::from(train.epsilon_high.unwrap_or(train.epsilon))),
-        ] {
-            problems.unless(value.is_finite() && value >= 0.0, || format!("train.{key}: must be >= 0, got {value}"));
-        }
-        for (key, value) in [
-            ("warmup_ratio", train.warmup_ratio),
-            ("min_lr_rate", train.min_lr_rate),
-            ("adam_beta1", train.adam_beta1),
-            ("adam_beta2", train.adam_beta2),
-        ] {
-            problems.unless((0.0..=1.0).contains(&value), || format!("train.{key}: must be in [0, 1], got {value}"));
-        }
-        problems.positive("train.adam_epsilon", train.adam_epsilon);
-        problems.positive("train.collective_timeout_seconds", train.collective_timeout_seconds);
-        problems.positive("train.push_timeout_seconds", train.push_timeout_seconds);
-        problems.unless(self.sft.batch_size > 0, || "sft.batch_size: must be at least 1".to_owned());
-    }
-
     fn check_services(&self, problems: &mut Problems) {
         let generator = &self.generator;
         for (key, value) in [
@@ -172,16 +141,16 @@ impl RunConfig {
 }
 
 #[derive(Default)]
-struct Problems(Vec<String>);
+pub(super) struct Problems(pub(super) Vec<String>);
 
 impl Problems {
-    fn unless(&mut self, ok: bool, problem: impl FnOnce() -> String) {
+    pub(super) fn unless(&mut self, ok: bool, problem: impl FnOnce() -> String) {
         if !ok {
             self.0.push(problem());
         }
     }
 
-    fn positive(&mut self, key: &str, value: f64) {
+    pub(super) fn positive(&mut self, key: &str, value: f64) {
         self.unless(value.is_finite() && value > 0.0, || format!("{key}: must be over 0, got {value}"));
     }
 }

@@ -6,12 +6,15 @@
 mod equation;
 mod expression;
 mod format;
+mod overlong;
 
 use std::fmt;
 use std::str::FromStr;
 
 use serde::ser::SerializeStruct;
 use serde::{Serialize, Serializer};
+
+pub use overlong::soft_overlong_punishment;
 
 use crate::dataset::Row;
 use crate::nearest::hint;

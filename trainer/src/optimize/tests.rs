@@ -1,0 +1,214 @@
+//! Random options and batches: the updates do not depend on ranks, micro-batches and chunks of logits.
+
+use aha_core::advantage::{AdvantageEstimator, MultiObjectiveAggregation, ScaleRewards};
+use aha_core::batch::LossType;
+use aha_core::config::{RewardSpec, RunConfig};
+use aha_core::ids::{PolicyVersion, PromptId};
+use aha_core::objective::{ImportanceSamplingLevel, KlEstimator, RolloutImportanceSamplingMode};
+use aha_core::random::derive_seed;
+use aha_core::rollout::{Completion, FinishReason, Group, Prompt, Reward, Span};
+use aha_nn::comm::ProcessGroup;
+use aha_nn::model_config::ModelConfig;
+use aha_nn::weights::Weights;
+use tch::{Device, Kind, Tensor};
+
+use super::*;
+use crate::test_ranks::run_ranks;
+use crate::torch::learner::LearnerOptions;
+use crate::torch::objective::{Objective, PolicyObjective};
+use crate::torch::zero::Zero;
+
+const GROUP_SIZE: usize = 4;
+const NUM_PROMPTS: usize = 6;
+const LONGEST: u32 = 9;
+
+/// Moments that barely scale the update, so that rounding of a small gradient does not become its sign.
+const ADAMW: AdamW = AdamW { lr: 0.05, beta1: 0.9, beta2: 0.99, eps: 0.1, weight_decay: 0.0 };
+
+/// Random numbers by what they are for.
+#[derive(Clone, Copy)]
+struct Draw(u64);
+
+impl Draw {
+    fn below(self, what: &str, bound: usize) -> usize {
+        let name: Vec<u64> = what.bytes().map(u64::from).collect();
+        (derive_seed(self.0, &name) % bound as u64) as usize
+    }
+
+    fn pick<T: Copy>(self, what: &str, values: &[T]) -> T {
+        values[self.below(what, values.len())]
+    }
+
+    fn chance(self, what: &str) -> bool {
+        self.below(what, 2) == 0
+    }
+}
+
+fn model() -> ModelConfig {
+    let raw = serde_json::json!({"model_type": "qwen2", "vocab_size": 29, "hidden_size": 16, "intermediate_size": 22,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": true,
+        "initializer_range": 0.3});
+    ModelConfig::from_json(raw.as_object().unwrap().clone()).unwrap()
+}
+
+/// Options that go together.
+fn config(draw: Draw) -> RunConfig {
+    let mut config = RunConfig::default();
+    config.rollout.num_generations = GROUP_SIZE;
+    config.rollout.generation_batch_size = GROUP_SIZE * NUM_PROMPTS;
+    config.rollout.max_completion_length = LONGEST;
+    config.rewards = vec![RewardSpec { function: "equation".to_owned(), weight: 1.0 }];
+    let train = &mut config.train;
+    use LossType::{Bnpo, Cispo, Dapo, DrGrpo, Grpo, Luspo, Sapo, Vespo};
+    train.loss_type = draw.pick("loss", &[Grpo, DrGrpo, Dapo, Bnpo, Luspo, Cispo, Sapo, Vespo]);
+    let (token, sequence) = (ImportanceSamplingLevel::Token, ImportanceSamplingLevel::Sequence);
+    train.importance_sampling_level = match train.loss_type {
+        Vespo => token,
+        Luspo => draw.pick("level", &[sequence, ImportanceSamplingLevel::SequenceToken]),
+        _ => draw.pick("level", &[token, token, sequence, ImportanceSamplingLevel::SequenceToken]),
+    };
+    train.epsilon = 0.03;
+    train.epsilon_high = if train.loss_type == Cispo { Some(1.05) } else { draw.pick("high", &[None, Some(0.06)]) };
+    train.beta = draw.pick("beta", &[0.0, 0.1]);
+    train.kl_estimator = draw.pick("kl", &[KlEstimator::K2, KlEstimator::K3]);
+    train.use_bias_correction_kl = draw.chance("bias");
+    train.rollout_importance_sampling_correction = draw.chance("correct");
+    use RolloutImportanceSamplingMode::{SequenceMask, SequenceTruncate, TokenMask, TokenTruncate};
+    let modes: &[_] = &[TokenMask, TokenTruncate, SequenceMask, SequenceTruncate];
+    train.rollout_importance_sampling_mode =
+        draw.pick("mode", if train.loss_type == Vespo { &modes[..2] } else { modes });
+    train.rollout_importance_sampling_clip_max = Some(1.15);
+    train.rollout_importance_sampling_clip_min = draw.pick("min", &[None, Some(0.8)]);
+    train.off_policy_mask_threshold = draw.pick("off", &[None, Some(0.01)]);
+    train.top_entropy_quantile = draw.pick("top", &[1.0, 1.0, 0.3]);
+    train.entropy_coef = draw.pick("entropy", &[0.0, 0.02]);
+    train.mask_truncated_completions = draw.chance("truncated");
+    train.soft_punish_cache = draw.pick("soft", &[0, 4]);
+    use AdvantageEstimator::{ReinforcePlusPlus, ReinforcePlusPlusBaseline, Rloo};
+    train.advantage_estimator =
+        draw.pick("estimator", &[AdvantageEstimator::Grpo, Rloo, ReinforcePlusPlus, ReinforcePlusPlusBaseline]);
+    if train.advantage_estimator == AdvantageEstimator::Grpo {
+        train.scale_rewards = draw.pick("scale", &[ScaleRewards::Group, ScaleRewards::Batch, ScaleRewards::None]);
+        if draw.chance("aggregation") {
+            train.multi_objective_aggregation = MultiObjectiveAggregation::NormalizeThenSum;
+        }
+    }
+    train.num_iterations = 1 + draw.below("iterations", 2) as u32;
+    train.steps_per_generation = draw.pick("steps", &[1, 2, 3]);
+    config
+}
+
+fn learner(config: &RunConfig, group: ProcessGroup, logit_rows: i64) -> Learner {
+    let model = model();
+    let objective = Objective::Policy(PolicyObjective::new(&config.train));
+    let options = LearnerOptions {
+        objective,
+        temperature: 0.9,
+        max_grad_norm: 0.0,
+        gradient_checkpointing: false,
+        max_length: 32,
+        logit_rows,
+    };
+    let weights = Weights::random(&model, 5, group.size(), Kind::Float, Device::Cpu);
+    let reference = objective.needs_reference().then(|| Weights::random(&model, 6, 1, Kind::Float, Device::Cpu));
+    Learner::new(model, options, Zero::new(config.train.zero_stage, group, weights), reference)
+}
+
+/// Groups of random tokens, sampled with nearly the log-probs that the learner has for them.
+fn groups(draw: Draw, config: &RunConfig) -> Vec<Group> {
+    let completion = |prompt: usize, sample: usize| {
+        let name = |what: &str| format!("{what} {prompt} {sample}");
+        let length = 1 + draw.below(&name("length"), LONGEST as usize);
+        Completion {
+            prompt_id: PromptId(prompt as u64),
+            sample_index: sample as u32,
+            token_ids: (0..length).map(|at| draw.below(&name(&format!("token {at}")), 29) as u32).collect(),
+            logprobs: vec![0.0; length],
+            spans: vec![Span { version: PolicyVersion(0), num_tokens: length as u32 }],
+            finish_reason: if length == LONGEST as usize { FinishReason::Length } else { FinishReason::Stop },
+            text: String::new(),
+            rewards: vec![Reward {
+                function: "equation".to_owned(),
+                score: draw.below(&name("score"), 3) as f32,
+                outcome: "score".to_owned(),
+            }],
+            raw_logprobs: Vec::new(),
+            prompt_logprobs: Vec::new(),
+        }
+    };
+    let mut groups: Vec<Group> = (0..NUM_PROMPTS)
+        .map(|prompt| Group {
+            prompt: Prompt {
+                id: PromptId(prompt as u64),
+                text: String::new(),
+                token_ids: (0..1 + draw.below(&format!("prompt {prompt}"), 6) as u32).collect(),
+                columns: serde_json::Map::new(),
+            },
+            completions: (0..GROUP_SIZE).map(|sample| completion(prompt, sample)).collect(),
+        })
+        .collect();
+    let plain = TrainingBatch::new(&groups, &RunConfig { rollout: config.rollout.clone(), ..RunConfig::default() }, 0);
+    let plan = plain.plans((0, 1), 10_000).unwrap().remove(0);
+    let learner = learner(config, ProcessGroup::solo("sampling", Device::Cpu), 1000);
+    let logprobs = learner.statistics(&plan.of(&plain.sequences)).logprobs;
+    let completions = groups.iter_mut().flat_map(|group| &mut group.completions);
+    for (index, (completion, logprobs)) in completions.zip(logprobs).enumerate() {
+        let noise = |at: usize| draw.below(&format!("noise {index} {at}"), 1000) as f32 / 1000.0 - 0.5;
+        completion.logprobs = logprobs.iter().enumerate().map(|(at, logprob)| logprob + 0.1 * noise(at)).collect();
+    }
+    groups
+}
+
+/// All parameters, the loss of all ranks and the norm.
+fn train(groups: &[Group], config: &RunConfig, group: ProcessGroup, logit_rows: i64) -> (Tensor, f64, f64) {
+    let mut learner = learner(config, group, logit_rows);
+    let mut batch = TrainingBatch::new(groups, config, 0);
+    let output = optimize(&mut learner, &config.train, &mut batch, &ADAMW).unwrap();
+    let weights = learner.zero().weights();
+    let views = (0..weights.num_units()).flat_map(|unit| weights.views(unit)).map(|view| view.reshape([-1]));
+    (Tensor::cat(&views.collect::<Vec<_>>(), 0), output.loss, output.grad_norm)
+}
+
+#[test]
+fn any_split_over_ranks_micro_batches_and_chunks_gives_the_same_update() {
+    let initial = Weights::random(&model(), 5, 1, Kind::Float, Device::Cpu).embedding();
+    for case in 0..24 {
+        let draw = Draw(case);
+        let mut config = config(draw);
+        let problems: Vec<String> =
+            config.problems().into_iter().filter(|problem| problem.starts_with("train.")).collect();
+        assert!(problems.is_empty(), "{problems:?}");
+        let groups = groups(draw, &config);
+
+        config.train.micro_batch_tokens = 10_000;
+        let solo = ProcessGroup::solo("whole", Device::Cpu);
+        let (expect, loss, grad_norm) = train(&groups, &config, solo, 10_000);
+        assert!(!expect.narrow(0, 0, initial.numel() as i64).equal(&initial.reshape([-1])), "nothing was learned");
+
+        config.train.micro_batch_tokens = 16 + draw.below("budget", 40);
+        config.train.zero_stage = draw.below("stage", 3) as u8;
+        let (size, logit_rows) = (1 + draw.below("size", 3), 1 + draw.below("rows", 9) as i64);
+        let results = run_ranks(size, |group| train(&groups, &config, group, logit_rows));
+        let split_loss: f64 = results.iter().map(|(_, loss, _)| loss).sum();
+        assert!((split_loss - loss).abs() < 1e-5, "{size} ranks: loss {split_loss}, not {loss}: {:?}", config.train);
+        for (weights, _, norm) in results {
+            let difference = (weights - &expect).abs().max().double_value(&[]);
+            assert!(difference < 1e-5, "{size} ranks: weights differ by {difference}: {:?}", config.train);
+            assert!((norm - grad_norm).abs() < 1e-4 * (grad_norm + 1e-3), "{norm}, not {grad_norm}");
+        }
+    }
+}
+
+#[test]
+fn a_batch_without_loss_leaves_the_policy_as_it_is() {
+    let mut config = config(Draw(0));
+    config.train = Train { mask_truncated_completions: true, entropy_coef: 0.1, ..Train::default() };
+    let mut groups = groups(Draw(0), &config);
+    for completion in groups.iter_mut().flat_map(|group| &mut group.completions) {
+        completion.finish_reason = FinishReason::Length;
+    }
+    let before = Weights::random(&model(), 5, 1, Kind::Float, Device::Cpu).embedding();
+    let (after, loss, grad_norm) = train(&groups, &config, ProcessGroup::solo("test", Device::Cpu), 10);
+    assert!(after.narrow(0, 0, before.numel() as i64).equal(&before.reshape([-1])));
+    assert_eq!((loss, grad_norm), (0.0, 0.0));
+}

@@ -1,0 +1,200 @@
+//! Losses, gradients and advantages against TRL's own (tests/golden/make_objectives.py).
+
+use aha_core::config::{RewardSpec, RunConfig, Train};
+use aha_core::ids::{PolicyVersion, PromptId};
+use aha_core::rollout::{Completion, FinishReason, Group, Prompt, Reward, Span};
+use aha_nn::autograd::grad;
+use aha_nn::logprob::token_entropies;
+use serde::Deserialize;
+use tch::{Device, Kind, Tensor};
+
+use super::objective::{Objective, PolicyObjective, Tokens};
+use super::targets::Targets;
+use crate::entropy::{fill_masks, fill_weights};
+use crate::training_batch::TrainingBatch;
+
+const LOSS_TOLERANCE: f64 = 1e-5;
+const GRADIENT_TOLERANCE: f64 = 1e-5;
+
+#[derive(Debug, Deserialize)]
+struct Golden {
+    batch: Batch,
+    cases: Vec<Case>,
+}
+
+/// Per completion, `B` of `T` tokens.
+#[derive(Debug, Deserialize)]
+struct Batch {
+    vocab_size: i64,
+    num_generations: usize,
+    max_completion_length: u32,
+    scores: Vec<Vec<f32>>,
+    score_weights: Vec<f32>,
+    truncated: Vec<bool>,
+    tokens: Vec<Vec<u32>>,
+    /// `[T * V]`.
+    logits: Vec<Vec<f32>>,
+    old_logprobs: Vec<Vec<f32>>,
+    sampled_logprobs: Vec<Vec<f32>>,
+    reference_logprobs: Vec<Vec<f32>>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Case {
+    name: String,
+    /// Whether there are old log-probs.
+    moved: bool,
+    train: Train,
+    members: Option<Vec<usize>>,
+    loss: f64,
+    advantages: Vec<f32>,
+    d_logprobs: Vec<Vec<f32>>,
+    d_logits: Option<Vec<Vec<f32>>>,
+    kl: Option<f64>,
+    clipped_low: Option<f64>,
+    clipped_high: Option<f64>,
+}
+
+impl Golden {
+    fn load() -> Self {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/objectives.json");
+        serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+    }
+}
+
+impl Batch {
+    fn config(&self, case: &Case) -> RunConfig {
+        let mut config = RunConfig { train: case.train.clone(), ..RunConfig::default() };
+        config.rollout.num_generations = self.num_generations;
+        config.rollout.generation_batch_size = self.tokens.len();
+        config.rollout.max_completion_length = self.max_completion_length;
+        config.rewards = (0..self.scores.len())
+            .map(|index| RewardSpec { function: format!("score-{index}"), weight: self.score_weights[index] })
+            .collect();
+        config
+    }
+
+    fn groups(&self) -> Vec<Group> {
+        let completion = |index: usize| Completion {
+            prompt_id: PromptId((index / self.num_generations) as u64),
+            sample_index: (index % self.num_generations) as u32,
+            token_ids: self.tokens[index].clone(),
+            logprobs: self.sampled_logprobs[index].clone(),
+            spans: vec![Span { version: PolicyVersion(0), num_tokens: self.tokens[index].len() as u32 }],
+            finish_reason: if self.truncated[index] { FinishReason::Length } else { FinishReason::Stop },
+            text: String::new(),
+            rewards: (0..self.scores.len())
+                .map(|function| Reward {
+                    function: format!("score-{function}"),
+                    score: self.scores[function][index],
+                    outcome: "score".to_owned(),
+                })
+                .collect(),
+            raw_logprobs: Vec::new(),
+            prompt_logprobs: Vec::new(),
+        };
+        let group = |first: usize| Group {
+            prompt: Prompt {
+                id: PromptId((first / self.num_generations) as u64),
+                text: String::new(),
+                token_ids: vec![0],
+                columns: serde_json::Map::new(),
+            },
+            completions: (first..first + self.num_generations).map(completion).collect(),
+        };
+        (0..self.tokens.len()).step_by(self.num_generations).map(group).collect()
+    }
+
+    /// Values of some sequences one after the other.
+    fn gather(values: &[Vec<f32>], indices: &[usize]) -> Tensor {
+        Tensor::from_slice(&indices.iter().flat_map(|&index| values[index].clone()).collect::<Vec<_>>())
+    }
+}
+
+#[track_caller]
+fn check_close(case: &str, what: &str, got: &Tensor, expect: &Tensor, tolerance: f64) {
+    assert_eq!(got.size(), expect.size(), "{case}: {what}");
+    let difference = (got - expect).abs().max().double_value(&[]);
+    assert!(difference <= tolerance, "{case}: {what} differ by {difference}\n{got}\n{expect}");
+}
+
+fn check(data: &Batch, case: &Case) {
+    let config = data.config(case);
+    let train = &config.train;
+    let name = case.name.as_str();
+    let mut batch = TrainingBatch::new(&data.groups(), &config, 0);
+    let advantages = Tensor::from_slice(&batch.advantages);
+    check_close(name, "advantages", &advantages, &Tensor::from_slice(&case.advantages), LOSS_TOLERANCE);
+    if case.moved {
+        for (sequence, old) in batch.sequences.iter_mut().zip(&data.old_logprobs) {
+            sequence.old_logprobs.clone_from(old);
+        }
+    }
+    let mut members = case.members.clone().unwrap_or_else(|| batch.updates.concat());
+    members.sort_unstable();
+
+    let logits = Batch::gather(&data.logits, &members).view([-1, data.vocab_size]).set_requires_grad(true);
+    let all = logits.log_softmax(-1, Kind::Float); // [M, V]
+    let targets = Targets::new(&batch.sequences, &members, Device::Cpu);
+    let logprobs = targets.choose(&all, 0, all.size()[0]); // [M]
+    let entropies = token_entropies(&all); // [M]
+    let mut num_counted = all.size()[0] as usize;
+    if train.top_entropy_quantile < 1.0 {
+        let mut by_sequence = vec![Vec::new(); batch.sequences.len()];
+        targets.scatter(&entropies.detach(), &mut by_sequence);
+        let flat: Vec<f32> = by_sequence.concat();
+        num_counted = fill_masks(train, &mut batch.sequences, &by_sequence, &flat);
+    }
+    fill_weights(train, &members, num_counted, &mut batch.sequences);
+    let mut streams = targets.streams(&batch.sequences, &members);
+    streams.reference_logprobs = Some(Batch::gather(&data.reference_logprobs, &members));
+
+    let objective = Objective::Policy(PolicyObjective::new(train));
+    let tokens =
+        Tokens { logprobs: logprobs.shallow_clone(), entropies: (train.entropy_coef > 0.0).then_some(entropies) };
+    let loss = objective.loss(&tokens, &streams);
+    let value = loss.loss.double_value(&[]);
+    assert!((value - case.loss).abs() <= LOSS_TOLERANCE, "{name}: loss {value} is not {}", case.loss);
+    let num_tokens = all.size()[0] as f64;
+    for (what, got, expect) in [
+        ("kl", loss.sums.kl, case.kl),
+        ("clipped_low", loss.sums.clipped_low, case.clipped_low),
+        ("clipped_high", loss.sums.clipped_high, case.clipped_high),
+    ] {
+        if let Some(expect) = expect {
+            assert!(
+                (got / num_tokens - expect).abs() < LOSS_TOLERANCE,
+                "{name}: {what} {} is not {expect}",
+                got / num_tokens
+            );
+        }
+    }
+    // Objectives that do not say that they span sequences must give the same in parts.
+    if !objective.spans_sequences() {
+        let half = all.size()[0] / 2;
+        let part = |start: i64, len: i64| {
+            let entropies = tokens.entropies.as_ref().map(|entropies| entropies.narrow(0, start, len));
+            let tokens = Tokens { logprobs: logprobs.narrow(0, start, len), entropies };
+            objective.loss(&tokens, &streams.narrow(start, len)).loss.double_value(&[])
+        };
+        let sum = part(0, half) + part(half, all.size()[0] - half);
+        assert!((sum - case.loss).abs() <= LOSS_TOLERANCE, "{name}: in parts {sum}");
+    }
+    let grads = grad(&[loss.loss], &[logprobs, logits], &[None], false).unwrap();
+    let [d_logprobs, d_logits] = [&grads[0], &grads[1]].map(|grad| grad.as_ref().unwrap());
+    let expect = Batch::gather(&case.d_logprobs, &members);
+    check_close(name, "gradients of log-probs", d_logprobs, &expect, GRADIENT_TOLERANCE);
+    if let Some(expect) = &case.d_logits {
+        let expect = Batch::gather(expect, &members).view([-1, data.vocab_size]);
+        check_close(name, "gradients of logits", d_logits, &expect, GRADIENT_TOLERANCE);
+    }
+}
+
+#[test]
+fn losses_gradients_and_advantages_are_trl_s() {
+    let golden = Golden::load();
+    assert!(golden.cases.len() > 90);
+    for case in &golden.cases {
+        check(&golden.batch, case);
+    }
+}
