@@ -113,9 +113,8 @@ fn train_step(
 /// batch; it leaves those that the others compare with. Returns the first one's output.
 fn optimize(session: &mut Session, batch: &mut TrainingBatch, step: u64) -> Result<StepOutput> {
     let train = &session.config.train;
-    let (num_iterations, budget) = (train.num_iterations, train.micro_batch_tokens);
-    let lengths: Vec<usize> = batch.sequences.iter().map(|sequence| sequence.token_ids.len()).collect();
-    let plan = Plan::new(&lengths, session.world.rank, session.world.size, budget)?;
+    let num_iterations = train.num_iterations;
+    let plan = Plan::new(&batch.sequences, train, session.world.rank, session.world.size)?;
     let options = session.adamw(step);
     let mut first = None;
     for _ in 0..num_iterations {

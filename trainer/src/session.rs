@@ -201,6 +201,7 @@ fn learner_options(config: &RunConfig, objective: Objective) -> LearnerOptions {
         temperature: if supervised { 1.0 } else { f64::from(config.rollout.temperature) },
         max_grad_norm: config.train.max_grad_norm,
         gradient_checkpointing: config.train.gradient_checkpointing,
+        share_prompts: config.train.share_prompts,
         max_length: if supervised { config.sft.max_length } else { grpo_length },
     }
 }

@@ -57,7 +57,7 @@ fn supervised_step(session: &mut Session, step: u64) -> Result<Metrics> {
         .collect();
     let lengths: Vec<usize> = sequences.iter().map(|sequence| sequence.token_ids.len()).collect();
     let world = &session.world;
-    let plan = Plan::new(&lengths, world.rank, world.size, session.config.train.micro_batch_tokens)?;
+    let plan = Plan::new(&sequences, &session.config.train, world.rank, world.size)?;
     let batch = LocalBatch {
         sequences: &sequences,
         micro_batches: &plan.micro_batches,

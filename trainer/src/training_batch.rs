@@ -2,8 +2,9 @@
 
 use aha_core::advantage::advantages;
 use aha_core::batch::{TrainSequence, token_weights};
-use aha_core::config::RunConfig;
-use aha_core::packing::{SequenceTooLong, pack};
+use aha_core::bundle::{Bundle, SequenceTooLong, bundles};
+use aha_core::config::{RunConfig, Train};
+use aha_core::packing::pack;
 use aha_core::partition::partition_by_tokens;
 use aha_core::rollout::{Completion, Group};
 
@@ -63,22 +64,32 @@ pub fn reward(completion: &Completion, config: &RunConfig) -> f32 {
 }
 
 impl Plan {
-    /// Splits sequences of the given lengths between ranks and packs each rank's under the token budget.
+    /// Splits sequences between ranks and packs each rank's under the token budget; those that share a prompt stay
+    /// together where they can.
     ///
     /// # Errors
     /// If a sequence alone exceeds the budget.
-    pub fn new(lengths: &[usize], rank: usize, world_size: usize, budget: usize) -> Result<Self, SequenceTooLong> {
+    pub fn new(
+        sequences: &[TrainSequence],
+        train: &Train,
+        rank: usize,
+        world_size: usize,
+    ) -> Result<Self, SequenceTooLong> {
+        let budget = train.micro_batch_tokens;
+        let bundles = bundles(sequences, budget, world_size, train.share_prompts)?;
+        let lengths = |bundles: &[usize], all: &[Bundle]| -> Vec<usize> {
+            bundles.iter().map(|&bundle| all[bundle].num_tokens).collect()
+        };
+        let all: Vec<usize> = (0..bundles.len()).collect();
         let mut micro_batches = Vec::new();
         let mut num_micro_batches = 0;
-        for (owner, indices) in partition_by_tokens(lengths, world_size).into_iter().enumerate() {
-            let own_lengths: Vec<usize> = indices.iter().map(|&index| lengths[index]).collect();
-            let packs = pack(&own_lengths, budget)?;
+        for (owner, owned) in partition_by_tokens(&lengths(&all, &bundles), world_size).into_iter().enumerate() {
+            let packs = pack(&lengths(&owned, &bundles), budget);
             num_micro_batches = num_micro_batches.max(packs.len());
             if owner == rank {
-                micro_batches = packs
-                    .into_iter()
-                    .map(|pack| pack.into_iter().map(|position| indices[position]).collect())
-                    .collect();
+                let sequences =
+                    |pack: Vec<usize>| pack.into_iter().flat_map(|position| &bundles[owned[position]].indices);
+                micro_batches = packs.into_iter().map(|pack| sequences(pack).copied().collect()).collect();
             }
         }
         Ok(Self { micro_batches, num_micro_batches })
@@ -91,12 +102,21 @@ mod tests {
 
     #[test]
     fn plans_of_all_ranks_cover_every_sequence_once() {
-        let lengths: Vec<usize> = (0..37).map(|index| 5 + index * 7 % 31).collect();
-        let plans: Vec<Plan> = (0..3).map(|rank| Plan::new(&lengths, rank, 3, 64).unwrap()).collect();
-        let mut seen: Vec<usize> = plans.iter().flat_map(|plan| plan.micro_batches.concat()).collect();
-        seen.sort_unstable();
-        assert_eq!(seen, (0..37).collect::<Vec<_>>());
-        let most = plans.iter().map(|plan| plan.micro_batches.len()).max().unwrap();
-        assert!(plans.iter().all(|plan| plan.num_micro_batches == most));
+        let sequences: Vec<TrainSequence> = (0..37_u32)
+            .map(|index| TrainSequence {
+                token_ids: vec![index / 8; 5 + index as usize * 7 % 31],
+                num_prompt_tokens: 4,
+                ..TrainSequence::default()
+            })
+            .collect();
+        for share_prompts in [false, true] {
+            let train = Train { micro_batch_tokens: 64, share_prompts, ..Train::default() };
+            let plans: Vec<Plan> = (0..3).map(|rank| Plan::new(&sequences, &train, rank, 3).unwrap()).collect();
+            let mut seen: Vec<usize> = plans.iter().flat_map(|plan| plan.micro_batches.concat()).collect();
+            seen.sort_unstable();
+            assert_eq!(seen, (0..37).collect::<Vec<_>>());
+            let most = plans.iter().map(|plan| plan.micro_batches.len()).max().unwrap();
+            assert!(plans.iter().all(|plan| plan.num_micro_batches == most));
+        }
     }
 }

@@ -1,6 +1,10 @@
 //! Log-probs of tokens from hidden states, without ever holding all logits.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
+
+use crate::function::linear;
+use crate::kernels::cpu::training::{self, TargetSummary};
+use crate::tensor_data::{f32_slice, f32_slice_mut};
 
 /// Bytes of logits that one chunk may take.
 const CHUNK_BYTES: i64 = 64 << 20;
@@ -11,14 +15,94 @@ pub fn chunk_rows(vocab_size: i64) -> i64 {
     (CHUNK_BYTES / (4 * vocab_size)).max(1)
 }
 
+/// Log-probs of the target tokens of a chunk, and what their backward pass needs.
+#[derive(Debug)]
+pub struct TargetLogprobs {
+    /// `[M]`, fp32.
+    pub logprobs: Tensor,
+    /// Sum over rows of the entropy of their distributions, in nats.
+    pub entropy_sum: f64,
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    temperature: f64,
+    kept: Kept,
+}
+
+/// What is kept of the logits.
+#[derive(Debug)]
+enum Kept {
+    /// fp32 on the CPU: themselves, `[M, V]`, which become their gradient.
+    Logits(Tensor, Vec<TargetSummary>),
+    /// Their log-softmax, `[M, V]`, fp32.
+    LogSoftmax(Tensor),
+}
+
+impl TargetLogprobs {
+    /// # Shapes
+    /// - hidden: `[M, C]` after the final norm, head: `[V, C]`, targets: `[M]` i64. No gradient flows but by
+    ///   [`TargetLogprobs::backward`].
+    #[must_use]
+    pub fn new(hidden: &Tensor, head: &Tensor, targets: &Tensor, temperature: f64) -> Self {
+        let (hidden, head) = (hidden.detach(), head.detach());
+        let (logprobs, entropy_sum, kept) = if hidden.device() == Device::Cpu && hidden.kind() == Kind::Float {
+            let logits = linear(&hidden, &head, None, None); // [M, V]
+            let summaries = training::summarise_targets(f32_slice(&logits), &indices(targets), temperature as f32);
+            let logprobs: Vec<f32> = summaries.iter().map(|summary| summary.logprob).collect();
+            let entropy_sum = summaries.iter().map(|summary| f64::from(summary.entropy)).sum();
+            (Tensor::from_slice(&logprobs), entropy_sum, Kept::Logits(logits, summaries))
+        } else {
+            let all = log_softmax(&hidden, &head, temperature); // [M, V]
+            let logprobs = all.gather(1, &targets.unsqueeze(1), false).squeeze_dim(1); // [M]
+            let entropy_sum = -(all.exp() * &all).sum(Kind::Double).double_value(&[]);
+            (logprobs, entropy_sum, Kept::LogSoftmax(all))
+        };
+        Self { logprobs, entropy_sum, hidden, head, targets: targets.shallow_clone(), temperature, kept }
+    }
+
+    /// The gradients of the hidden states, `[M, C]`, and of the head, `[V, C]`, the latter added to `d_head`.
+    ///
+    /// # Shapes
+    /// - d_logprobs: `[M]`, fp32.
+    #[must_use]
+    pub fn backward(self, d_logprobs: &Tensor, d_head: Option<Tensor>) -> (Tensor, Tensor) {
+        match self.kept {
+            Kept::Logits(mut logits, summaries) => {
+                training::target_logprobs_backward(
+                    f32_slice_mut(&mut logits),
+                    &indices(&self.targets),
+                    &summaries,
+                    f32_slice(&d_logprobs.contiguous()),
+                    self.temperature as f32,
+                );
+                let d_head = linear(&logits.tr(), &self.hidden.tr(), None, d_head.as_ref());
+                (linear(&logits, &self.head.tr(), None, None), d_head)
+            }
+            Kept::LogSoftmax(mut all) => {
+                let mut d_logits = all.exp_().neg_(); // [M, V]
+                let ones = Tensor::ones_like(d_logprobs).unsqueeze(1);
+                let d_logits = d_logits.scatter_add_(1, &self.targets.unsqueeze(1), &ones);
+                let d_logits = (d_logits * d_logprobs.unsqueeze(1) / self.temperature).to_kind(self.hidden.kind());
+                let d_chunk = d_logits.tr().matmul(&self.hidden);
+                let d_head = d_head.map_or_else(|| d_chunk.shallow_clone(), |sum| sum + &d_chunk);
+                (d_logits.matmul(&self.head), d_head)
+            }
+        }
+    }
+}
+
 /// Log-softmax of a chunk's logits in fp32.
 ///
 /// # Shapes
 /// - hidden: `[M, C]`, head: `[V, C]`; returns `[M, V]`.
-pub fn log_softmax(hidden: &Tensor, head: &Tensor, temperature: f64) -> Tensor {
+fn log_softmax(hidden: &Tensor, head: &Tensor, temperature: f64) -> Tensor {
     let logits = hidden.linear::<&Tensor>(head, None); // [M, V]
     let logits = if temperature == 1.0 { logits } else { logits / temperature };
     logits.log_softmax(-1, Kind::Float)
+}
+
+fn indices(targets: &Tensor) -> Vec<i64> {
+    Vec::try_from(targets).expect("targets are a vector of integers")
 }
 
 /// Log-prob of each row's target token. No gradient flows.
@@ -33,10 +117,64 @@ pub fn token_logprobs(hidden: &Tensor, head: &Tensor, targets: &Tensor, temperat
             .step_by(rows as usize)
             .map(|start| {
                 let rows = rows.min(num_rows - start);
-                let logprobs = log_softmax(&hidden.narrow(0, start, rows), head, temperature);
-                logprobs.gather(1, &targets.narrow(0, start, rows).unsqueeze(1), false).squeeze_dim(1)
+                let [hidden, targets] = [hidden, targets].map(|all| all.narrow(0, start, rows));
+                TargetLogprobs::new(&hidden, head, &targets, temperature).logprobs
             })
             .collect();
         if chunks.is_empty() { Tensor::zeros([0], (Kind::Float, hidden.device())) } else { Tensor::cat(&chunks, 0) }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Log-probs, entropy and gradients in f64 by autograd, beside ours in `kind`.
+    #[track_caller]
+    fn check(kind: Kind, temperature: f64, tolerance: f64) {
+        tch::manual_seed(3);
+        let random = |shape: [i64; 2]| Tensor::randn(shape, (kind, Device::Cpu)) * 2.0;
+        let (hidden, head) = (random([7, 5]), random([101, 5]));
+        let targets = Tensor::from_slice(&[0_i64, 100, 3, 3, 50, 7, 99]);
+        let d_logprobs = Tensor::randn([7], (Kind::Float, Device::Cpu));
+
+        let leaves = [&hidden, &head].map(|x| x.to_kind(Kind::Double).copy().set_requires_grad(true));
+        let all = (leaves[0].matmul(&leaves[1].tr()) / temperature).log_softmax(-1, Kind::Double);
+        let logprobs = all.gather(1, &targets.unsqueeze(1), false).squeeze_dim(1);
+        let entropy = -(all.exp() * &all).sum(Kind::Double).double_value(&[]);
+        let loss = (&logprobs * &d_logprobs).sum(Kind::Double);
+        let expected = Tensor::run_backward(&[loss], &leaves, false, false);
+
+        let ours = TargetLogprobs::new(&hidden, &head, &targets, temperature);
+        let close = |ours: &Tensor, theirs: &Tensor| {
+            let difference = (ours.to_kind(Kind::Double) - theirs).abs().max().double_value(&[]);
+            assert!(difference < tolerance, "{kind:?}: {difference}");
+        };
+        close(&ours.logprobs, &logprobs);
+        assert!((ours.entropy_sum - entropy).abs() < 10.0 * tolerance, "{} is not {entropy}", ours.entropy_sum);
+        let before = random([101, 5]);
+        let (d_hidden, d_head) = ours.backward(&d_logprobs, Some(before.copy()));
+        close(&d_hidden, &expected[0]);
+        close(&(d_head - before), &expected[1]);
+    }
+
+    #[test]
+    fn log_probs_and_gradients_agree_with_autograd() {
+        for temperature in [1.0, 0.7] {
+            check(Kind::Float, temperature, 2e-5);
+            check(Kind::Double, temperature, 1e-5); // log-softmax is taken in fp32
+        }
+    }
+
+    #[test]
+    fn chunks_are_put_together() {
+        tch::manual_seed(4);
+        let num_rows = 2 * chunk_rows(400_000) + 1;
+        let hidden = Tensor::randn([num_rows, 2], (Kind::Float, Device::Cpu));
+        let head = Tensor::randn([400_000, 2], (Kind::Float, Device::Cpu));
+        let targets = Tensor::arange(num_rows, (Kind::Int64, Device::Cpu));
+        let expected = log_softmax(&hidden, &head, 1.0).gather(1, &targets.unsqueeze(1), false).squeeze_dim(1);
+        let difference = (token_logprobs(&hidden, &head, &targets, 1.0) - expected).abs().max().double_value(&[]);
+        assert!(difference < 1e-4, "{difference}");
+    }
 }

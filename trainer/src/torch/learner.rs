@@ -9,15 +9,16 @@ use aha_core::batch::TrainSequence;
 use aha_nn::autograd::{GradError, grad};
 use aha_nn::autograd_ops::PackedBatch;
 use aha_nn::forward::{head_matrix, hidden_states};
-use aha_nn::logprob::{chunk_rows, log_softmax, token_logprobs};
+use aha_nn::logprob::{TargetLogprobs, chunk_rows, token_logprobs};
 use aha_nn::model_config::ModelConfig;
 use aha_nn::optim::AdamW;
 use aha_nn::rotary::RotaryTable;
 use aha_nn::transformer::{Head, Layer, Ops};
 use aha_nn::weights::Weights;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::objective::{Objective, Streams};
+use super::prompt_groups;
 use super::zero::{Zero, ZeroError};
 
 /// What a step needs beside its data.
@@ -29,6 +30,8 @@ pub struct LearnerOptions {
     pub max_grad_norm: f64,
     /// Compute activations again in the backward pass instead of keeping them.
     pub gradient_checkpointing: bool,
+    /// Compute the prompt that sequences of a micro-batch have in common once.
+    pub share_prompts: bool,
     /// Longest sequence.
     pub max_length: usize,
 }
@@ -150,8 +153,7 @@ impl Learner {
     pub fn logprobs(&self, batch: &LocalBatch<'_>) -> Vec<Vec<f32>> {
         let mut logprobs = vec![Vec::new(); batch.sequences.len()];
         for indices in batch.micro_batches {
-            let packed = self.pack(batch.sequences, indices);
-            let targets = Targets::new(batch.sequences, indices, self.zero.weights().device());
+            let (packed, targets) = self.pack(batch.sequences, indices);
             let all = self.frozen_logprobs(self.zero.weights(), &packed, &targets);
             targets.scatter(&all, &mut logprobs);
         }
@@ -164,9 +166,8 @@ impl Learner {
         indices: &[usize],
         output: &mut StepOutput,
     ) -> Result<(), StepError> {
-        let packed = self.pack(sequences, indices);
-        let targets = Targets::new(sequences, indices, self.zero.weights().device());
-        let mut streams = targets.streams(sequences, indices);
+        let (packed, targets) = self.pack(sequences, indices);
+        let mut streams = targets.streams(sequences);
         streams.reference_logprobs =
             self.reference.as_ref().map(|reference| self.frozen_logprobs(reference, &packed, &targets));
         let batch = MicroBatch { packed, targets, streams };
@@ -184,9 +185,12 @@ impl Learner {
         Ok(())
     }
 
-    fn pack(&self, sequences: &[TrainSequence], indices: &[usize]) -> PackedBatch {
-        let tokens: Vec<&[u32]> = indices.iter().map(|&index| sequences[index].token_ids.as_slice()).collect();
-        PackedBatch::new(&tokens, &self.table, self.zero.weights().kind())
+    fn pack(&self, sequences: &[TrainSequence], indices: &[usize]) -> (PackedBatch, Targets) {
+        let weights = self.zero.weights();
+        let groups = prompt_groups::prompt_groups(sequences, indices, self.options.share_prompts);
+        let tokens: Vec<_> = groups.iter().map(|group| prompt_groups::tokens(sequences, group)).collect();
+        let packed = PackedBatch::shared(&tokens, &self.table, weights.kind());
+        (packed, Targets::new(sequences, &groups, weights.device()))
     }
 
     fn frozen_logprobs(&self, weights: &Weights, packed: &PackedBatch, targets: &Targets) -> Tensor {
@@ -244,19 +248,17 @@ impl Learner {
         let (mut d_hidden, mut logprobs) = (Vec::new(), Vec::new());
         for start in (0..num_rows).step_by(chunk as usize) {
             let len = chunk.min(num_rows - start);
-            let input = leaf(&hidden.narrow(0, start, len));
-            let all = log_softmax(&input, &matrix, self.options.temperature); // [m, V]
-            let chosen = all.gather(1, &targets.tokens.narrow(0, start, len).unsqueeze(1), false).squeeze_dim(1); // [m]
+            let [input, tokens] = [&hidden, &targets.tokens].map(|all| all.narrow(0, start, len));
+            let chunk = TargetLogprobs::new(&input, &matrix, &tokens, self.options.temperature);
+            let chosen = leaf(&chunk.logprobs); // [m]
             let loss = self.options.objective.chunk_loss(&chosen, &streams.narrow(start, len));
-            output.entropy_sum += tch::no_grad(|| -(all.exp() * &all).sum(Kind::Double)).double_value(&[]);
+            output.entropy_sum += chunk.entropy_sum;
             output.add(&loss.loss, &loss.sums);
             logprobs.push(chosen.detach());
-            let [d_input, d_chunk] = required(grad(&[loss.loss], &[input, matrix.shallow_clone()], &[None], false)?);
+            let [d_chosen] = required(grad(&[loss.loss], &[chosen], &[None], false)?);
+            let (d_input, sum) = chunk.backward(&d_chosen, d_matrix.take());
             d_hidden.push(d_input);
-            d_matrix = Some(match d_matrix {
-                Some(sum) => sum + d_chunk,
-                None => d_chunk,
-            });
+            d_matrix = Some(sum);
         }
         output.num_tokens += num_rows as usize;
         targets.scatter(&Tensor::cat(&logprobs, 0), &mut output.logprobs);
@@ -288,10 +290,13 @@ impl Learner {
             d_output = grads.remove(0);
             self.zero.accumulate(1 + layer_idx, &grads)?;
         }
-        let [d_embedding] = required(grad(&[embedded], &[embedding], &[Some(d_output)], false)?);
         let d_embedding = match head.embedding {
-            Some(tied) => d_embedding + tied,
-            None => d_embedding,
+            // Adds rows one by one, in order, instead of whole matrices.
+            Some(mut tied) if tied.device() == Device::Cpu => tied.index_add_(0, &packed.tokens, &d_output),
+            tied => {
+                let [d_embedding] = required(grad(&[embedded], &[embedding], &[Some(d_output)], false)?);
+                tied.map_or_else(|| d_embedding.shallow_clone(), |tied| &d_embedding + tied)
+            }
         };
         self.zero.accumulate(0, &[d_embedding])?;
         Ok(())
@@ -319,27 +324,32 @@ struct Targets {
 }
 
 impl Targets {
-    fn new(sequences: &[TrainSequence], indices: &[usize], device: tch::Device) -> Self {
+    /// For groups whose prompt is packed once, before their completions.
+    fn new(sequences: &[TrainSequence], groups: &[Vec<usize>], device: Device) -> Self {
         let (mut rows, mut tokens, mut pieces) = (Vec::new(), Vec::new(), Vec::new());
-        let mut start = 0_i64;
-        for &index in indices {
-            let sequence = &sequences[index];
-            for position in sequence.num_prompt_tokens..sequence.token_ids.len() {
-                rows.push(start + position as i64 - 1);
-                tokens.push(i64::from(sequence.token_ids[position]));
+        let mut next_row = 0_i64;
+        for group in groups {
+            next_row += sequences[group[0]].num_prompt_tokens as i64;
+            let prompt_row = next_row - 1;
+            for &index in group {
+                let sequence = &sequences[index];
+                let completion = &sequence.token_ids[sequence.num_prompt_tokens..];
+                tokens.extend(completion.iter().map(|&token| i64::from(token)));
+                let before = |offset: i64| if offset == 0 { prompt_row } else { next_row + offset - 1 };
+                rows.extend((0..completion.len() as i64).map(before));
+                pieces.push((index, completion.len()));
+                next_row += completion.len() as i64;
             }
-            pieces.push((index, sequence.num_completion_tokens()));
-            start += sequence.token_ids.len() as i64;
         }
         let to_device = |values: &[i64]| Tensor::from_slice(values).to_device(device);
         Self { rows: to_device(&rows), tokens: to_device(&tokens), pieces }
     }
 
-    fn streams(&self, sequences: &[TrainSequence], indices: &[usize]) -> Streams {
+    fn streams(&self, sequences: &[TrainSequence]) -> Streams {
         let device = self.rows.device();
         let gather = |stream: fn(&TrainSequence) -> &Vec<f32>| {
             let values: Vec<f32> =
-                indices.iter().flat_map(|&index| stream(&sequences[index]).iter().copied()).collect();
+                self.pieces.iter().flat_map(|&(index, _)| stream(&sequences[index]).iter().copied()).collect();
             (values.len() as i64 == self.rows.size()[0]).then(|| Tensor::from_slice(&values).to_device(device))
         };
         let weights = gather(|sequence| &sequence.weights);

@@ -2,6 +2,7 @@
 
 pub mod learner;
 pub mod objective;
+mod prompt_groups;
 #[cfg(test)]
 mod tests;
 pub mod zero;
