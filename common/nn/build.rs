@@ -7,7 +7,8 @@ use std::env;
 use std::error::Error;
 use std::path::{Path, PathBuf};
 
-const SOURCES: [&str; 9] = ["guard", "store", "group", "gloo", "nccl", "autograd", "optim", "stream", "cuda"];
+const SOURCES: [&str; 10] =
+    ["guard", "store", "group", "gloo", "nccl", "autograd", "function", "optim", "stream", "cuda"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     let lib_dir = PathBuf::from(

@@ -25,7 +25,7 @@ pub fn optimize(
     options: &AdamW,
 ) -> Result<StepOutput> {
     let group = learner.zero().group();
-    let plans = batch.plans((group.rank(), group.size()), train.micro_batch_tokens)?;
+    let plans = batch.plans(train, (group.rank(), group.size()))?;
     for plan in plans.iter().skip(1) {
         let logprobs = learner.statistics(&plan.of(&batch.sequences)).logprobs;
         keep_old_logprobs(batch, plan, logprobs);

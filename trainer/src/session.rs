@@ -223,6 +223,7 @@ fn learner_options(config: &RunConfig, objective: Objective, vocab_size: usize) 
         temperature: if supervised { 1.0 } else { f64::from(config.rollout.temperature) },
         max_grad_norm: config.train.max_grad_norm,
         gradient_checkpointing: config.train.gradient_checkpointing,
+        share_prompts: config.train.share_prompts,
         max_length: if supervised { config.sft.max_length } else { grpo_length },
         logit_rows: chunk_rows(vocab_size as i64),
     }

@@ -58,7 +58,7 @@ fn supervised_step(session: &mut Session, step: u64) -> Result<Metrics> {
     let lengths: Vec<usize> = sequences.iter().map(|sequence| sequence.token_ids.len()).collect();
     let world = &session.world;
     let all: Vec<usize> = (0..sequences.len()).collect();
-    let plan = Plan::new(&lengths, &all, (world.rank, world.size), session.config.train.micro_batch_tokens)?;
+    let plan = Plan::new(&sequences, &all, &session.config.train, (world.rank, world.size))?;
     let options = session.adamw(step);
     let output = session.learner.step(&plan.of(&sequences), &options)?;
 

@@ -2,9 +2,10 @@
 
 use aha_core::advantage::{Scores, advantages};
 use aha_core::batch::{TrainSequence, token_weights};
-use aha_core::config::RunConfig;
+use aha_core::bundle::{Bundle, SequenceTooLong, bundles};
+use aha_core::config::{RunConfig, Train};
 use aha_core::dataset::SplitMix64;
-use aha_core::packing::{SequenceTooLong, pack};
+use aha_core::packing::pack;
 use aha_core::partition::partition_by_tokens;
 use aha_core::random::derive_seed;
 use aha_core::reward::soft_overlong_punishment;
@@ -83,8 +84,11 @@ impl TrainingBatch {
             })
             .collect();
         let size = order.len().div_ceil(train.steps_per_generation).max(1);
-        let with_loss =
-            |update: &[usize]| update.iter().copied().filter(|&index| num_tokens[index] > 0).collect::<Vec<_>>();
+        let with_loss = |update: &[usize]| {
+            let mut members: Vec<usize> = update.iter().copied().filter(|&index| num_tokens[index] > 0).collect();
+            members.sort_unstable(); // completions of one prompt stand together, so that it is computed once
+            members
+        };
         let updates = order.chunks(size).map(with_loss).collect();
         Self { sequences, rewards, advantages, soft_punishments, updates }
     }
@@ -92,10 +96,9 @@ impl TrainingBatch {
     /// How each update is split between ranks and micro-batches.
     ///
     /// # Errors
-    /// If a sequence alone exceeds `budget` tokens.
-    pub fn plans(&self, world: (usize, usize), budget: usize) -> Result<Vec<Plan>, SequenceTooLong> {
-        let lengths: Vec<usize> = self.sequences.iter().map(|sequence| sequence.token_ids.len()).collect();
-        self.updates.iter().map(|update| Plan::new(&lengths, update, world, budget)).collect()
+    /// If a sequence alone exceeds `train.micro_batch_tokens`.
+    pub fn plans(&self, train: &Train, world: (usize, usize)) -> Result<Vec<Plan>, SequenceTooLong> {
+        self.updates.iter().map(|update| Plan::new(&self.sequences, update, train, world)).collect()
     }
 }
 
@@ -162,29 +165,33 @@ fn weights_in_order(order: &[usize], num_tokens: &[usize], config: &RunConfig) -
 }
 
 impl Plan {
-    /// Splits those `members` of the sequences of the given lengths between ranks and packs each rank's under the token
-    /// budget; `world` is rank and size.
+    /// Splits those `members` of the sequences between ranks and packs each rank's under the token budget; those that
+    /// share a prompt stay together where they can. `world` is rank and size.
     ///
     /// # Errors
     /// If a sequence alone exceeds the budget.
     pub fn new(
-        lengths: &[usize],
+        sequences: &[TrainSequence],
         members: &[usize],
+        train: &Train,
         (rank, world_size): (usize, usize),
-        budget: usize,
     ) -> Result<Self, SequenceTooLong> {
-        let of_members: Vec<usize> = members.iter().map(|&index| lengths[index]).collect();
+        let budget = train.micro_batch_tokens;
+        let share = train.share_prompts.then_some(world_size);
+        let bundles = bundles(sequences, members, budget, share)?;
+        let lengths = |bundles: &[usize], all: &[Bundle]| -> Vec<usize> {
+            bundles.iter().map(|&bundle| all[bundle].num_tokens).collect()
+        };
+        let all: Vec<usize> = (0..bundles.len()).collect();
         let mut micro_batches = Vec::new();
         let mut num_micro_batches = 0;
-        for (owner, own) in partition_by_tokens(&of_members, world_size).into_iter().enumerate() {
-            let own_lengths: Vec<usize> = own.iter().map(|&position| of_members[position]).collect();
-            let packs = pack(&own_lengths, budget)?;
+        for (owner, owned) in partition_by_tokens(&lengths(&all, &bundles), world_size).into_iter().enumerate() {
+            let packs = pack(&lengths(&owned, &bundles), budget);
             num_micro_batches = num_micro_batches.max(packs.len());
             if owner == rank {
-                micro_batches = packs
-                    .into_iter()
-                    .map(|pack| pack.into_iter().map(|position| members[own[position]]).collect())
-                    .collect();
+                let sequences =
+                    |pack: Vec<usize>| pack.into_iter().flat_map(|position| &bundles[owned[position]].indices);
+                micro_batches = packs.into_iter().map(|pack| sequences(pack).copied().collect()).collect();
             }
         }
         Ok(Self { micro_batches, num_micro_batches })
@@ -203,13 +210,23 @@ mod tests {
 
     #[test]
     fn plans_of_all_ranks_cover_every_sequence_once() {
-        let lengths: Vec<usize> = (0..37).map(|index| 5 + index * 7 % 31).collect();
-        let all: Vec<usize> = (0..37).collect();
-        let plans: Vec<Plan> = (0..3).map(|rank| Plan::new(&lengths, &all, (rank, 3), 64).unwrap()).collect();
-        let mut seen: Vec<usize> = plans.iter().flat_map(|plan| plan.micro_batches.concat()).collect();
-        seen.sort_unstable();
-        assert_eq!(seen, all);
-        let most = plans.iter().map(|plan| plan.micro_batches.len()).max().unwrap();
-        assert!(plans.iter().all(|plan| plan.num_micro_batches == most));
+        let sequences: Vec<TrainSequence> = (0..37_u32)
+            .map(|index| TrainSequence {
+                token_ids: vec![index / 8; 5 + index as usize * 7 % 31],
+                num_prompt_tokens: 4,
+                ..TrainSequence::default()
+            })
+            .collect();
+        let members: Vec<usize> = (0..37).filter(|index| index % 5 != 3).collect();
+        for share_prompts in [false, true] {
+            let train = Train { micro_batch_tokens: 64, share_prompts, ..Train::default() };
+            let plans: Vec<Plan> =
+                (0..3).map(|rank| Plan::new(&sequences, &members, &train, (rank, 3)).unwrap()).collect();
+            let mut seen: Vec<usize> = plans.iter().flat_map(|plan| plan.micro_batches.concat()).collect();
+            seen.sort_unstable();
+            assert_eq!(seen, members);
+            let most = plans.iter().map(|plan| plan.micro_batches.len()).max().unwrap();
+            assert!(plans.iter().all(|plan| plan.num_micro_batches == most));
+        }
     }
 }

@@ -3,6 +3,7 @@
 
 pub mod advantage;
 pub mod batch;
+pub mod bundle;
 pub mod chat_template;
 pub mod config;
 pub mod dataset;

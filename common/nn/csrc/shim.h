@@ -36,6 +36,13 @@ struct AhaAdamW {
   double weight_decay;
 };
 
+struct AhaBackward {
+  void (*call)(void* closure, const at::Tensor* const* grads, size_t num_outputs, at::Tensor** input_grads,
+               size_t num_inputs);
+  void (*drop)(void* closure);
+  void* closure;
+};
+
 extern "C" {
 void aha_string_free(char* message);
 
@@ -69,6 +76,18 @@ void aha_work_free(AhaWork* work);
 // belong to the caller.
 char* aha_autograd_grad(at::Tensor* const* outputs, at::Tensor* const* grad_outputs, size_t num_outputs,
                         at::Tensor* const* inputs, at::Tensor** grads, size_t num_inputs, bool allow_unused);
+
+// Makes `outputs`, which have no history, the results of a function of `inputs`: the backward pass gives `backward` the
+// gradient of each (null where none flows) and takes those of `inputs`, which it fills in as tensors that the caller
+// allocated, or leaves null. The closure is used up by `call` or `drop`, exactly one of them; at once by `drop` where
+// nobody asks for gradients, or after an error.
+char* aha_record(const at::Tensor* const* inputs, size_t num_inputs, at::Tensor* const* outputs, size_t num_outputs,
+                 AhaBackward backward);
+// x W^T + bias + addend without a graph; both may be null. Tensors are fp32 on the CPU.
+char* aha_linear(const at::Tensor* x, const at::Tensor* weight, const at::Tensor* bias, const at::Tensor* addend,
+                 at::Tensor** out);
+// Calls `body` with ranges that cover 0..end, at least `grain` long but the last, on libtorch's threads.
+void aha_parallel_for(int64_t end, int64_t grain, void (*body)(void*, int64_t, int64_t), void* data);
 
 char* aha_fused_adamw(at::Tensor* param, at::Tensor* grad, at::Tensor* exp_avg, at::Tensor* exp_avg_sq, double step,
                       const AhaAdamW* options);

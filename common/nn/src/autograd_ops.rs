@@ -1,8 +1,12 @@
-//! The trainer's operations: plain libtorch, differentiable, over packed sequences.
+//! The trainer's operations, differentiable, over packed sequences: our own where there are some for the device and the
+//! type, else plain libtorch.
 
-use tch::{Kind, Tensor};
+use std::rc::Rc;
 
-use crate::packed_attention::PackedAttention;
+use tch::{Device, Kind, Tensor};
+
+use crate::fused_ops;
+use crate::packed_attention::{GroupLengths, PackedAttention};
 use crate::rotary::RotaryTable;
 use crate::transformer::{Ops, Projection};
 
@@ -13,24 +17,58 @@ pub struct PackedBatch {
     pub tokens: Tensor,
     cos: Tensor,
     sin: Tensor,
-    attention: PackedAttention,
+    attention: Rc<PackedAttention>,
+    /// fp32 on the CPU.
+    is_fused: bool,
+}
+
+/// A prompt and sequences that go on after it. Its tokens are computed once; `prompt` may as well be all there is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PromptGroup<'a> {
+    pub prompt: &'a [u32],
+    pub completions: Vec<&'a [u32]>,
 }
 
 impl PackedBatch {
     /// Packs `sequences` one after the other, each with positions from 0.
     #[must_use]
     pub fn new(sequences: &[&[u32]], table: &RotaryTable, kind: Kind) -> Self {
+        let groups: Vec<_> = sequences.iter().map(|prompt| PromptGroup { prompt, completions: Vec::new() }).collect();
+        Self::shared(&groups, table, kind)
+    }
+
+    /// Packs groups one after the other: the prompt, with positions from 0, then its completions, each with positions
+    /// from the prompt's end. A completion's tokens see the prompt and their own completion.
+    #[must_use]
+    pub fn shared(groups: &[PromptGroup<'_>], table: &RotaryTable, kind: Kind) -> Self {
         let device = table.cos.device();
-        let tokens: Vec<i64> =
-            sequences.iter().flat_map(|tokens| tokens.iter().map(|&token| i64::from(token))).collect();
-        let positions: Vec<i64> = sequences.iter().flat_map(|tokens| 0..tokens.len() as i64).collect();
-        let lengths: Vec<usize> = sequences.iter().map(|tokens| tokens.len()).collect();
+        let (mut tokens, mut positions) = (Vec::new(), Vec::new());
+        for group in groups {
+            let mut add = |piece: &[u32], first: usize| {
+                tokens.extend(piece.iter().map(|&token| i64::from(token)));
+                positions.extend((first..first + piece.len()).map(|position| position as i64));
+            };
+            add(group.prompt, 0);
+            group.completions.iter().for_each(|completion| add(completion, group.prompt.len()));
+        }
+        let lengths: Vec<GroupLengths> = groups.iter().map(PromptGroup::lengths).collect();
         let [cos, sin] = table.rows(&Tensor::from_slice(&positions).to_device(device), kind);
+        let is_fused = device == Device::Cpu && kind == Kind::Float;
         Self {
             tokens: Tensor::from_slice(&tokens).to_device(device),
             cos,
             sin,
-            attention: PackedAttention::new(&lengths, device),
+            attention: Rc::new(PackedAttention::new(&lengths, device, is_fused)),
+            is_fused,
+        }
+    }
+}
+
+impl PromptGroup<'_> {
+    fn lengths(&self) -> GroupLengths {
+        GroupLengths {
+            prompt: self.prompt.len(),
+            completions: self.completions.iter().map(|completion| completion.len()).collect(),
         }
     }
 }
@@ -52,7 +90,11 @@ impl Ops for PackedBatch {
     }
 
     fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
-        x.rms_norm(weight.size(), Some(weight), Some(eps))
+        if self.is_fused {
+            fused_ops::rms_norm(x, weight, eps)
+        } else {
+            x.rms_norm(weight.size(), Some(weight), Some(eps))
+        }
     }
 
     fn head_norm(&self, x: Tensor, weight: &Tensor, eps: f64) -> Tensor {
@@ -60,15 +102,25 @@ impl Ops for PackedBatch {
     }
 
     fn linear<const P: usize>(&self, x: &Tensor, projections: [&Projection<Tensor>; P]) -> [Tensor; P] {
-        projections.map(|projection| x.linear(&projection.weight, projection.bias.as_ref()))
+        if self.is_fused {
+            fused_ops::linear(x, projections)
+        } else {
+            projections.map(|projection| x.linear(&projection.weight, projection.bias.as_ref()))
+        }
     }
 
     fn add_linear(&self, residual: Tensor, x: &Tensor, projection: &Projection<Tensor>) -> Tensor {
+        if self.is_fused {
+            return fused_ops::add_linear(&residual, x, projection);
+        }
         let [delta] = self.linear(x, [projection]);
         residual + delta
     }
 
     fn rope(&self, x: Tensor) -> Tensor {
+        if self.is_fused {
+            return fused_ops::rope(&x, &self.cos, &self.sin);
+        }
         let x = self.heads(&x);
         let halves = x.chunk(2, -1);
         let rotated = Tensor::cat(&[-&halves[1], halves[0].shallow_clone()], -1); // [N, H, D]
@@ -76,10 +128,121 @@ impl Ops for PackedBatch {
     }
 
     fn attention(&self, _layer_idx: usize, [q, k, v]: [Tensor; 3]) -> Tensor {
-        self.attention.forward(&q, &k, &self.heads(&v))
+        self.attention.forward([q, k, v].map(|x| self.heads(&x)))
     }
 
     fn silu_mul(&self, [gate, up]: [Tensor; 2]) -> Tensor {
-        gate.silu() * up
+        if self.is_fused { fused_ops::silu_mul(&gate, &up) } else { gate.silu() * up }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use aha_core::random::derive_seed;
+
+    use super::*;
+    use crate::autograd::grad;
+    use crate::model_config::ModelConfig;
+    use crate::transformer::Layer;
+    use crate::weights::Weights;
+
+    fn config(family: &str) -> ModelConfig {
+        let raw = serde_json::json!({"model_type": family, "vocab_size": 31, "hidden_size": 20, "intermediate_size": 26,
+            "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6,
+            "initializer_range": 0.4});
+        ModelConfig::from_json(raw.as_object().unwrap().clone()).unwrap()
+    }
+
+    /// A prompt's tokens and those of its completions.
+    type Group = (Vec<u32>, Vec<Vec<u32>>);
+
+    fn groups(seed: u64) -> Vec<Group> {
+        let draw = |index: &[u64], bound: u64| (derive_seed(seed, index) % bound) as u32;
+        let tokens = |group: u64, piece: u64, len: u32| -> Vec<u32> {
+            (0..len).map(|position| draw(&[group, piece, u64::from(position)], 31)).collect()
+        };
+        (0..4)
+            .map(|group| {
+                let completions = (1..1 + u64::from(draw(&[group, 100], 5)))
+                    .map(|piece| tokens(group, piece, draw(&[group, 200 + piece], 12)));
+                (tokens(group, 0, 1 + draw(&[group, 300], 9)), completions.collect())
+            })
+            .collect()
+    }
+
+    /// A layer's outputs at all completion tokens, `[M, C]`, and its gradients with respect to embedding and parameters.
+    fn layer(config: &ModelConfig, kind: Kind, pieces: &[PromptGroup<'_>], rows: &[i64]) -> Vec<Tensor> {
+        let weights = Weights::random(config, 3, 1, Kind::Float, Device::Cpu);
+        let table = RotaryTable::new(config, 64, Device::Cpu);
+        let batch = PackedBatch::shared(pieces, &table, kind);
+        let mut leaves = vec![weights.embedding()];
+        leaves.extend(weights.views(1));
+        for (index, leaf) in leaves.iter_mut().enumerate() {
+            // Norms and biases of their own, so that none of them can be missed.
+            let noise = if leaf.dim() == 1 {
+                (Tensor::arange(leaf.size()[0], (kind, Device::Cpu)) + index as f64).sin() * 0.3
+            } else {
+                leaf.zeros_like()
+            };
+            *leaf = (leaf.to_kind(kind) + noise.to_kind(kind)).detach().set_requires_grad(true);
+        }
+        let params = leaves[1..].iter().map(Tensor::shallow_clone).collect();
+        let x = batch.embed(&leaves[0]);
+        let output = Layer::new(config, params, |weight| weight).forward(&batch, config, 0, x);
+        let output = output.index_select(0, &Tensor::from_slice(rows)); // [M, C]
+        let direction = Tensor::arange(output.numel() as i64, (kind, Device::Cpu)).sin().view_as(&output);
+        let grads = grad(&[(&output * direction).sum(kind)], &leaves, &[None], false).unwrap();
+        std::iter::once(output).chain(grads.into_iter().flatten()).collect()
+    }
+
+    #[test]
+    fn sharing_prompts_and_our_own_functions_change_nothing() {
+        for seed in 0..12 {
+            let family = ["qwen2", "qwen3", "llama"][seed as usize % 3];
+            let groups = groups(seed);
+            let (mut shared, mut whole) = (Vec::new(), Vec::new());
+            let (mut shared_rows, mut whole_rows) = (Vec::new(), Vec::new());
+            let sequences: Vec<Vec<u32>> = groups
+                .iter()
+                .flat_map(|(prompt, completions)| completions.iter().map(|own| [prompt.as_slice(), own].concat()))
+                .collect();
+            let (mut shared_row, mut whole_row) = (0, 0);
+            for (prompt, completions) in &groups {
+                shared.push(PromptGroup { prompt, completions: completions.iter().map(Vec::as_slice).collect() });
+                shared_row += prompt.len() as i64;
+                for own in completions {
+                    shared_rows.extend(shared_row..shared_row + own.len() as i64);
+                    whole_row += prompt.len() as i64;
+                    whole_rows.extend(whole_row..whole_row + own.len() as i64);
+                    shared_row += own.len() as i64;
+                    whole_row += own.len() as i64;
+                }
+            }
+            whole.extend(sequences.iter().map(|tokens| PromptGroup { prompt: tokens, completions: Vec::new() }));
+            let config = config(family);
+            let expected = layer(&config, Kind::Double, &whole, &whole_rows);
+            let close = |results: Vec<Tensor>, what: &str, tolerance: f64| {
+                assert_eq!(results.len(), expected.len());
+                for (index, (ours, theirs)) in results.iter().zip(&expected).enumerate() {
+                    let difference = (ours.to_kind(Kind::Double) - theirs).abs().max().double_value(&[]);
+                    let size = theirs.abs().max().double_value(&[]).max(1.0);
+                    assert!(difference < tolerance * size, "{family}, {what}: result {index} differs by {difference}");
+                }
+            };
+            close(layer(&config, Kind::Double, &shared, &shared_rows), "shared in f64", 1e-10);
+            close(layer(&config, Kind::Float, &whole, &whole_rows), "our functions", 1e-5);
+            close(layer(&config, Kind::Float, &shared, &shared_rows), "our functions, shared", 1e-5);
+        }
+    }
+
+    #[test]
+    fn our_functions_give_the_same_bits_twice() {
+        let groups = groups(9);
+        let pieces: Vec<_> = groups
+            .iter()
+            .map(|(prompt, own)| PromptGroup { prompt, completions: own.iter().map(Vec::as_slice).collect() })
+            .collect();
+        let run = || layer(&config("qwen3"), Kind::Float, &pieces, &[0, 3, 5]);
+        assert!(run().iter().zip(run()).all(|(a, b)| a.equal(&b)));
     }
 }

@@ -3,7 +3,7 @@
 use tch::{Kind, Tensor};
 
 use crate::autograd_ops::PackedBatch;
-use crate::logprob::token_logprobs;
+use crate::logprob::token_statistics;
 use crate::model_config::ModelConfig;
 use crate::rotary::RotaryTable;
 use crate::transformer::{Head, Layer, Ops};
@@ -39,6 +39,6 @@ pub fn score(config: &ModelConfig, weights: &Weights, tokens: &[u32]) -> Vec<f32
     let num_targets = tokens.len() as i64 - 1;
     let hidden = hidden_states(config, weights, &batch).narrow(0, 0, num_targets); // [T - 1, C]
     let targets = batch.tokens.narrow(0, 1, num_targets);
-    let logprobs = token_logprobs(&hidden, &head_matrix(config, weights), &targets, 1.0);
+    let (logprobs, _) = token_statistics(&hidden, &head_matrix(config, weights), &targets, 1.0);
     Vec::<f32>::try_from(logprobs.to_kind(Kind::Float)).expect("log-probs are a vector of floats")
 }

@@ -3,8 +3,10 @@
 //! Loshchilov & Hutter, "Decoupled Weight Decay Regularization": weight decay shrinks the parameter and stays out of the
 //! moments.
 
+use crate::kernels::cpu::training;
 use crate::shim::{self, AhaAdamW, aha_fused_adamw};
-use tch::{Kind, Tensor};
+use crate::tensor_data::f32_slice;
+use tch::{Device, Kind, Tensor};
 
 /// The constants of one update.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -82,10 +84,20 @@ pub fn fused_adamw(
     unsafe { shim::check(message) }.map_err(fail)
 }
 
+/// Sum of the squares of an fp32 tensor, in f64: a scalar on its device. Its order does not depend on the number of threads
+/// of a CPU.
+#[must_use]
+pub fn sum_of_squares(values: &Tensor) -> Tensor {
+    if values.device() == Device::Cpu && values.kind() == Kind::Float {
+        Tensor::from(training::sum_of_squares(f32_slice(values)))
+    } else {
+        values.to_kind(Kind::Double).square().sum(Kind::Double)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::Device;
 
     const OPTIONS: AdamW = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
     const LEN: i64 = 1037; // no multiple of a vector

@@ -45,6 +45,13 @@ pub(crate) struct AhaAdamW {
     pub(crate) weight_decay: f64,
 }
 
+#[repr(C)]
+pub(crate) struct AhaBackward {
+    pub(crate) call: unsafe extern "C" fn(*mut c_void, *const *const C_tensor, usize, *mut *mut C_tensor, usize),
+    pub(crate) drop: unsafe extern "C" fn(*mut c_void),
+    pub(crate) closure: *mut c_void,
+}
+
 unsafe extern "C" {
     pub(crate) fn aha_string_free(message: *mut c_char);
 
@@ -130,6 +137,27 @@ unsafe extern "C" {
         num_inputs: usize,
         allow_unused: bool,
     ) -> *mut c_char;
+
+    pub(crate) fn aha_record(
+        inputs: *const *const C_tensor,
+        num_inputs: usize,
+        outputs: *const *mut C_tensor,
+        num_outputs: usize,
+        backward: AhaBackward,
+    ) -> *mut c_char;
+    pub(crate) fn aha_linear(
+        x: *const C_tensor,
+        weight: *const C_tensor,
+        bias: *const C_tensor,
+        addend: *const C_tensor,
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    pub(crate) fn aha_parallel_for(
+        end: i64,
+        grain: i64,
+        body: unsafe extern "C" fn(*mut c_void, i64, i64),
+        data: *mut c_void,
+    );
 
     pub(crate) fn aha_fused_adamw(
         param: *const C_tensor,

@@ -93,6 +93,7 @@ fn config(draw: Draw) -> RunConfig {
             train.multi_objective_aggregation = MultiObjectiveAggregation::NormalizeThenSum;
         }
     }
+    train.share_prompts = draw.pick("share", &[true, false]);
     train.num_iterations = 1 + draw.below("iterations", 2) as u32;
     train.steps_per_generation = draw.pick("steps", &[1, 2, 3]);
     config
@@ -106,6 +107,7 @@ fn learner(config: &RunConfig, group: ProcessGroup, logit_rows: i64) -> Learner 
         temperature: 0.9,
         max_grad_norm: 0.0,
         gradient_checkpointing: false,
+        share_prompts: config.train.share_prompts,
         max_length: 32,
         logit_rows,
     };
@@ -148,7 +150,7 @@ fn groups(draw: Draw, config: &RunConfig) -> Vec<Group> {
         })
         .collect();
     let plain = TrainingBatch::new(&groups, &RunConfig { rollout: config.rollout.clone(), ..RunConfig::default() }, 0);
-    let plan = plain.plans((0, 1), 10_000).unwrap().remove(0);
+    let plan = plain.plans(&RunConfig::default().train, (0, 1)).unwrap().remove(0);
     let learner = learner(config, ProcessGroup::solo("sampling", Device::Cpu), 1000);
     let logprobs = learner.statistics(&plan.of(&plain.sequences)).logprobs;
     let completions = groups.iter_mut().flat_map(|group| &mut group.completions);

@@ -4,7 +4,6 @@ use aha_core::config::{RewardSpec, RunConfig, Train};
 use aha_core::ids::{PolicyVersion, PromptId};
 use aha_core::rollout::{Completion, FinishReason, Group, Prompt, Reward, Span};
 use aha_nn::autograd::grad;
-use aha_nn::logprob::token_entropies;
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
@@ -135,9 +134,10 @@ fn check(data: &Batch, case: &Case) {
 
     let logits = Batch::gather(&data.logits, &members).view([-1, data.vocab_size]).set_requires_grad(true);
     let all = logits.log_softmax(-1, Kind::Float); // [M, V]
-    let targets = Targets::new(&batch.sequences, &members, Device::Cpu);
-    let logprobs = targets.choose(&all, 0, all.size()[0]); // [M]
-    let entropies = token_entropies(&all); // [M]
+    let alone: Vec<Vec<usize>> = members.iter().map(|&index| vec![index]).collect();
+    let targets = Targets::new(&batch.sequences, &alone, Device::Cpu);
+    let logprobs = all.gather(1, &targets.tokens.unsqueeze(1), false).squeeze_dim(1); // [M]
+    let entropies = -(all.exp() * &all).sum_dim_intlist(-1, false, Kind::Float); // [M]
     let mut num_counted = all.size()[0] as usize;
     if train.top_entropy_quantile < 1.0 {
         let mut by_sequence = vec![Vec::new(); batch.sequences.len()];
@@ -146,7 +146,7 @@ fn check(data: &Batch, case: &Case) {
         num_counted = fill_masks(train, &mut batch.sequences, &by_sequence, &flat);
     }
     fill_weights(train, &members, num_counted, &mut batch.sequences);
-    let mut streams = targets.streams(&batch.sequences, &members);
+    let mut streams = targets.streams(&batch.sequences);
     streams.reference_logprobs = Some(Batch::gather(&data.reference_logprobs, &members));
 
     let objective = Objective::Policy(PolicyObjective::new(train));

@@ -9,15 +9,16 @@ use aha_core::batch::TrainSequence;
 use aha_nn::autograd::{GradError, grad};
 use aha_nn::autograd_ops::PackedBatch;
 use aha_nn::forward::{head_matrix, hidden_states};
-use aha_nn::logprob::{log_softmax, token_entropies, token_statistics};
+use aha_nn::logprob::{TargetLogprobs, token_statistics};
 use aha_nn::model_config::ModelConfig;
 use aha_nn::optim::AdamW;
 use aha_nn::rotary::RotaryTable;
 use aha_nn::transformer::{Head, Layer, Ops};
 use aha_nn::weights::Weights;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::objective::{Loss, LossSums, Objective, Streams, Tokens};
+use super::prompt_groups;
 use super::targets::Targets;
 use super::zero::{Zero, ZeroError};
 
@@ -30,6 +31,8 @@ pub struct LearnerOptions {
     pub max_grad_norm: f64,
     /// Compute activations again in the backward pass instead of keeping them.
     pub gradient_checkpointing: bool,
+    /// Compute the prompt that sequences of a micro-batch have in common once.
+    pub share_prompts: bool,
     /// Longest sequence.
     pub max_length: usize,
     /// Tokens whose logits exist together.
@@ -101,14 +104,6 @@ struct LayerTape {
     output: Option<Tensor>,
 }
 
-/// The head unit's input rows and parameters, as leaves.
-struct HeadInputs {
-    /// After the norm, `[M, C]`.
-    hidden: Tensor,
-    /// `[V, C]`.
-    matrix: Tensor,
-}
-
 /// What the head's pass over a micro-batch leaves behind.
 struct HeadGradients {
     /// With respect to the head unit's input, `[N, C]`.
@@ -169,8 +164,7 @@ impl Learner {
         let empty = || vec![Vec::new(); batch.sequences.len()];
         let mut statistics = Statistics { logprobs: empty(), entropies: empty() };
         for indices in batch.micro_batches {
-            let packed = self.pack(batch.sequences, indices);
-            let targets = Targets::new(batch.sequences, indices, self.zero.weights().device());
+            let (packed, targets) = self.pack(batch.sequences, indices);
             let (logprobs, entropies) = self.frozen_statistics(self.zero.weights(), &packed, &targets);
             targets.scatter(&logprobs, &mut statistics.logprobs);
             targets.scatter(&entropies, &mut statistics.entropies);
@@ -199,9 +193,8 @@ impl Learner {
         indices: &[usize],
         output: &mut StepOutput,
     ) -> Result<(), StepError> {
-        let packed = self.pack(sequences, indices);
-        let targets = Targets::new(sequences, indices, self.zero.weights().device());
-        let mut streams = targets.streams(sequences, indices);
+        let (packed, targets) = self.pack(sequences, indices);
+        let mut streams = targets.streams(sequences);
         streams.reference_logprobs =
             self.reference.as_ref().map(|reference| self.frozen_statistics(reference, &packed, &targets).0);
         let batch = MicroBatch { packed, targets, streams };
@@ -219,9 +212,12 @@ impl Learner {
         Ok(())
     }
 
-    fn pack(&self, sequences: &[TrainSequence], indices: &[usize]) -> PackedBatch {
-        let tokens: Vec<&[u32]> = indices.iter().map(|&index| sequences[index].token_ids.as_slice()).collect();
-        PackedBatch::new(&tokens, &self.table, self.zero.weights().kind())
+    fn pack(&self, sequences: &[TrainSequence], indices: &[usize]) -> (PackedBatch, Targets) {
+        let weights = self.zero.weights();
+        let groups = prompt_groups::prompt_groups(sequences, indices, self.options.share_prompts);
+        let tokens: Vec<_> = groups.iter().map(|group| prompt_groups::tokens(sequences, group)).collect();
+        let packed = PackedBatch::shared(&tokens, &self.table, weights.kind());
+        (packed, Targets::new(sequences, &groups, weights.device()))
     }
 
     /// Log-probs and entropies, `[M]` each.
@@ -274,9 +270,11 @@ impl Learner {
         let rows = Tensor::embedding(x, &targets.rows, -1, false, false); // [M, C]
         let hidden = packed.rms_norm(&rows, &norm, self.config.rms_norm_eps); // [M, C]
 
-        let inputs = HeadInputs { hidden: hidden.detach(), matrix };
+        let rows = hidden.detach(); // [M, C]
         let d_tokens = if self.options.objective.spans_sequences() {
-            Some(self.token_gradients(&inputs, targets, streams, output)?)
+            // Costs the head's forward pass once more.
+            let (logprobs, entropies) = token_statistics(&rows, &matrix, &targets.tokens, self.options.temperature);
+            Some(self.token_gradients(&logprobs, &entropies, streams, output)?)
         } else {
             None
         };
@@ -285,31 +283,18 @@ impl Learner {
         let num_rows = targets.rows.size()[0];
         for start in (0..num_rows).step_by(self.options.logit_rows as usize) {
             let len = self.options.logit_rows.min(num_rows - start);
-            let rows = leaf(&inputs.hidden.narrow(0, start, len));
-            let all = log_softmax(&rows, &inputs.matrix, self.options.temperature); // [m, V]
-            let tokens = Tokens {
-                logprobs: targets.choose(&all, start, len),
-                entropies: streams.entropy_weights.as_ref().map(|_| token_entropies(&all)),
+            let [rows, tokens] = [&rows, &targets.tokens].map(|all| all.narrow(0, start, len));
+            let chunk = TargetLogprobs::new(&rows, &matrix, &tokens, self.options.temperature);
+            let d_chunk = match &d_tokens {
+                Some(d_tokens) => d_tokens.iter().map(|all| all.narrow(0, start, len)).collect(),
+                None => self.token_gradients(&chunk.logprobs, &chunk.entropies, &streams.narrow(start, len), output)?,
             };
-            let (outputs, d_outputs) = match &d_tokens {
-                Some(d_tokens) => (tokens.outputs(), d_tokens.iter().map(|d| Some(d.narrow(0, start, len))).collect()),
-                None => {
-                    let loss = self.options.objective.loss(&tokens, &streams.narrow(start, len));
-                    output.add(&loss);
-                    (vec![loss.loss], vec![None])
-                }
-            };
-            output.entropy_sum += tch::no_grad(|| token_entropies(&all).sum(Kind::Double)).double_value(&[]);
-            logprobs.push(tokens.logprobs.detach());
-            let leaves = [rows, inputs.matrix.shallow_clone()];
-            let [d_rows, d_chunk] = required(grad(&outputs, &leaves, &d_outputs, false)?);
+            output.entropy_sum += chunk.entropies.sum(Kind::Double).double_value(&[]);
+            logprobs.push(chunk.logprobs.shallow_clone());
+            let (d_rows, sum) = chunk.backward(&d_chunk[0], d_chunk.get(1), d_matrix.take());
             d_hidden.push(d_rows);
-            d_matrix = Some(match d_matrix {
-                Some(sum) => sum + d_chunk,
-                None => d_chunk,
-            });
+            d_matrix = Some(sum);
         }
-        let matrix = inputs.matrix;
         output.num_tokens += num_rows as usize;
         targets.scatter(&Tensor::cat(&logprobs, 0), &mut output.logprobs);
 
@@ -323,19 +308,17 @@ impl Learner {
         })
     }
 
-    /// The loss of whole sequences and its gradients with respect to the log-probs of their tokens and, where they take
-    /// part, the entropies: each `[M]`. Costs the head's forward pass once more.
+    /// Adds the loss of some tokens to `output` and returns its gradients with respect to their log-probs and, where
+    /// they take part, their entropies: each `[M]`.
     fn token_gradients(
         &self,
-        inputs: &HeadInputs,
-        targets: &Targets,
+        logprobs: &Tensor,
+        entropies: &Tensor,
         streams: &Streams,
         output: &mut StepOutput,
     ) -> Result<Vec<Tensor>, StepError> {
-        let temperature = self.options.temperature;
-        let (logprobs, entropies) = token_statistics(&inputs.hidden, &inputs.matrix, &targets.tokens, temperature);
-        let tokens =
-            Tokens { logprobs: leaf(&logprobs), entropies: streams.entropy_weights.as_ref().map(|_| leaf(&entropies)) };
+        let entropies = streams.entropy_weights.as_ref().map(|_| leaf(entropies));
+        let tokens = Tokens { logprobs: leaf(logprobs), entropies };
         let loss = self.options.objective.loss(&tokens, streams);
         output.add(&loss);
         Ok(defined(grad(&[loss.loss], &tokens.outputs(), &[None], false)?))
@@ -358,10 +341,13 @@ impl Learner {
             d_output = grads.remove(0);
             self.zero.accumulate(1 + layer_idx, &grads)?;
         }
-        let [d_embedding] = required(grad(&[embedded], &[embedding], &[Some(d_output)], false)?);
         let d_embedding = match head.embedding {
-            Some(tied) => d_embedding + tied,
-            None => d_embedding,
+            // Adds rows one by one, in order, instead of whole matrices.
+            Some(mut tied) if tied.device() == Device::Cpu => tied.index_add_(0, &packed.tokens, &d_output),
+            tied => {
+                let [d_embedding] = required(grad(&[embedded], &[embedding], &[Some(d_output)], false)?);
+                tied.map_or_else(|| d_embedding.shallow_clone(), |tied| &d_embedding + tied)
+            }
         };
         self.zero.accumulate(0, &[d_embedding])?;
         Ok(())

@@ -4,6 +4,7 @@
 mod golden_tests;
 pub mod learner;
 pub mod objective;
+mod prompt_groups;
 mod targets;
 #[cfg(test)]
 mod tests;

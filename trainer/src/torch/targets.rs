@@ -16,27 +16,32 @@ pub(super) struct Targets {
 }
 
 impl Targets {
-    pub(super) fn new(sequences: &[TrainSequence], indices: &[usize], device: tch::Device) -> Self {
+    /// For groups whose prompt is packed once, before their completions.
+    pub(super) fn new(sequences: &[TrainSequence], groups: &[Vec<usize>], device: tch::Device) -> Self {
         let (mut rows, mut tokens, mut pieces) = (Vec::new(), Vec::new(), Vec::new());
-        let mut start = 0_i64;
-        for &index in indices {
-            let sequence = &sequences[index];
-            for position in sequence.num_prompt_tokens..sequence.token_ids.len() {
-                rows.push(start + position as i64 - 1);
-                tokens.push(i64::from(sequence.token_ids[position]));
+        let mut next_row = 0_i64;
+        for group in groups {
+            next_row += sequences[group[0]].num_prompt_tokens as i64;
+            let prompt_row = next_row - 1;
+            for &index in group {
+                let sequence = &sequences[index];
+                let completion = &sequence.token_ids[sequence.num_prompt_tokens..];
+                tokens.extend(completion.iter().map(|&token| i64::from(token)));
+                let before = |offset: i64| if offset == 0 { prompt_row } else { next_row + offset - 1 };
+                rows.extend((0..completion.len() as i64).map(before));
+                pieces.push((index, completion.len()));
+                next_row += completion.len() as i64;
             }
-            pieces.push((index, sequence.num_completion_tokens()));
-            start += sequence.token_ids.len() as i64;
         }
         let to_device = |values: &[i64]| Tensor::from_slice(values).to_device(device);
         Self { rows: to_device(&rows), tokens: to_device(&tokens), pieces }
     }
 
-    pub(super) fn streams(&self, sequences: &[TrainSequence], indices: &[usize]) -> Streams {
+    pub(super) fn streams(&self, sequences: &[TrainSequence]) -> Streams {
         let device = self.rows.device();
         let gather = |stream: fn(&TrainSequence) -> &Vec<f32>| {
             let values: Vec<f32> =
-                indices.iter().flat_map(|&index| stream(&sequences[index]).iter().copied()).collect();
+                self.pieces.iter().flat_map(|&(index, _)| stream(&sequences[index]).iter().copied()).collect();
             (values.len() as i64 == self.rows.size()[0]).then(|| Tensor::from_slice(&values).to_device(device))
         };
         let weights = gather(|sequence| &sequence.weights);
@@ -52,11 +57,6 @@ impl Targets {
             sequence_ids: Tensor::from_slice(&ids.collect::<Vec<_>>()).to_device(device),
             num_sequences: self.pieces.len() as i64,
         }
-    }
-
-    /// The log-probs of the tokens of rows `start..start + len` among `[len, V]`; `[len]`.
-    pub(super) fn choose(&self, all: &Tensor, start: i64, len: i64) -> Tensor {
-        all.gather(1, &self.tokens.narrow(0, start, len).unsqueeze(1), false).squeeze_dim(1)
     }
 
     /// Cuts `[M]` values up by sequence.

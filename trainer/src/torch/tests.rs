@@ -46,15 +46,17 @@ fn objective(train: &Train) -> Objective {
     Objective::Policy(PolicyObjective::new(train))
 }
 
-/// Sequences of uneven lengths with all streams filled.
+/// Sequences of uneven lengths with all streams filled, some of which share a prompt.
 fn sequences(seed: u64, with_old: bool) -> Vec<TrainSequence> {
-    let lengths = [(3, 4), (1, 9), (5, 1), (2, 6), (4, 4), (2, 13), (7, 2)];
-    let total: usize = lengths.iter().map(|(_, completion)| completion).sum();
+    // Group, tokens of its prompt, tokens of the completion.
+    let lengths = [(0, 3, 4), (0, 3, 9), (0, 3, 1), (1, 2, 6), (1, 2, 13), (2, 4, 4), (3, 7, 2)];
+    let total: usize = lengths.iter().map(|(_, _, completion)| completion).sum();
     lengths
         .iter()
         .enumerate()
-        .map(|(index, &(prompt, completion))| {
-            let draw = |part: u64, position: usize| derive_seed(seed, &[part, index as u64, position as u64]);
+        .map(|(index, &(group, prompt, completion))| {
+            let owner = |position: usize| if position < prompt { 100 + group } else { index as u64 };
+            let draw = |part: u64, position: usize| derive_seed(seed, &[part, owner(position), position as u64]);
             let unit = |part, position| (draw(part, position) % 1000) as f32 / 500.0 - 1.0;
             TrainSequence {
                 token_ids: (0..prompt + completion).map(|position| (draw(0, position) % 29) as u32).collect(),
@@ -72,18 +74,22 @@ fn sequences(seed: u64, with_old: bool) -> Vec<TrainSequence> {
         .collect()
 }
 
-fn learner(model: &ModelConfig, objective: Objective, zero: Zero, checkpointing: bool) -> Learner {
-    let options = LearnerOptions {
+fn options(objective: Objective, checkpointing: bool) -> LearnerOptions {
+    LearnerOptions {
         objective,
         temperature: 0.8,
         max_grad_norm: 0.5,
         gradient_checkpointing: checkpointing,
+        share_prompts: true,
         max_length: 32,
         logit_rows: 7,
-    };
+    }
+}
+
+fn learner(model: &ModelConfig, objective: Objective, zero: Zero, checkpointing: bool) -> Learner {
     let reference = Weights::random(model, 99, 1, Kind::Float, zero.weights().device());
     let reference = objective.needs_reference().then_some(reference);
-    Learner::new(model.clone(), options, zero, reference)
+    Learner::new(model.clone(), options(objective, checkpointing), zero, reference)
 }
 
 /// Three steps on the same batch by one of `size` ranks.
@@ -98,9 +104,9 @@ fn train(
     let weights = Weights::random(model, 5, size, Kind::Float, group.device());
     let mut learner = learner(model, policy(0.05), Zero::new(stage, group, weights), checkpointing);
     let sequences = sequences(3, with_old);
-    let lengths: Vec<usize> = sequences.iter().map(|sequence| sequence.token_ids.len()).collect();
     let all: Vec<usize> = (0..sequences.len()).collect();
-    let plan = Plan::new(&lengths, &all, (rank, size), 20).unwrap();
+    let settings = Train { micro_batch_tokens: 20, ..Train::default() };
+    let plan = Plan::new(&sequences, &all, &settings, (rank, size)).unwrap();
     let outputs = (0..3).map(|_| learner.step(&plan.of(&sequences), &ADAMW).unwrap()).collect();
     (learner, outputs)
 }
@@ -228,6 +234,30 @@ fn recomputing_activations_changes_nothing() {
     let ((kept, a), (recomputed, b)) = (alone(&model, false), alone(&model, true));
     assert!(flatten(kept.zero().weights()).equal(&flatten(recomputed.zero().weights())));
     assert_eq!(a[2].grad_norm, b[2].grad_norm);
+}
+
+#[test]
+fn sharing_prompts_changes_nothing() {
+    let model = config("qwen2", true);
+    let sequences = sequences(3, true);
+    let all: Vec<usize> = (0..sequences.len()).collect();
+    let run = |share_prompts: bool| {
+        let weights = Weights::random(&model, 5, 1, Kind::Float, device());
+        let zero = Zero::new(0, ProcessGroup::solo("test", device()), weights);
+        let reference = Weights::random(&model, 99, 1, Kind::Float, device());
+        let options = LearnerOptions { share_prompts, ..options(policy(0.05), false) };
+        let mut learner = Learner::new(model.clone(), options, zero, Some(reference));
+        let batch = LocalBatch { sequences: &sequences, micro_batches: &[all.clone()], num_micro_batches: 1 };
+        let logprobs = learner.statistics(&batch).logprobs;
+        (logprobs, learner.step(&batch, &ADAMW).unwrap())
+    };
+    let ((shared, a), (whole, b)) = (run(true), run(false));
+    for (shared, whole) in shared.iter().zip(&whole).chain(a.logprobs.iter().zip(&b.logprobs)) {
+        assert_eq!(shared.len(), whole.len());
+        assert!(shared.iter().zip(whole).all(|(shared, whole)| (shared - whole).abs() < 1e-5), "{shared:?}, {whole:?}");
+    }
+    assert!((a.grad_norm - b.grad_norm).abs() < 1e-5 * b.grad_norm, "{} is not {}", a.grad_norm, b.grad_norm);
+    assert!((a.entropy_sum - b.entropy_sum).abs() < 1e-3, "{} is not {}", a.entropy_sum, b.entropy_sum);
 }
 
 #[test]
@@ -368,13 +398,14 @@ fn objectives_of_sequences_and_entropies_equal_whole_graph_autograd() {
         let reference = Weights::random(&model, 99, 1, Kind::Float, Device::Cpu);
         let frozen: Vec<Vec<Tensor>> = (0..reference.num_units()).map(|unit_idx| reference.views(unit_idx)).collect();
         let all: Vec<usize> = (0..sequences.len()).collect();
-        let targets = Targets::new(&sequences, &all, Device::Cpu);
-        let num_rows = targets.rows.size()[0];
+        let alone: Vec<Vec<usize>> = all.iter().map(|&index| vec![index]).collect();
+        let targets = Targets::new(&sequences, &alone, Device::Cpu);
+        let choose = |rows: &Tensor| rows.gather(1, &targets.tokens.unsqueeze(1), false).squeeze_dim(1);
         let rows = whole_graph(&model, &leaves, &sequences); // [M, V]
-        let mut streams = targets.streams(&sequences, &all);
-        streams.reference_logprobs = Some(targets.choose(&whole_graph(&model, &frozen, &sequences), 0, num_rows));
+        let mut streams = targets.streams(&sequences);
+        streams.reference_logprobs = Some(choose(&whole_graph(&model, &frozen, &sequences)));
         let tokens = Tokens {
-            logprobs: targets.choose(&rows, 0, num_rows),
+            logprobs: choose(&rows),
             entropies: Some(-(rows.exp() * &rows).sum_dim_intlist(-1, false, Kind::Float)),
         };
         let loss = objective(train).loss(&tokens, &streams).loss;
@@ -388,8 +419,8 @@ fn objectives_of_sequences_and_entropies_equal_whole_graph_autograd() {
 
         let solo = ProcessGroup::solo("test", Device::Cpu);
         let mut learner = learner(&model, objective(train), Zero::new(0, solo, weights), false);
-        let lengths: Vec<usize> = sequences.iter().map(|sequence| sequence.token_ids.len()).collect();
-        let plan = Plan::new(&lengths, &all, (0, 1), 20).unwrap();
+        let settings = Train { micro_batch_tokens: 20, ..Train::default() };
+        let plan = Plan::new(&sequences, &all, &settings, (0, 1)).unwrap();
         let output = learner.step(&plan.of(&sequences), &ADAMW).unwrap();
         let expect = loss.double_value(&[]);
         assert!((output.loss - expect).abs() < 1e-5, "{train:?}: {} is not {expect}", output.loss);

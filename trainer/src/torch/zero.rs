@@ -8,7 +8,7 @@
 use std::collections::VecDeque;
 
 use aha_nn::comm::{CommError, ProcessGroup, ReduceOp, Work};
-use aha_nn::optim::{AdamW, AdamWError, fused_adamw};
+use aha_nn::optim::{AdamW, AdamWError, fused_adamw, sum_of_squares};
 use aha_nn::weights::Weights;
 use tch::{Kind, Tensor};
 
@@ -109,7 +109,7 @@ impl Zero {
     /// Adds to the gradient of a unit; `grads` are those of its parameters, in manifest order, or none from a rank that
     /// has no data left.
     pub fn accumulate(&mut self, unit_idx: usize, grads: &[Tensor]) -> Result<(), ZeroError> {
-        if self.stage < 2 {
+        if self.stage < 2 || self.group.size() == 1 {
             self.units[unit_idx].add(grads);
             return Ok(());
         }
@@ -140,8 +140,7 @@ impl Zero {
             }
         }
         // One sum of squares a unit, added in a fixed order in f64, so that the norm does not depend on the stage.
-        let squares: Vec<Tensor> =
-            self.units.iter().map(|unit| unit.grad.to_kind(Kind::Double).square().sum(Kind::Double)).collect();
+        let squares: Vec<Tensor> = self.units.iter().map(|unit| sum_of_squares(&unit.grad)).collect();
         let mut total = Tensor::stack(&squares, 0).sum(Kind::Double).view([1]);
         if self.stage > 0 {
             self.group.all_reduce(&mut total, ReduceOp::Sum)?;

@@ -107,6 +107,8 @@ pub struct Train {
     pub zero_stage: u8,
     /// Most tokens of a micro-batch; gradients accumulate over as many as the step needs.
     pub micro_batch_tokens: usize,
+    /// Compute a prompt once for the completions of a micro-batch that follow it, not once for each.
+    pub share_prompts: bool,
     /// Keep only the inputs of layers and compute their activations again in the backward pass.
     pub gradient_checkpointing: bool,
     pub save_steps: u64,
@@ -173,6 +175,7 @@ impl Default for Train {
             steps_per_generation: 1,
             zero_stage: 2,
             micro_batch_tokens: 8192,
+            share_prompts: true,
             gradient_checkpointing: false,
             save_steps: 50,
             save_total_limit: 2,

@@ -49,7 +49,7 @@ KERNEL(add_rms_norm, 1024)
   __syncthreads();
   if (!inside) return;
   sum = 0;
-  for (int i = 0; i < blockDim.x / WARP; ++i) sum += partial.sums[i];
+  for (int i = 0; i < int(blockDim.x) / WARP; ++i) sum += partial.sums[i];
   const float scale = 1 / sqrtf(sum / width + epsilon);
   float w[8];
   load8(weight + column, w);

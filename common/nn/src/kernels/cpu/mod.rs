@@ -27,6 +27,7 @@ mod team;
 pub(crate) mod testing;
 mod threads;
 mod tile;
+pub mod training;
 
 pub use activation::{add, silu_mul};
 pub use attention::{SequenceSpan, paged_attention};
