@@ -91,6 +91,9 @@ pub fn step_metrics(
     let num_tokens = sum(0).max(1.0);
     metrics.set("loss", sum(1));
     metrics.set("grad_norm", output.grad_norm);
+    for (name, time) in output.times.named() {
+        metrics.set(name, time.as_secs_f64());
+    }
     metrics.set("entropy", sum(2) / num_tokens);
     metrics.set("kl", sum(3) / num_tokens);
     metrics.set("clip_ratio/low_mean", sum(4) / num_tokens);

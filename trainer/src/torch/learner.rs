@@ -5,6 +5,8 @@
 //! next unit computes. The head is computed at positions that predict a completion token, in chunks whose gradient is
 //! taken at once, so that the logits of a batch never exist together.
 
+use std::time::{Duration, Instant};
+
 use aha_core::batch::TrainSequence;
 use aha_nn::autograd::{GradError, grad};
 use aha_nn::autograd_ops::PackedBatch;
@@ -72,6 +74,22 @@ pub struct StepOutput {
     pub num_tokens: usize,
     pub entropy_sum: f64,
     pub sums: LossSums,
+    pub times: StepTimes,
+}
+
+/// Where the time of a step went. On a GPU these are the host's times: it runs ahead until a result is read.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct StepTimes {
+    /// The reference policy's log-probs.
+    pub reference: Duration,
+    pub forward: Duration,
+    /// Head, loss and their gradients.
+    pub head: Duration,
+    /// Backward pass of the layers and the embedding, with the communication that overlaps it.
+    pub backward: Duration,
+    /// What was left of the gradients' communication, and their norm.
+    pub reduce: Duration,
+    pub optimizer: Duration,
 }
 
 /// What the current weights say of the completion tokens of every sequence; empty for those of other ranks.
@@ -145,7 +163,9 @@ impl Learner {
                 None => self.no_micro_batch()?,
             }
         }
+        let mut lap = Lap::start();
         output.grad_norm = self.zero.reduce_gradients()?;
+        output.times.reduce += lap.take();
         output.skipped = !output.grad_norm.is_finite();
         if output.skipped {
             self.zero.zero_gradients();
@@ -154,6 +174,7 @@ impl Learner {
             let max_norm = self.options.max_grad_norm;
             let scale = if max_norm > 0.0 { (max_norm / (output.grad_norm + 1e-6)).min(1.0) } else { 1.0 };
             self.zero.update(scale, options)?;
+            output.times.optimizer += lap.take();
         }
         Ok(output)
     }
@@ -195,13 +216,19 @@ impl Learner {
     ) -> Result<(), StepError> {
         let (packed, targets) = self.pack(sequences, indices);
         let mut streams = targets.streams(sequences);
+        let mut lap = Lap::start();
         streams.reference_logprobs =
             self.reference.as_ref().map(|reference| self.frozen_statistics(reference, &packed, &targets).0);
+        output.times.reference += lap.take();
         let batch = MicroBatch { packed, targets, streams };
 
         let (embedding, embedded, tapes, last) = self.forward(&batch.packed);
+        output.times.forward += lap.take();
         let head = self.head(&batch, &last, &embedding, output)?;
-        self.backward(&batch.packed, (embedding, embedded), tapes, head)
+        output.times.head += lap.take();
+        self.backward(&batch.packed, (embedding, embedded), tapes, head)?;
+        output.times.backward += lap.take();
+        Ok(())
     }
 
     /// Issues the collectives of a micro-batch with nothing to add.
@@ -363,11 +390,50 @@ impl StepOutput {
         self.num_tokens += other.num_tokens;
         self.entropy_sum += other.entropy_sum;
         self.sums.add(&other.sums);
+        self.times.add(&other.times);
     }
 
     fn add(&mut self, loss: &Loss) {
         self.loss += loss.loss.double_value(&[]);
         self.sums.add(&loss.sums);
+    }
+}
+
+impl StepTimes {
+    fn add(&mut self, other: &Self) {
+        self.reference += other.reference;
+        self.forward += other.forward;
+        self.head += other.head;
+        self.backward += other.backward;
+        self.reduce += other.reduce;
+        self.optimizer += other.optimizer;
+    }
+
+    /// Name of the metric and value of each.
+    pub fn named(&self) -> [(&'static str, Duration); 6] {
+        [
+            ("time/reference", self.reference),
+            ("time/forward", self.forward),
+            ("time/head", self.head),
+            ("time/backward", self.backward),
+            ("time/reduce", self.reduce),
+            ("time/optimizer", self.optimizer),
+        ]
+    }
+}
+
+/// Time since the last look.
+struct Lap(Instant);
+
+impl Lap {
+    fn start() -> Self {
+        Self(Instant::now())
+    }
+
+    fn take(&mut self) -> Duration {
+        let elapsed = self.0.elapsed();
+        self.0 += elapsed;
+        elapsed
     }
 }
 
