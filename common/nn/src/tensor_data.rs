@@ -13,6 +13,17 @@ pub fn f32_slice(tensor: &Tensor) -> &[f32] {
     unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast::<f32>(), tensor.numel()) }
 }
 
+/// The elements of a contiguous i64 CPU tensor.
+///
+/// # Panics
+/// If it is anything else.
+#[must_use]
+pub fn i64_slice(tensor: &Tensor) -> &[i64] {
+    check(tensor, Kind::Int64);
+    // SAFETY: `check` saw a contiguous CPU tensor of i64, whose memory lives as long as the borrow of it.
+    unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast::<i64>(), tensor.numel()) }
+}
+
 /// The elements of a contiguous fp32 CPU tensor, to write. The caller holds no other view of the same memory.
 ///
 /// # Panics

@@ -72,6 +72,8 @@ pub struct StepOutput {
     /// Log-probs of the completion tokens of every sequence, before the update.
     pub logprobs: Vec<Vec<f32>>,
     pub num_tokens: usize,
+    /// Tokens that the layers computed, prompts among them: a shared one counts once.
+    pub num_packed_tokens: usize,
     pub entropy_sum: f64,
     pub sums: LossSums,
     pub times: StepTimes,
@@ -215,6 +217,7 @@ impl Learner {
         output: &mut StepOutput,
     ) -> Result<(), StepError> {
         let (packed, targets) = self.pack(sequences, indices);
+        output.num_packed_tokens += packed.tokens.numel();
         let mut streams = targets.streams(sequences);
         let mut lap = Lap::start();
         streams.reference_logprobs =
@@ -388,6 +391,7 @@ impl StepOutput {
         self.grad_norm += other.grad_norm;
         self.skipped |= other.skipped;
         self.num_tokens += other.num_tokens;
+        self.num_packed_tokens += other.num_packed_tokens;
         self.entropy_sum += other.entropy_sum;
         self.sums.add(&other.sums);
         self.times.add(&other.times);

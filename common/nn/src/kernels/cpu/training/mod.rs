@@ -7,6 +7,7 @@ mod activation;
 mod attention;
 mod norm;
 mod rope;
+mod rows;
 mod softmax;
 mod squares;
 
@@ -14,6 +15,7 @@ pub use activation::{silu_mul, silu_mul_backward};
 pub use attention::merge_attention;
 pub use norm::{rms_norm, rms_norm_backward};
 pub use rope::{Turn, rope_in_place};
+pub use rows::gather_rows;
 pub use softmax::{TargetSummary, summarise_targets, target_logprobs_backward};
 pub use squares::sum_of_squares;
 
