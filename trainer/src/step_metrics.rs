@@ -91,7 +91,7 @@ pub fn step_metrics(
     let sum = |index: i64| sums.double_value(&[index]);
     let num_tokens = sum(0).max(1.0);
     metrics.set("loss", sum(1));
-    metrics.set("num_tokens/packed", sum(10));
+    metrics.set("num_packed_tokens", sum(10));
     metrics.set("grad_norm", output.grad_norm);
     for (name, time) in output.times.named() {
         metrics.set(name, time.as_secs_f64());

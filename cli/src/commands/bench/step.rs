@@ -93,7 +93,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let mut result = json!({
         "seconds_per_step": median("step_time"),
         "push_seconds": median("weights/push_seconds"),
-        "packed_tokens": median("num_tokens/packed"),
+        "packed_tokens": median("num_packed_tokens"),
         "trainer_peak_rss_bytes": own,
         "peak_rss_bytes": own + generator.peak_rss(),
     });
