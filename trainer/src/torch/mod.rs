@@ -4,6 +4,8 @@
 mod golden_tests;
 pub mod learner;
 pub mod objective;
+pub mod optimizer;
+mod range;
 mod targets;
 #[cfg(test)]
 mod tests;
