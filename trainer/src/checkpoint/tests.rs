@@ -101,7 +101,7 @@ fn shards(weights: &Weights, step: u64, group: &ProcessGroup) -> Vec<ShardState>
         let len = len.min(unit.numel().saturating_sub(offset));
         if len > 0 {
             let tensor = state(unit.numel(), step).narrow(0, offset as i64, len as i64);
-            shards.push(ShardState { unit_idx, offset, tensors: vec![("exp_avg", tensor)] });
+            shards.push(ShardState { unit_idx, name: "exp_avg", offset, tensor });
         }
     }
     shards

@@ -306,20 +306,16 @@ fn optimizer_state_moves_between_world_sizes() {
     let shared = model.clone();
     let shards = on_ranks(3, move |group| {
         let (learner, _) = train(&shared, 2, group, true, false);
-        let state: Vec<_> =
-            learner.zero().state().into_iter().map(|shard| (shard.unit_idx, shard.offset, shard.tensors)).collect();
-        (flatten(learner.zero().weights()), state)
+        (flatten(learner.zero().weights()), learner.zero().state())
     });
     let (alone, _) = alone(&model, false);
     let mut states: Vec<FullState> = Vec::new();
     for (unit_idx, unit) in alone.zero().weights().manifest.units.iter().enumerate() {
         for name in ["exp_avg", "exp_avg_sq"] {
             let tensor = Tensor::zeros([unit.numel() as i64], (Kind::Float, Device::Cpu));
-            for (_, shard) in &shards {
-                for (_, offset, tensors) in shard.iter().filter(|(index, ..)| *index == unit_idx) {
-                    let (_, part) = tensors.iter().find(|(known, _)| *known == name).unwrap();
-                    tensor.narrow(0, *offset as i64, part.size()[0]).copy_(part);
-                }
+            let parts = shards.iter().flat_map(|(_, shards)| shards);
+            for part in parts.filter(|part| part.unit_idx == unit_idx && part.name == name) {
+                tensor.narrow(0, part.offset as i64, part.tensor.size()[0]).copy_(&part.tensor);
             }
             states.push(FullState { unit_idx, name: name.to_owned(), tensor });
         }
@@ -333,6 +329,11 @@ fn optimizer_state_moves_between_world_sizes() {
         flatten(learner.zero().weights())
     };
     let mut zero = Zero::new(1, ProcessGroup::solo("restored", device()), alone.zero().weights().copy());
+    let tensor = states[0].tensor.shallow_clone();
+    states[0].tensor = tensor.narrow(0, 0, 9);
+    let error = zero.load_state(3, &states).unwrap_err().to_string();
+    assert!(error.contains("9 elements of exp_avg for unit embedding"), "{error}");
+    states[0].tensor = tensor;
     zero.load_state(3, &states).unwrap();
     let restored = learner(&model, policy(0.05), zero, false);
     assert!(largest_difference(&fourth(restored), &fourth(alone)) < 1e-5);

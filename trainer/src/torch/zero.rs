@@ -8,9 +8,12 @@
 use std::collections::VecDeque;
 
 use aha_nn::comm::{CommError, ProcessGroup, ReduceOp, Work};
-use aha_nn::optim::{AdamW, AdamWError, fused_adamw, sum_of_squares};
+use aha_nn::optim::{AdamW, AdamWError, sum_of_squares};
 use aha_nn::weights::Weights;
 use tch::{Kind, Tensor};
+
+use super::optimizer::{ShardOptimizer, StateTensor, Update};
+use super::range::Range;
 
 /// Reductions in flight while the backward pass goes on; each holds one unit's gradient.
 const MAX_PENDING: usize = 2;
@@ -32,21 +35,9 @@ pub struct Zero {
 struct UnitState {
     /// Sum of the gradients of this step: `[padded]` in stages 0 and 1, the shard in stage 2. fp32.
     grad: Tensor,
-    /// `[owned]`, fp32.
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    /// fp32 copy of the owned weights, where the weights themselves are not fp32.
-    master: Option<Tensor>,
+    optimizer: ShardOptimizer,
     /// Elements of the unit that this rank updates.
     owned: Range,
-    /// Ranges within the owned elements that weight decay applies to: matrices, not norms and biases.
-    decayed: Vec<Range>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Range {
-    start: i64,
-    len: i64,
 }
 
 #[derive(Debug)]
@@ -56,22 +47,24 @@ struct Pending {
     shard: Tensor,
 }
 
-/// One rank's part of the optimizer's state of one unit, without padding.
+/// One rank's part of one tensor of the optimizer's state of one unit, without padding.
 #[derive(Debug)]
 pub struct ShardState {
     pub unit_idx: usize,
-    /// Where the part starts in the unit.
+    /// As the optimizer calls it, or `master`.
+    pub name: &'static str,
+    /// Where the part starts in the whole tensor.
     pub offset: usize,
-    /// `exp_avg`, `exp_avg_sq` and, where weights are not fp32, `master`: each `[n]`, fp32, on the CPU.
-    pub tensors: Vec<(&'static str, Tensor)>,
+    /// `[n]`, on the CPU.
+    pub tensor: Tensor,
 }
 
-/// The optimizer's state of one unit, put together again.
+/// One tensor of the optimizer's state of one unit, put together again.
 #[derive(Debug)]
 pub struct FullState {
     pub unit_idx: usize,
     pub name: String,
-    /// `[numel]`, fp32, without padding.
+    /// Flat, without padding.
     pub tensor: Tensor,
 }
 
@@ -83,6 +76,8 @@ pub enum ZeroError {
     AdamW(#[from] AdamWError),
     #[error("the checkpoint has no {name} for unit {unit}")]
     MissingState { name: &'static str, unit: String },
+    #[error("the checkpoint has {found} elements of {name} for unit {unit}, and {expected} are due")]
+    UnevenState { name: &'static str, unit: String, found: usize, expected: i64 },
 }
 
 impl Zero {
@@ -132,7 +127,7 @@ impl Zero {
             match self.stage {
                 0 => self.group.all_reduce(&mut unit.grad, ReduceOp::Sum)?,
                 1 => {
-                    let mut shard = unit.exp_avg.empty_like();
+                    let mut shard = Tensor::empty([unit.owned.len], (Kind::Float, unit.grad.device()));
                     self.group.reduce_scatter(&unit.grad, &mut shard, ReduceOp::Sum)?;
                     unit.grad = shard;
                 }
@@ -154,7 +149,8 @@ impl Zero {
         let mut gathers = Vec::new();
         for (unit_idx, unit) in self.units.iter_mut().enumerate() {
             let mut owned = unit.owned.of(self.weights.flat(unit_idx));
-            unit.update(&mut owned, scale, self.num_updates, options)?;
+            let mut grad = unit.grad.narrow(0, 0, unit.owned.len);
+            unit.optimizer.update(&mut owned, &mut grad, Update { scale, step: self.num_updates, options })?;
             if self.stage > 0 {
                 let mut flat = self.weights.flat(unit_idx).shallow_clone();
                 gathers.push(self.group.all_gather_async(&owned.copy(), &mut flat)?);
@@ -185,12 +181,11 @@ impl Zero {
         }
         let mut shards = Vec::new();
         for (unit_idx, unit) in self.units.iter().enumerate() {
-            let numel = self.weights.manifest.units[unit_idx].numel() as i64;
-            let len = unit.owned.len.min(numel - unit.owned.start);
-            if len > 0 {
-                let tensors =
-                    unit.named().map(|(name, tensor)| (name, tensor.narrow(0, 0, len).to_device(tch::Device::Cpu)));
-                shards.push(ShardState { unit_idx, offset: unit.owned.start as usize, tensors: tensors.collect() });
+            for StateTensor { name, tensor, offset, .. } in unit.optimizer.tensors() {
+                if tensor.numel() > 0 {
+                    let tensor = tensor.to_device(tch::Device::Cpu);
+                    shards.push(ShardState { unit_idx, name, offset: offset as usize, tensor });
+                }
             }
         }
         shards
@@ -199,27 +194,24 @@ impl Zero {
     /// Takes the optimizer's state back, from a run of any world size and stage.
     ///
     /// # Errors
-    /// If a unit's moments are not there. A missing master is made from the weights.
+    /// If a unit's state is not there, or not whole. A missing master is made from the weights.
     pub fn load_state(&mut self, num_updates: u64, states: &[FullState]) -> Result<(), ZeroError> {
         for (unit_idx, unit) in self.units.iter_mut().enumerate() {
-            for (name, mut tensor) in unit.named() {
-                let found = states.iter().find(|state| state.unit_idx == unit_idx && state.name == name);
-                let numel = self.weights.manifest.units[unit_idx].numel() as i64;
-                let len = unit.owned.len.min(numel - unit.owned.start);
-                match found {
-                    Some(state) if len > 0 => {
-                        let source = state.tensor.narrow(0, unit.owned.start, len);
-                        tch::no_grad(|| tensor.narrow(0, 0, len).copy_(&source));
+            let unit_name = || self.weights.manifest.units[unit_idx].name.clone();
+            for StateTensor { name, mut tensor, offset, whole_len } in unit.optimizer.tensors() {
+                match states.iter().find(|state| state.unit_idx == unit_idx && state.name == name) {
+                    Some(state) if state.tensor.size() == [whole_len] => {
+                        let source = state.tensor.narrow(0, offset, tensor.numel() as i64);
+                        tch::no_grad(|| tensor.copy_(&source));
                     }
-                    Some(_) => {}
+                    Some(state) => {
+                        let found = state.tensor.numel();
+                        return Err(ZeroError::UnevenState { name, unit: unit_name(), found, expected: whole_len });
+                    }
                     None if name == "master" => {
-                        let owned = unit.owned.of(self.weights.flat(unit_idx));
-                        tch::no_grad(|| tensor.copy_(&owned));
+                        unit.optimizer.reset_master(&unit.owned.of(self.weights.flat(unit_idx)));
                     }
-                    None => {
-                        let unit = self.weights.manifest.units[unit_idx].name.clone();
-                        return Err(ZeroError::MissingState { name, unit });
-                    }
+                    None => return Err(ZeroError::MissingState { name, unit: unit_name() }),
                 }
             }
         }
@@ -263,16 +255,9 @@ impl UnitState {
             let len = padded / group.size() as i64;
             Range { start: group.rank() as i64 * len, len }
         };
-        let zeros = |len: i64| Tensor::zeros([len], (Kind::Float, flat.device()));
-        let master = (weights.kind() != Kind::Float).then(|| owned.of(flat).to_kind(Kind::Float));
-        Self {
-            grad: zeros(if stage == 2 { owned.len } else { padded }),
-            exp_avg: zeros(owned.len),
-            exp_avg_sq: zeros(owned.len),
-            master,
-            owned,
-            decayed: decayed(weights, unit_idx, owned),
-        }
+        let grad = Tensor::zeros([if stage == 2 { owned.len } else { padded }], (Kind::Float, flat.device()));
+        let optimizer = ShardOptimizer::new(&weights.manifest.units[unit_idx], owned, &owned.of(flat));
+        Self { grad, optimizer, owned }
     }
 
     /// Adds the gradients of the parameters in place, without a flat copy of them.
@@ -285,53 +270,4 @@ impl UnitState {
             offset += numel;
         }
     }
-
-    /// Updates the owned weights, `[owned]`, in place.
-    fn update(&mut self, weights: &mut Tensor, scale: f64, step: u64, options: &AdamW) -> Result<(), ZeroError> {
-        let mut grad = self.grad.narrow(0, 0, self.owned.len);
-        if scale != 1.0 {
-            grad *= scale;
-        }
-        let target = self.master.as_mut().unwrap_or(weights);
-        if options.weight_decay > 0.0 {
-            for range in &self.decayed {
-                let mut part = range.of(target);
-                part *= 1.0 - options.lr * options.weight_decay;
-            }
-        }
-        let options = AdamW { weight_decay: 0.0, ..*options };
-        fused_adamw(target, &grad, (&mut self.exp_avg, &mut self.exp_avg_sq), step, &options)?;
-        if let Some(master) = &self.master {
-            tch::no_grad(|| weights.copy_(master));
-        }
-        Ok(())
-    }
-
-    fn named(&self) -> impl Iterator<Item = (&'static str, Tensor)> {
-        let mut named =
-            vec![("exp_avg", self.exp_avg.shallow_clone()), ("exp_avg_sq", self.exp_avg_sq.shallow_clone())];
-        named.extend(self.master.as_ref().map(|master| ("master", master.shallow_clone())));
-        named.into_iter()
-    }
-}
-
-impl Range {
-    fn of(self, flat: &Tensor) -> Tensor {
-        flat.narrow(0, self.start, self.len)
-    }
-}
-
-/// The parts of `owned` that lie in matrices, relative to its start. transformers decays the same parameters.
-fn decayed(weights: &Weights, unit_idx: usize, owned: Range) -> Vec<Range> {
-    let mut offset = 0;
-    let mut ranges = Vec::new();
-    for param in &weights.manifest.units[unit_idx].params {
-        let end = offset + param.numel() as i64;
-        let (start, stop) = (offset.max(owned.start), end.min(owned.start + owned.len));
-        if param.shape.len() == 2 && start < stop {
-            ranges.push(Range { start: start - owned.start, len: stop - start });
-        }
-        offset = end;
-    }
-    ranges
 }
