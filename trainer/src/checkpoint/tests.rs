@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::process::Command;
 
 use aha_nn::model_folder::load_weights;
+use aha_nn::weights::Weights;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
@@ -281,7 +282,7 @@ fn saving_to_a_full_disk() {
     };
     let error = snapshot.save(&dir.join("checkpoints"), 1, &solo()).unwrap_err();
     println!("{error}");
-    let error = save_model(&dir.join("checkpoints/model"), &base, &scratch.model, &weights).unwrap_err();
+    let error = save_model(&dir.join("checkpoints/model"), &base, &scratch.model, (&weights, &solo())).unwrap_err();
     println!("{error}");
 }
 
@@ -291,7 +292,7 @@ fn a_saved_model_is_a_model_folder_and_replaces_the_last() {
     let folder = fixture.folder.path().join("model");
     for seed in [1, 2] {
         let weights = fixture.weights(seed, 2);
-        save_model(&folder, &fixture.base(), &fixture.model, &weights).unwrap();
+        save_model(&folder, &fixture.base(), &fixture.model, (&weights, &solo())).unwrap();
         let read = load_weights(&folder, &fixture.model, 2, Kind::Float, Device::Cpu).unwrap();
         assert!(read.embedding().equal(&weights.embedding()));
     }

@@ -4,12 +4,10 @@
 mod golden_tests;
 pub mod learner;
 pub mod objective;
-<<<<<<< HEAD
-mod prompt_groups;
-=======
 pub mod optimizer;
+pub mod parameters;
+mod prompt_groups;
 mod range;
->>>>>>> b6e7962a40566e4cc77bc6f20c63599666361a20
 mod targets;
 #[cfg(test)]
 mod tests;

@@ -1,18 +1,22 @@
 //! Optimizer state, gradients and their communication, sharded over ranks as in ZeRO (arXiv 1910.02054).
 //!
 //! Every unit of the model is one flat buffer that the world size divides. Stage 0 keeps everything on every rank,
-//! stage 1 shards the optimizer's state, stage 2 the gradients as well: a unit's gradient is reduce-scattered while the
-//! backward pass of the next one computes. All ranks call these methods in the same order, unit for unit, whatever
-//! their own data: that is what keeps the collectives matched.
+//! stage 1 shards the optimizer's state, stage 2 the gradients as well, stage 3 the weights as well. A unit's gradient is
+//! reduced while the backward pass of the next one computes: in stages 2 and 3 with every micro-batch, before them with
+//! the last of a step. All ranks call these methods in the same order, unit for unit, whatever their own data: that is
+//! what keeps the collectives matched.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use aha_nn::comm::{CommError, ProcessGroup, ReduceOp, Work};
 use aha_nn::optim::{AdamW, AdamWError, sum_of_squares};
+use aha_nn::unit::ModelWeights;
 use aha_nn::weights::Weights;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::optimizer::{ShardOptimizer, StateTensor, Update};
+use super::parameters::{Parameters, Sharding, bytes};
 use super::range::Range;
 
 /// Reductions in flight while the backward pass goes on; each holds one unit's gradient.
@@ -21,11 +25,12 @@ const MAX_PENDING: usize = 2;
 /// The weights of one rank with what is needed to update them.
 #[derive(Debug)]
 pub struct Zero {
-    stage: u8,
-    group: ProcessGroup,
-    weights: Weights,
+    sharding: Sharding,
+    group: Arc<ProcessGroup>,
+    weights: Parameters,
     units: Vec<UnitState>,
     pending: VecDeque<Pending>,
+    stage: Option<HostStage>,
     /// Updates so far.
     num_updates: u64,
 }
@@ -33,18 +38,35 @@ pub struct Zero {
 /// What one rank holds of one unit beside its weights.
 #[derive(Debug)]
 struct UnitState {
-    /// Sum of the gradients of this step: `[padded]` in stages 0 and 1, the shard in stage 2. fp32.
+    /// Sum of the gradients of this step: `[padded]` in stages 0 and 1, the shard in stages 2 and 3. fp32.
     grad: Tensor,
     optimizer: ShardOptimizer,
     /// Elements of the unit that this rank updates.
     owned: Range,
 }
 
+/// A reduction on its way.
 #[derive(Debug)]
 struct Pending {
     unit_idx: usize,
     work: Work,
-    shard: Tensor,
+    /// What becomes the gradient, or is added to it; none where it is reduced in place.
+    shard: Option<Tensor>,
+}
+
+/// The CPU's side of an update whose state is there: room for one unit's owned elements, pinned where the device is a GPU.
+#[derive(Debug)]
+struct HostStage {
+    grad: Tensor,
+    weights: Tensor,
+}
+
+/// Memory that a rank holds between steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeldBytes {
+    pub weights: usize,
+    pub gradients: usize,
+    pub optimizer: usize,
 }
 
 /// One rank's part of one tensor of the optimizer's state of one unit, without padding.
@@ -82,13 +104,28 @@ pub enum ZeroError {
 
 impl Zero {
     /// Takes over `weights`, which are equal on all ranks and padded for the size of `group`.
-    pub fn new(stage: u8, group: ProcessGroup, weights: Weights) -> Self {
-        let units =
-            (0..weights.num_units()).map(|unit_idx| UnitState::new(stage, &group, &weights, unit_idx)).collect();
-        Self { stage, group, weights, units, pending: VecDeque::new(), num_updates: 0 }
+    pub fn new(sharding: impl Into<Sharding>, group: ProcessGroup, weights: Weights) -> Self {
+        let (sharding, group) = (sharding.into(), Arc::new(group));
+        let weights = Parameters::of(sharding, &group, weights);
+        Self::with(sharding, group, weights).expect("weights at hand wait for no rank")
     }
 
-    pub fn weights(&self) -> &Weights {
+    /// As [`Zero::new`], for weights that are sharded as `sharding` says already.
+    ///
+    /// # Errors
+    /// If ranks cannot reach each other.
+    pub fn with(sharding: Sharding, group: Arc<ProcessGroup>, weights: Parameters) -> Result<Self, ZeroError> {
+        let units: Vec<UnitState> = (0..weights.manifest().units.len())
+            .map(|unit_idx| UnitState::new(sharding, &group, &weights, unit_idx))
+            .collect::<Result<_, _>>()?;
+        let stage = sharding.offload_optimizer.then(|| {
+            let longest = units.iter().map(|unit| unit.owned.len).max().unwrap_or(0);
+            HostStage::new(longest, weights.kind(), weights.device())
+        });
+        Ok(Self { sharding, group, weights, units, pending: VecDeque::new(), stage, num_updates: 0 })
+    }
+
+    pub fn weights(&self) -> &Parameters {
         &self.weights
     }
 
@@ -101,17 +138,34 @@ impl Zero {
         self.num_updates
     }
 
+    /// What this rank holds between steps.
+    #[must_use]
+    pub fn held_bytes(&self) -> HeldBytes {
+        HeldBytes {
+            weights: self.weights.num_bytes(),
+            gradients: self.units.iter().map(|unit| bytes(&unit.grad)).sum(),
+            optimizer: self.units.iter().map(|unit| unit.optimizer.num_bytes()).sum(),
+        }
+    }
+
     /// Adds to the gradient of a unit; `grads` are those of its parameters, in manifest order, or none from a rank that
-    /// has no data left.
-    pub fn accumulate(&mut self, unit_idx: usize, grads: &[Tensor]) -> Result<(), ZeroError> {
-        if self.stage < 2 || self.group.size() == 1 {
+    /// has no data left. `is_last` with what is the last of the step for this unit, on all ranks alike.
+    pub fn accumulate(&mut self, unit_idx: usize, grads: &[Tensor], is_last: bool) -> Result<(), ZeroError> {
+        if self.group.size() == 1 {
             self.units[unit_idx].add(grads);
             return Ok(());
         }
-        let flat = self.flat_gradient(unit_idx, grads);
-        let mut shard = self.units[unit_idx].grad.empty_like();
-        let work = self.group.reduce_scatter_async(&flat, &mut shard, ReduceOp::Sum)?;
-        self.pending.push_back(Pending { unit_idx, work, shard });
+        let flat = match self.sharding.stage {
+            0 | 1 => {
+                self.units[unit_idx].add(grads);
+                if !is_last {
+                    return Ok(());
+                }
+                self.units[unit_idx].grad.shallow_clone()
+            }
+            _ => self.flat_gradient(unit_idx, grads),
+        };
+        self.reduce(unit_idx, flat)?;
         while self.pending.len() > MAX_PENDING {
             self.finish_oldest()?;
         }
@@ -123,41 +177,37 @@ impl Zero {
         while !self.pending.is_empty() {
             self.finish_oldest()?;
         }
-        for unit in &mut self.units {
-            match self.stage {
-                0 => self.group.all_reduce(&mut unit.grad, ReduceOp::Sum)?,
-                1 => {
-                    let mut shard = Tensor::empty([unit.owned.len], (Kind::Float, unit.grad.device()));
-                    self.group.reduce_scatter(&unit.grad, &mut shard, ReduceOp::Sum)?;
-                    unit.grad = shard;
-                }
-                _ => {}
-            }
-        }
         // One sum of squares a unit, added in a fixed order in f64, so that the norm does not depend on the stage.
         let squares: Vec<Tensor> = self.units.iter().map(|unit| sum_of_squares(&unit.grad)).collect();
         let mut total = Tensor::stack(&squares, 0).sum(Kind::Double).view([1]);
-        if self.stage > 0 {
+        if self.sharding.stage > 0 {
             self.group.all_reduce(&mut total, ReduceOp::Sum)?;
         }
         Ok(total.double_value(&[0]).sqrt())
     }
 
-    /// Scales the gradients by `scale`, updates the owned weights, and gathers everyone's. Gradients are zero after.
+    /// Scales the gradients by `scale`, updates the owned weights, and gathers everyone's, which whoever uses a unit next
+    /// waits for. Gradients are zero after.
     pub fn update(&mut self, scale: f64, options: &AdamW) -> Result<(), ZeroError> {
         self.num_updates += 1;
-        let mut gathers = Vec::new();
+        let update = Update { scale, step: self.num_updates, options };
         for (unit_idx, unit) in self.units.iter_mut().enumerate() {
-            let mut owned = unit.owned.of(self.weights.flat(unit_idx));
+            let mut owned = self.weights.owned(unit_idx, unit.owned)?;
             let mut grad = unit.grad.narrow(0, 0, unit.owned.len);
-            unit.optimizer.update(&mut owned, &mut grad, Update { scale, step: self.num_updates, options })?;
-            if self.stage > 0 {
-                let mut flat = self.weights.flat(unit_idx).shallow_clone();
-                gathers.push(self.group.all_gather_async(&owned.copy(), &mut flat)?);
+            match &mut self.stage {
+                Some(stage) => stage.update(&mut unit.optimizer, &mut owned, &grad, update)?,
+                None => {
+                    // The same memory, unless weights are kept on the CPU and their state is not.
+                    let mut beside = owned.to_device(grad.device());
+                    unit.optimizer.update(&mut beside, &mut grad, update)?;
+                    if beside.device() != owned.device() {
+                        tch::no_grad(|| owned.copy_(&beside));
+                    }
+                }
             }
-        }
-        for gather in gathers {
-            gather.wait()?;
+            if self.sharding.stage > 0 {
+                self.weights.gather(unit_idx, &owned, &self.group)?;
+            }
         }
         self.zero_gradients();
         Ok(())
@@ -165,9 +215,11 @@ impl Zero {
 
     /// Drops the gradients of the step.
     pub fn zero_gradients(&mut self) {
-        for (unit_idx, unit) in self.units.iter_mut().enumerate() {
-            if self.stage == 1 {
-                unit.grad = self.weights.flat(unit_idx).zeros_like().to_kind(Kind::Float);
+        for (unit, spec) in self.units.iter_mut().zip(&self.weights.manifest().units) {
+            let len = unit.grad.size()[0];
+            let padded = spec.padded_numel(self.group.size()) as i64;
+            if self.sharding.stage < 2 && len < padded {
+                unit.grad = Tensor::zeros([padded], (Kind::Float, unit.grad.device()));
             } else {
                 unit.grad = unit.grad.zero_();
             }
@@ -176,7 +228,7 @@ impl Zero {
 
     /// What this rank contributes to a checkpoint. In stage 0 all ranks hold the same, and rank 0 speaks for them.
     pub fn state(&self) -> Vec<ShardState> {
-        if self.stage == 0 && self.group.rank() > 0 {
+        if self.sharding.stage == 0 && self.group.rank() > 0 {
             return Vec::new();
         }
         let mut shards = Vec::new();
@@ -197,7 +249,7 @@ impl Zero {
     /// If a unit's state is not there, or not whole. A missing master is made from the weights.
     pub fn load_state(&mut self, num_updates: u64, states: &[FullState]) -> Result<(), ZeroError> {
         for (unit_idx, unit) in self.units.iter_mut().enumerate() {
-            let unit_name = || self.weights.manifest.units[unit_idx].name.clone();
+            let unit_name = || self.weights.manifest().units[unit_idx].name.clone();
             for StateTensor { name, mut tensor, offset, whole_len } in unit.optimizer.tensors() {
                 match states.iter().find(|state| state.unit_idx == unit_idx && state.name == name) {
                     Some(state) if state.tensor.size() == [whole_len] => {
@@ -209,7 +261,7 @@ impl Zero {
                         return Err(ZeroError::UnevenState { name, unit: unit_name(), found, expected: whole_len });
                     }
                     None if name == "master" => {
-                        unit.optimizer.reset_master(&unit.owned.of(self.weights.flat(unit_idx)));
+                        unit.optimizer.reset_master(&self.weights.owned(unit_idx, unit.owned)?);
                     }
                     None => return Err(ZeroError::MissingState { name, unit: unit_name() }),
                 }
@@ -219,25 +271,40 @@ impl Zero {
         Ok(())
     }
 
+    /// Begins to sum `flat`, `[padded]`, over ranks.
+    fn reduce(&mut self, unit_idx: usize, mut flat: Tensor) -> Result<(), ZeroError> {
+        let (work, shard) = if self.sharding.stage == 0 {
+            (self.group.all_reduce_async(&mut flat, ReduceOp::Sum)?, None)
+        } else {
+            let mut shard = Tensor::empty([self.units[unit_idx].owned.len], (Kind::Float, flat.device()));
+            (self.group.reduce_scatter_async(&flat, &mut shard, ReduceOp::Sum)?, Some(shard))
+        };
+        self.pending.push_back(Pending { unit_idx, work, shard });
+        Ok(())
+    }
+
     fn finish_oldest(&mut self) -> Result<(), ZeroError> {
-        if let Some(Pending { unit_idx, work, shard }) = self.pending.pop_front() {
-            work.wait()?;
-            let grad = &mut self.units[unit_idx].grad;
-            *grad += shard;
+        let Some(Pending { unit_idx, work, shard }) = self.pending.pop_front() else { return Ok(()) };
+        work.wait()?;
+        let grad = &mut self.units[unit_idx].grad;
+        match shard {
+            Some(shard) if self.sharding.stage == 1 => *grad = shard,
+            Some(shard) => *grad += shard,
+            None => {}
         }
         Ok(())
     }
 
     /// The gradients of a unit's parameters as one padded fp32 tensor.
     fn flat_gradient(&self, unit_idx: usize, grads: &[Tensor]) -> Tensor {
-        let flat = self.weights.flat(unit_idx);
-        let padded = flat.size()[0];
-        let options = (Kind::Float, flat.device());
+        let unit = &self.weights.manifest().units[unit_idx];
+        let padded = unit.padded_numel(self.group.size()) as i64;
+        let options = (Kind::Float, self.weights.device());
         if grads.is_empty() {
             return Tensor::zeros([padded], options);
         }
         let mut parts: Vec<Tensor> = grads.iter().map(|grad| grad.to_kind(Kind::Float).reshape([-1])).collect();
-        let padding = padded - self.weights.manifest.units[unit_idx].numel() as i64;
+        let padding = padded - unit.numel() as i64;
         if padding > 0 {
             parts.push(Tensor::zeros([padding], options));
         }
@@ -246,18 +313,15 @@ impl Zero {
 }
 
 impl UnitState {
-    fn new(stage: u8, group: &ProcessGroup, weights: &Weights, unit_idx: usize) -> Self {
-        let flat = weights.flat(unit_idx);
-        let padded = flat.size()[0];
-        let owned = if stage == 0 {
-            Range { start: 0, len: padded }
-        } else {
-            let len = padded / group.size() as i64;
-            Range { start: group.rank() as i64 * len, len }
-        };
-        let grad = Tensor::zeros([if stage == 2 { owned.len } else { padded }], (Kind::Float, flat.device()));
-        let optimizer = ShardOptimizer::new(&weights.manifest.units[unit_idx], owned, &owned.of(flat));
-        Self { grad, optimizer, owned }
+    fn new(sharding: Sharding, group: &ProcessGroup, weights: &Parameters, unit_idx: usize) -> Result<Self, CommError> {
+        let unit = &weights.manifest().units[unit_idx];
+        let padded = unit.padded_numel(group.size()) as i64;
+        let owned = sharding.owned(padded, (group.rank(), group.size()));
+        let grad_len = if sharding.stage < 2 { padded } else { owned.len };
+        let grad = Tensor::zeros([grad_len], (Kind::Float, weights.device()));
+        let state_device = if sharding.offload_optimizer { Device::Cpu } else { weights.device() };
+        let optimizer = ShardOptimizer::new(unit, owned, &weights.owned(unit_idx, owned)?.to_device(state_device));
+        Ok(Self { grad, optimizer, owned })
     }
 
     /// Adds the gradients of the parameters in place, without a flat copy of them.
@@ -269,5 +333,34 @@ impl UnitState {
             target += grad.to_kind(Kind::Float).reshape([-1]);
             offset += numel;
         }
+    }
+}
+
+impl HostStage {
+    fn new(len: i64, kind: Kind, device: Device) -> Self {
+        let buffer = |kind: Kind| {
+            let buffer = Tensor::zeros([len], (kind, Device::Cpu));
+            if device.is_cuda() { buffer.pin_memory(device) } else { buffer }
+        };
+        Self { grad: buffer(Kind::Float), weights: buffer(kind) }
+    }
+
+    /// Updates `owned` by way of the CPU.
+    fn update(
+        &mut self,
+        optimizer: &mut ShardOptimizer,
+        owned: &mut Tensor,
+        grad: &Tensor,
+        update: Update<'_>,
+    ) -> Result<(), AdamWError> {
+        let len = grad.size()[0];
+        let [mut host_grad, mut host_weights] = [&self.grad, &self.weights].map(|buffer| buffer.narrow(0, 0, len));
+        tch::no_grad(|| {
+            host_grad.copy_(grad);
+            host_weights.copy_(owned);
+        });
+        optimizer.update(&mut host_weights, &mut host_grad, update)?;
+        tch::no_grad(|| owned.copy_(&host_weights));
+        Ok(())
     }
 }
