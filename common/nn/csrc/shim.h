@@ -91,8 +91,8 @@ void aha_parallel_for(int64_t end, int64_t grain, void (*body)(void*, int64_t, i
 
 // Exchanges what the storages of two tensors refer to, on one device: their views follow, their versions stay.
 char* aha_swap_memory(at::Tensor* a, at::Tensor* b);
-// False for a tensor with elements whose memory another one has.
-bool aha_has_memory(const at::Tensor* tensor);
+// Of the storage that a tensor is a view of; 0 while another one has it.
+size_t aha_memory_bytes(const at::Tensor* tensor);
 
 char* aha_fused_adamw(at::Tensor* param, at::Tensor* grad, at::Tensor* exp_avg, at::Tensor* exp_avg_sq, double step,
                       const AhaAdamW* options);

@@ -21,6 +21,6 @@ char* aha_swap_memory(at::Tensor* a, at::Tensor* b) {
   });
 }
 
-bool aha_has_memory(const at::Tensor* tensor) {
-  return tensor->numel() == 0 || (tensor->has_storage() && tensor->storage().data() != nullptr);
+size_t aha_memory_bytes(const at::Tensor* tensor) {
+  return tensor->has_storage() && tensor->storage().data() != nullptr ? tensor->storage().nbytes() : 0;
 }

@@ -19,7 +19,7 @@ pub mod rotary;
 pub mod runtime;
 pub mod sharded_weights;
 mod shim;
-mod storage;
+pub mod storage;
 pub mod tensor_data;
 pub mod transformer;
 pub mod unit;

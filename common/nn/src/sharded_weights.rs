@@ -14,7 +14,7 @@ use aha_core::manifest::Manifest;
 use tch::{Device, Kind, Tensor};
 
 use crate::comm::{CommError, ProcessGroup, Work};
-use crate::storage::swap_memory;
+use crate::storage::{memory_bytes, swap_memory};
 use crate::unit::{ModelWeights, Unit};
 use crate::weights::split;
 
@@ -111,9 +111,8 @@ impl ShardedWeights {
     /// Bytes of the shards, and of the buffers that are kept for units.
     #[must_use]
     pub fn num_bytes(&self) -> (usize, usize) {
-        let bytes = |tensor: &Tensor| tensor.numel() * tensor.kind().elt_size_in_bytes();
-        let shards = self.units.iter().map(|unit| bytes(&unit.shard)).sum();
-        (shards, self.pool.free.borrow().iter().map(bytes).sum())
+        let shards = self.units.iter().map(|unit| memory_bytes(&unit.shard)).sum();
+        (shards, self.pool.free.borrow().iter().map(memory_bytes).sum())
     }
 
     fn gather(&self, unit: &ShardedUnit) -> Result<(Work, Tensor), CommError> {

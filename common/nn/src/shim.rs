@@ -160,7 +160,7 @@ unsafe extern "C" {
     );
 
     pub(crate) fn aha_swap_memory(a: *const C_tensor, b: *const C_tensor) -> *mut c_char;
-    pub(crate) fn aha_has_memory(tensor: *const C_tensor) -> bool;
+    pub(crate) fn aha_memory_bytes(tensor: *const C_tensor) -> usize;
 
     pub(crate) fn aha_fused_adamw(
         param: *const C_tensor,

@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use crate::shim::{self, aha_has_memory, aha_swap_memory};
+use crate::shim::{self, aha_memory_bytes, aha_swap_memory};
 
 /// Exchanges the memory of two tensors on one device. Views follow; autograd does not take it for a write.
 ///
@@ -17,10 +17,16 @@ pub(crate) fn swap_memory(a: &mut Tensor, b: &mut Tensor) {
     }
 }
 
+/// Bytes of the memory that a tensor is a view of, all of it; 0 while another tensor has it.
+#[must_use]
+pub fn memory_bytes(tensor: &Tensor) -> usize {
+    // SAFETY: it is a live tensor.
+    unsafe { aha_memory_bytes(tensor.as_ptr()) }
+}
+
 /// Whether the elements of a tensor are anywhere.
 pub(crate) fn has_memory(tensor: &Tensor) -> bool {
-    // SAFETY: it is a live tensor.
-    unsafe { aha_has_memory(tensor.as_ptr()) }
+    tensor.numel() == 0 || memory_bytes(tensor) > 0
 }
 
 #[cfg(test)]

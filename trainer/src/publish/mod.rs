@@ -315,7 +315,9 @@ impl From<Disagreement<PublishError>> for PublishError {
 fn unit_hashes(weights: &dyn ModelWeights, kind: Kind) -> Result<Vec<u64>, CommError> {
     let mut walk = Walk::all(weights);
     let hash = |unit: &UnitSpec| {
-        let flat = walk.next(weights)?.flat().narrow(0, 0, unit.numel() as i64).to_kind(kind).to_device(Device::Cpu);
+        let numel = unit.numel() as i64;
+        let unit = walk.next(weights)?;
+        let flat = unit.flat().narrow(0, 0, numel).to_kind(kind).to_device(Device::Cpu);
         Ok(xxh3_64(tensor_data::bytes(&flat)))
     };
     weights.manifest().units.iter().map(hash).collect()

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use aha_core::manifest::Manifest;
 use aha_nn::comm::{CommError, ProcessGroup, Work};
 use aha_nn::sharded_weights::ShardedWeights;
+use aha_nn::storage::memory_bytes;
 use aha_nn::unit::{ModelWeights, Unit};
 use aha_nn::weights::Weights;
 use tch::{Device, Kind, Tensor};
@@ -184,7 +185,7 @@ impl Parameters {
     #[must_use]
     pub fn num_bytes(&self) -> usize {
         match &self.0 {
-            Inner::Whole(weights, _) => (0..weights.num_units()).map(|unit| bytes(weights.flat(unit))).sum(),
+            Inner::Whole(weights, _) => (0..weights.num_units()).map(|unit| memory_bytes(weights.flat(unit))).sum(),
             Inner::Sharded(weights) => weights.num_bytes().0,
         }
     }
@@ -242,11 +243,6 @@ impl ModelWeights for Parameters {
     fn prefetch(&self, unit_idx: usize) -> Result<(), CommError> {
         self.0.weights().prefetch(unit_idx)
     }
-}
-
-/// Memory of a tensor's elements.
-pub(super) fn bytes(tensor: &Tensor) -> usize {
-    tensor.numel() * tensor.kind().elt_size_in_bytes()
 }
 
 fn arrive(coming: &RefCell<Option<Work>>) -> Result<(), CommError> {

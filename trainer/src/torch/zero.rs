@@ -11,12 +11,13 @@ use std::sync::Arc;
 
 use aha_nn::comm::{CommError, ProcessGroup, ReduceOp, Work};
 use aha_nn::optim::{AdamW, AdamWError, sum_of_squares};
+use aha_nn::storage::memory_bytes;
 use aha_nn::unit::ModelWeights;
 use aha_nn::weights::Weights;
 use tch::{Device, Kind, Tensor};
 
 use super::optimizer::{ShardOptimizer, StateTensor, Update};
-use super::parameters::{Parameters, Sharding, bytes};
+use super::parameters::{Parameters, Sharding};
 use super::range::Range;
 
 /// Reductions in flight while the backward pass goes on; each holds one unit's gradient.
@@ -143,7 +144,7 @@ impl Zero {
     pub fn held_bytes(&self) -> HeldBytes {
         HeldBytes {
             weights: self.weights.num_bytes(),
-            gradients: self.units.iter().map(|unit| bytes(&unit.grad)).sum(),
+            gradients: self.units.iter().map(|unit| memory_bytes(&unit.grad)).sum(),
             optimizer: self.units.iter().map(|unit| unit.optimizer.num_bytes()).sum(),
         }
     }
