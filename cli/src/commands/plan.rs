@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use aha_core::config::{DeviceKind, Dtype, RunConfig};
 use aha_nn::model_config::ModelConfig;
 use aha_trainer::memory_plan::{self, Plan, Setting, TrainerPlan};
 use anyhow::{Result, ensure};
@@ -9,7 +10,6 @@ use serde_json::{Value, json};
 use tch::{Device, Kind};
 
 use super::ConfigArgs;
-use aha_core::config::{DeviceKind, Dtype, RunConfig};
 
 const GIB: f64 = (1_u64 << 30) as f64;
 
