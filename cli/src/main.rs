@@ -29,6 +29,7 @@ enum Command {
     Sft(sft::Args),
     Generate(generate::Args),
     Score(score::Args),
+    Plan(plan::Args),
     Reward(reward::Args),
     Bench(bench::Args),
 }

@@ -9,6 +9,7 @@ mod entropy;
 pub mod evaluate;
 pub mod exchange;
 pub mod loggers;
+pub mod memory_plan;
 pub mod optimize;
 pub mod prompts;
 pub mod publish;

@@ -60,7 +60,7 @@ pub fn run<R: Rollouts>(
             bail!("the gradients of {MAX_SKIPPED} steps in a row were not finite; lower train.learning_rate");
         }
         evaluate_if_due(&mut session, rollouts, step + 1)?;
-        session.sync_reference_if_due(step + 1);
+        session.sync_reference_if_due(step + 1)?;
         session.save_if_due(step + 1)?;
     }
     finish(session)

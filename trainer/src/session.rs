@@ -3,14 +3,15 @@
 
 use std::num::NonZeroUsize;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use aha_core::config::{DeviceKind, Dtype, RunConfig};
+use aha_core::config::{DeviceKind, Dtype, RunConfig, Train};
 use aha_core::schedule::Schedule;
 use aha_nn::comm::{Address, Backend, GroupSpec, ProcessGroup, Store};
 use aha_nn::logprob::chunk_rows;
 use aha_nn::model_config::ModelConfig;
-use aha_nn::model_folder::{check_weights, load_weights};
+use aha_nn::model_folder::{check_weights, load_units};
 use aha_nn::optim::AdamW;
 use aha_nn::runtime;
 use aha_nn::weights::Weights;
@@ -23,6 +24,7 @@ use crate::prompts::PromptSource;
 use crate::run_dir::RunDir;
 use crate::torch::learner::{Learner, LearnerOptions};
 use crate::torch::objective::Objective;
+use crate::torch::parameters::{Parameters, ParametersBuilder, Sharding};
 use crate::torch::zero::Zero;
 use crate::world::World;
 
@@ -65,14 +67,19 @@ impl Session {
         let (group, store) = join(config, world, device)?;
         let run_dir = RunDir::open(config, &group)?;
         let checkpoint = checkpoint::latest(&run_dir, &group)?;
-        let weights = initial_weights(config, &model_config, checkpoint.as_ref(), (world.size, device))?;
+        let group = Arc::new(group);
+        let builder = || {
+            let kind = kind(config.model.dtype, device);
+            ParametersBuilder::new(sharding(&config.train), &group, model_config.manifest(), kind)
+        };
+        let weights = initial_weights(config, &model_config, checkpoint.as_ref(), builder())?;
         let reference = if objective.needs_reference() {
-            Some(reference_weights(config, &model_config, checkpoint.as_ref(), device)?)
+            Some(reference_weights(config, &model_config, checkpoint.as_ref(), builder())?)
         } else {
             None
         };
         let step = checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.state.step);
-        let mut zero = Zero::new(config.train.zero_stage, group, weights);
+        let mut zero = Zero::with(sharding(&config.train), Arc::clone(&group), weights)?;
         if let Some(checkpoint) = &checkpoint {
             zero.load_state(checkpoint.state.num_updates, &checkpoint.optimizer()?)?;
             tracing::info!("going on from {}", checkpoint.folder.display());
@@ -118,11 +125,15 @@ impl Session {
     }
 
     /// Moves the reference policy where `train.sync_ref_model` asks for it after `step` steps.
-    pub fn sync_reference_if_due(&mut self, step: u64) {
+    ///
+    /// # Errors
+    /// If a collective fails.
+    pub fn sync_reference_if_due(&mut self, step: u64) -> Result<()> {
         let train = &self.config.train;
         if train.sync_ref_model && step.is_multiple_of(train.ref_model_sync_steps) {
-            self.learner.sync_reference(train.ref_model_mixup_alpha);
+            self.learner.sync_reference(train.ref_model_mixup_alpha)?;
         }
+        Ok(())
     }
 
     /// Writes a checkpoint where `train.save_steps` asks for one after `step` steps, and always after the last.
@@ -143,10 +154,8 @@ impl Session {
     /// If it cannot be written whole.
     pub fn save_model(&self) -> Result<std::path::PathBuf> {
         let folder = self.run_dir.model();
-        if self.world.rank == 0 {
-            let base = &self.config.model.path;
-            checkpoint::save_model(&folder, base, self.learner.config(), self.learner.zero().weights())?;
-        }
+        let base = &self.config.model.path;
+        checkpoint::save_model(&folder, base, self.learner.config(), (self.learner.zero().weights(), self.group()))?;
         self.group().barrier()?;
         Ok(folder)
     }
@@ -184,21 +193,37 @@ fn join(config: &RunConfig, world: &World, device: Device) -> Result<(ProcessGro
     Ok((ProcessGroup::new(backend, &store, &spec)?, Some(store)))
 }
 
+/// What ranks share out.
+fn sharding(train: &Train) -> Sharding {
+    Sharding {
+        stage: train.zero_stage,
+        offload_optimizer: train.offload_optimizer,
+        offload_params: train.offload_params,
+    }
+}
+
+fn kind(dtype: Dtype, device: Device) -> Kind {
+    match (dtype, device) {
+        (Dtype::Float32, _) | (Dtype::Auto, Device::Cpu) => Kind::Float,
+        (Dtype::Bfloat16, _) | (Dtype::Auto, _) => Kind::BFloat16,
+    }
+}
+
 fn initial_weights(
     config: &RunConfig,
     model_config: &ModelConfig,
     checkpoint: Option<&Checkpoint>,
-    (world_size, device): (usize, Device),
-) -> Result<Weights> {
-    let kind = match (config.model.dtype, device) {
-        (Dtype::Float32, _) | (Dtype::Auto, Device::Cpu) => Kind::Float,
-        (Dtype::Bfloat16, _) | (Dtype::Auto, _) => Kind::BFloat16,
-    };
+    mut builder: ParametersBuilder,
+) -> Result<Parameters> {
     if checkpoint.is_none() && config.model.random_init {
-        return Ok(Weights::random(model_config, config.run.seed, world_size, kind, device));
+        for unit_idx in 0..model_config.manifest().units.len() {
+            builder.add(&Weights::random_unit(model_config, config.run.seed, unit_idx));
+        }
+    } else {
+        let folder: &Path = checkpoint.map_or(&config.model.path, |checkpoint| &checkpoint.folder);
+        load_units(folder, model_config, |_, params| builder.add(&params))?;
     }
-    let folder: &Path = checkpoint.map_or(&config.model.path, |checkpoint| &checkpoint.folder);
-    Ok(load_weights(folder, model_config, world_size, kind, device)?)
+    Ok(builder.finish())
 }
 
 /// The initial policy; the one that a checkpoint left where `train.sync_ref_model` moves it.
@@ -206,12 +231,14 @@ fn reference_weights(
     config: &RunConfig,
     model_config: &ModelConfig,
     checkpoint: Option<&Checkpoint>,
-    device: Device,
-) -> Result<Weights> {
-    let initial = initial_weights(config, model_config, None, (1, device))?;
+    mut builder: ParametersBuilder,
+) -> Result<Parameters> {
     match checkpoint.and_then(Checkpoint::reference).filter(|_| config.train.sync_ref_model) {
-        Some(folder) => Ok(load_weights(&folder, model_config, 1, initial.kind(), device)?),
-        None => Ok(initial),
+        Some(folder) => {
+            load_units(&folder, model_config, |_, params| builder.add(&params))?;
+            Ok(builder.finish())
+        }
+        None => initial_weights(config, model_config, None, builder),
     }
 }
 
@@ -223,6 +250,7 @@ fn learner_options(config: &RunConfig, objective: Objective, vocab_size: usize) 
         temperature: if supervised { 1.0 } else { f64::from(config.rollout.temperature) },
         max_grad_norm: config.train.max_grad_norm,
         gradient_checkpointing: config.train.gradient_checkpointing,
+        gradient_checkpointing_interval: config.train.gradient_checkpointing_interval,
         share_prompts: config.train.share_prompts,
         max_length: if supervised { config.sft.max_length } else { grpo_length },
         logit_rows: chunk_rows(vocab_size as i64),

@@ -12,6 +12,7 @@ use tokio::runtime::Runtime;
 pub(crate) mod bench;
 pub(crate) mod generate;
 pub(crate) mod generator;
+pub(crate) mod plan;
 pub(crate) mod reward;
 pub(crate) mod score;
 pub(crate) mod sft;

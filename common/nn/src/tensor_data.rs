@@ -2,6 +2,8 @@
 
 use tch::{Device, Kind, Tensor};
 
+use crate::storage;
+
 /// The elements of a contiguous fp32 CPU tensor.
 ///
 /// # Panics
@@ -53,4 +55,5 @@ fn check(tensor: &Tensor, kind: Kind) {
         tensor.device() == Device::Cpu && tensor.kind() == kind && tensor.is_contiguous(),
         "expected a contiguous {kind:?} tensor on the CPU, got {tensor:?}"
     );
+    assert!(storage::has_memory(tensor), "{tensor:?} has given its memory to another tensor");
 }

@@ -1,10 +1,12 @@
 //! The weights of a model: one flat tensor a unit, with a view for every parameter.
 
-use aha_core::manifest::Manifest;
+use aha_core::manifest::{Manifest, ParamSpec};
 use aha_core::random::derive_seed;
 use tch::{Device, Kind, Tensor};
 
+use crate::comm::CommError;
 use crate::model_config::ModelConfig;
+use crate::unit::{ModelWeights, Unit};
 
 /// All weights of a model, in the order of its manifest.
 #[derive(Debug)]
@@ -26,6 +28,16 @@ impl Weights {
         Self { manifest, flats }
     }
 
+    /// Takes over the flat tensors of all units.
+    ///
+    /// # Panics
+    /// If there are more or fewer than units.
+    #[must_use]
+    pub fn from_flats(manifest: Manifest, flats: Vec<Tensor>) -> Self {
+        assert_eq!(manifest.units.len(), flats.len(), "a flat tensor for every unit");
+        Self { manifest, flats }
+    }
+
     /// Random weights as transformers initialises them: normal matrices, zero biases, norms of one.
     ///
     /// The same seed gives the same weights whatever the world size.
@@ -33,18 +45,30 @@ impl Weights {
     pub fn random(config: &ModelConfig, seed: u64, world_size: usize, kind: Kind, device: Device) -> Self {
         let weights = Self::zeros(config.manifest(), world_size, kind, device);
         for unit_idx in 0..weights.num_units() {
-            for (param_idx, mut view) in weights.views(unit_idx).into_iter().enumerate() {
-                let spec = &weights.manifest.units[unit_idx].params[param_idx];
-                if spec.name.ends_with("norm.weight") {
-                    tch::no_grad(|| view += 1.0);
-                } else if spec.shape.len() == 2 {
-                    let seed = derive_seed(seed, &[unit_idx as u64, param_idx as u64]);
-                    let values = normal_values(spec.numel(), config.initializer_range, seed);
-                    tch::no_grad(|| view.copy_(&Tensor::from_slice(&values).view_as(&view)));
-                }
+            for (mut view, values) in weights.views(unit_idx).into_iter().zip(Self::random_unit(config, seed, unit_idx))
+            {
+                tch::no_grad(|| view.copy_(&values));
             }
         }
         weights
+    }
+
+    /// The parameters of one unit of [`Weights::random`], in manifest order: fp32, on the CPU.
+    #[must_use]
+    pub fn random_unit(config: &ModelConfig, seed: u64, unit_idx: usize) -> Vec<Tensor> {
+        let random = |(param_idx, spec): (usize, &ParamSpec)| {
+            let shape: Vec<i64> = spec.shape.iter().map(|&size| size as i64).collect();
+            let options = (Kind::Float, Device::Cpu);
+            if spec.name.ends_with("norm.weight") {
+                Tensor::ones(&shape, options)
+            } else if spec.shape.len() == 2 {
+                let seed = derive_seed(seed, &[unit_idx as u64, param_idx as u64]);
+                Tensor::from_slice(&normal_values(spec.numel(), config.initializer_range, seed)).view(shape.as_slice())
+            } else {
+                Tensor::zeros(&shape, options)
+            }
+        };
+        config.manifest().units[unit_idx].params.iter().enumerate().map(random).collect()
     }
 
     #[must_use]
@@ -82,6 +106,24 @@ impl Weights {
     #[must_use]
     pub fn copy(&self) -> Self {
         Self { manifest: self.manifest.clone(), flats: self.flats.iter().map(Tensor::copy).collect() }
+    }
+}
+
+impl ModelWeights for Weights {
+    fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    fn kind(&self) -> Kind {
+        self.kind()
+    }
+
+    fn device(&self) -> Device {
+        self.device()
+    }
+
+    fn unit(&self, unit_idx: usize) -> Result<Unit, CommError> {
+        Ok(Unit::new(self.flat(unit_idx).shallow_clone(), self.views(unit_idx), None))
     }
 }
 

@@ -16,7 +16,7 @@ use aha_core::ids::PolicyVersion;
 use aha_nn::comm::{CommError, ProcessGroup};
 use aha_nn::model_config::{ModelConfig, ModelConfigError};
 use aha_nn::model_folder::ModelFolderError;
-use aha_nn::weights::Weights;
+use aha_nn::unit::{ModelWeights, Walk};
 use serde::{Deserialize, Serialize};
 
 use crate::agreement::Disagreement;
@@ -102,23 +102,26 @@ pub fn save(run_dir: &RunDir, config: &RunConfig, learner: &Learner, step: u64) 
         base_model: &config.model.path,
         model_config: learner.config(),
         weights: zero.weights(),
-        reference: learner.reference().filter(|_| config.train.sync_ref_model),
+        reference: learner.reference().filter(|_| config.train.sync_ref_model).map(|reference| reference as _),
         shards: &zero.state(),
     };
     snapshot.save(&run_dir.checkpoints(), config.train.save_total_limit, zero.group())
 }
 
-/// Writes a Hugging Face folder, with the tokenizer of `base_model`; a folder of that name is replaced. For one rank
-/// alone.
+/// Writes a Hugging Face folder, with the tokenizer of `base_model`; a folder of that name is replaced. Rank 0 writes; all
+/// ranks call this together.
 ///
 /// # Errors
-/// Names the path and the reason; the folder is then as it was.
+/// On rank 0, names the path and the reason; the folder is then as it was. On the others, if they cannot do their part.
 pub fn save_model(
     folder: &Path,
     base_model: &Path,
     config: &ModelConfig,
-    weights: &Weights,
+    (weights, group): (&dyn ModelWeights, &ProcessGroup),
 ) -> Result<(), CheckpointError> {
+    if group.rank() > 0 {
+        return Ok(Walk::all(weights).finish(weights)?);
+    }
     write::model(folder, base_model, config, weights)
 }
 

@@ -4,11 +4,13 @@ use std::collections::BTreeSet;
 use std::process::Command;
 
 use aha_nn::model_folder::load_weights;
+use aha_nn::weights::Weights;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
 use super::*;
 use crate::test_ranks::run_ranks;
+use crate::torch::parameters::Parameters;
 use crate::torch::zero::ShardState;
 
 /// What the seed of a reference policy's weights is more than the policy's.
@@ -101,7 +103,7 @@ fn shards(weights: &Weights, step: u64, group: &ProcessGroup) -> Vec<ShardState>
         let len = len.min(unit.numel().saturating_sub(offset));
         if len > 0 {
             let tensor = state(unit.numel(), step).narrow(0, offset as i64, len as i64);
-            shards.push(ShardState { unit_idx, offset, tensors: vec![("exp_avg", tensor)] });
+            shards.push(ShardState { unit_idx, name: "exp_avg", offset, tensor });
         }
     }
     shards
@@ -140,6 +142,40 @@ fn what_any_number_of_ranks_writes_one_rank_reads() {
         let read = |name: &str| std::fs::read_to_string(checkpoint.folder.join(name)).ok();
         assert_eq!(read("tokenizer.json").as_deref(), Some("{\"a\": 1}"));
         assert!(read("generation_config.json").is_some() && read("README.md").is_none());
+    }
+}
+
+#[test]
+fn shared_weights_are_written_as_if_one_rank_had_them_whole() {
+    let (shared, whole) = (Fixture::new(), Fixture::new());
+    let model = |fixture: &Fixture| fixture.folder.path().join("model");
+    run_ranks(3, |group| {
+        let (rank, group) = (group.rank(), std::sync::Arc::new(group));
+        let share = |seed| Parameters::of(3.into(), &group, shared.weights(seed, 3));
+        let (weights, reference) = (share(7), share(7 + REFERENCE));
+        let snapshot = Snapshot {
+            step: 7,
+            num_updates: 14,
+            seed: 42,
+            base_model: &shared.base(),
+            model_config: &shared.model,
+            weights: &weights,
+            reference: Some(&reference),
+            shards: &shards(&shared.weights(7, 3), 7, &group),
+        };
+        snapshot.save(&shared.checkpoints(), 2, &group).unwrap();
+        save_model(&model(&shared), &shared.base(), &shared.model, (&weights, &group)).unwrap();
+        assert_eq!((weights.most_gathered(), reference.most_gathered()), (2, 2), "rank {rank}");
+    });
+    run_ranks(3, |group| whole.save(7, 2, &group).unwrap());
+    save_model(&model(&whole), &whole.base(), &whole.model, (&whole.weights(7, 1), &solo())).unwrap();
+    for file in [
+        "checkpoints/step-7/model.safetensors",
+        "checkpoints/step-7/trainer_state/reference/model.safetensors",
+        "model/model.safetensors",
+    ] {
+        let read = |fixture: &Fixture| std::fs::read(fixture.folder.path().join(file)).unwrap();
+        assert!(read(&shared) == read(&whole), "{file}");
     }
 }
 
@@ -281,7 +317,7 @@ fn saving_to_a_full_disk() {
     };
     let error = snapshot.save(&dir.join("checkpoints"), 1, &solo()).unwrap_err();
     println!("{error}");
-    let error = save_model(&dir.join("checkpoints/model"), &base, &scratch.model, &weights).unwrap_err();
+    let error = save_model(&dir.join("checkpoints/model"), &base, &scratch.model, (&weights, &solo())).unwrap_err();
     println!("{error}");
 }
 
@@ -291,7 +327,7 @@ fn a_saved_model_is_a_model_folder_and_replaces_the_last() {
     let folder = fixture.folder.path().join("model");
     for seed in [1, 2] {
         let weights = fixture.weights(seed, 2);
-        save_model(&folder, &fixture.base(), &fixture.model, &weights).unwrap();
+        save_model(&folder, &fixture.base(), &fixture.model, (&weights, &solo())).unwrap();
         let read = load_weights(&folder, &fixture.model, 2, Kind::Float, Device::Cpu).unwrap();
         assert!(read.embedding().equal(&weights.embedding()));
     }

@@ -7,7 +7,7 @@ use aha_core::ids::PolicyVersion;
 use aha_nn::comm::ProcessGroup;
 use aha_nn::model_config::ModelConfig;
 use aha_nn::model_folder::save_weights;
-use aha_nn::weights::Weights;
+use aha_nn::unit::{ModelWeights, Walk};
 
 use super::{CheckpointError, FileRecord, REFERENCE_DIR, STATE_DIR, STATE_FILE, State, folder, optimizer};
 use crate::agreement::agree;
@@ -43,9 +43,9 @@ pub(super) struct Snapshot<'a> {
     pub(super) base_model: &'a Path,
     pub(super) model_config: &'a ModelConfig,
     /// Equal on all ranks; rank 0 writes them.
-    pub(super) weights: &'a Weights,
+    pub(super) weights: &'a dyn ModelWeights,
     /// The same for the reference policy, where it moves.
-    pub(super) reference: Option<&'a Weights>,
+    pub(super) reference: Option<&'a dyn ModelWeights>,
     pub(super) shards: &'a [ShardState],
 }
 
@@ -87,16 +87,20 @@ impl Snapshot<'_> {
         Ok(())
     }
 
-    /// Writes and syncs this rank's files.
+    /// Writes and syncs this rank's files. Where ranks share the weights, all of them gather all units, whatever fails.
     fn write_own(&self, partial: &Path, (rank, world_size): (usize, usize)) -> Result<Files, CheckpointError> {
         let mut names = Vec::new();
         if rank == 0 {
-            names.extend(write_model_files(partial, self.base_model, self.model_config, self.weights)?);
-            if let Some(reference) = self.reference {
-                names.extend(write_reference(partial, self.model_config, reference)?);
+            let model = write_model_files(partial, self.base_model, self.model_config, self.weights);
+            let reference = self.reference.map(|reference| write_reference(partial, self.model_config, reference));
+            names.extend(model?);
+            names.extend(reference.transpose()?.into_iter().flatten());
+        } else {
+            for weights in std::iter::once(self.weights).chain(self.reference) {
+                Walk::all(weights).finish(weights)?;
             }
         }
-        names.extend(optimizer::write(partial, (rank, world_size), &self.weights.manifest, self.shards)?);
+        names.extend(optimizer::write(partial, (rank, world_size), self.weights.manifest(), self.shards)?);
         let mut files = Files::new();
         for name in names {
             let path = partial.join(&name);
@@ -135,7 +139,7 @@ pub(super) fn model(
     whole: &Path,
     base_model: &Path,
     config: &ModelConfig,
-    weights: &Weights,
+    weights: &dyn ModelWeights,
 ) -> Result<(), CheckpointError> {
     let partial = folder::partial(whole);
     let written = create(&partial).and_then(|()| {
@@ -159,7 +163,7 @@ fn write_model_files(
     partial: &Path,
     base_model: &Path,
     config: &ModelConfig,
-    weights: &Weights,
+    weights: &dyn ModelWeights,
 ) -> Result<Vec<String>, CheckpointError> {
     write_weights(partial, config, weights)?;
     let mut names = WEIGHTS.map(str::to_owned).to_vec();
@@ -175,16 +179,23 @@ fn write_model_files(
 }
 
 /// Returns the names of the files.
-fn write_reference(partial: &Path, config: &ModelConfig, weights: &Weights) -> Result<Vec<String>, CheckpointError> {
+fn write_reference(
+    partial: &Path,
+    config: &ModelConfig,
+    weights: &dyn ModelWeights,
+) -> Result<Vec<String>, CheckpointError> {
     let folder = partial.join(REFERENCE_DIR);
-    create(&folder)?;
+    if let Err(error) = create(&folder) {
+        Walk::all(weights).finish(weights)?;
+        return Err(error);
+    }
     write_weights(&folder, config, weights)?;
     durable::sync(&folder).map_err(|error| CheckpointError::unwritable(&folder, error))?;
     Ok(WEIGHTS.map(|name| format!("{REFERENCE_DIR}/{name}")).to_vec())
 }
 
 /// Writes the files [`WEIGHTS`].
-fn write_weights(folder: &Path, config: &ModelConfig, weights: &Weights) -> Result<(), CheckpointError> {
+fn write_weights(folder: &Path, config: &ModelConfig, weights: &dyn ModelWeights) -> Result<(), CheckpointError> {
     save_weights(folder, config, weights)?;
     let [config, weights] = WEIGHTS.map(|name| folder.join(name));
     // The weights come out readable by their owner alone; whoever may read the rest may read them.

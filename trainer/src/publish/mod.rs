@@ -1,7 +1,7 @@
 //! The weight push: every trained version goes to all generators at once, by broadcasts in one process group.
 //!
 //! Ranks `0..W` of the update group are the trainers, `W..W+K` the generators. Each trainer broadcasts the units that it
-//! owns, in buckets, in the order of [`Manifest::buckets`], which all members compute alike. Trainer rank 0 makes the
+//! owns, in buckets, in the order of [`aha_core::manifest::Manifest::buckets`], which all members compute alike. Trainer rank 0 makes the
 //! calls: it tells the generators to receive, with the hash of every unit, and hears from each which version it serves.
 
 mod backend;
@@ -17,10 +17,10 @@ use std::time::{Duration, Instant};
 
 use aha_core::config::{PushBackend, RunConfig};
 use aha_core::ids::PolicyVersion;
-use aha_core::manifest::{Bucket, Manifest};
+use aha_core::manifest::{Bucket, UnitSpec};
 use aha_nn::comm::{CommError, ProcessGroup, Store};
 use aha_nn::tensor_data;
-use aha_nn::weights::Weights;
+use aha_nn::unit::{ModelWeights, Unit, Walk};
 use aha_proto::v1;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
@@ -117,7 +117,7 @@ impl Publisher {
     /// Within `train.push_timeout_seconds`, names the generator that has another model or the members that did not come.
     pub fn join(
         trainers: &ProcessGroup,
-        weights: &Weights,
+        weights: &dyn ModelWeights,
         config: &RunConfig,
         clients: &[Client],
         runtime: Arc<Runtime>,
@@ -133,20 +133,20 @@ impl Publisher {
     fn join_within(
         limits: Limits,
         trainers: &ProcessGroup,
-        weights: &Weights,
+        weights: &dyn ModelWeights,
         clients: &[Client],
         runtime: Arc<Runtime>,
     ) -> Result<Self, PublishError> {
         let bucket_numel = limits.bucket_bytes / weights.kind().elt_size_in_bytes();
         let terms = Terms {
             timeout: limits.timeout,
-            manifest_hash: weights.manifest.hash(),
+            manifest_hash: weights.manifest().hash(),
             bucket_numel,
             device: weights.device(),
             backend: limits.backend,
         };
         let groups = rendezvous::meet(&terms, trainers, clients, &runtime)?;
-        let buckets = weights.manifest.buckets(trainers.size(), bucket_numel);
+        let buckets = weights.manifest().buckets(trainers.size(), bucket_numel);
         let longest = buckets.iter().map(|bucket| bucket.numel).max().unwrap_or(0);
         let is_staged = (weights.kind(), weights.device()) != (groups.kind, groups.update.device());
         let scratch_numel = if trainers.size() == 1 && !is_staged { 0 } else { longest };
@@ -166,12 +166,13 @@ impl Publisher {
     }
 
     /// Puts `weights` into all generators as `version`, and returns when every one of them serves it. All trainer ranks
-    /// call this with equal weights.
+    /// call this with equal weights. Where they share them, units are gathered twice: for their hashes, which the
+    /// generators get beforehand, and to be sent.
     ///
     /// # Errors
     /// On all ranks alike, within about `train.push_timeout_seconds`, naming the generators that failed. The group is of
     /// no use after that.
-    pub fn publish(&mut self, weights: &Weights, version: PolicyVersion) -> Result<PushReport, PublishError> {
+    pub fn publish(&mut self, weights: &dyn ModelWeights, version: PolicyVersion) -> Result<PushReport, PublishError> {
         let started = Instant::now();
         let outcome = if self.update_group.rank() == 0 {
             self.lead(weights, version)
@@ -184,18 +185,18 @@ impl Publisher {
             .map_err(|error| PublishError::Elsewhere { rank: 0, reason: format!("unreadable report: {error}") })?;
         Ok(PushReport {
             seconds: started.elapsed().as_secs_f64(),
-            bytes: (weights.manifest.numel() * self.scratch.kind().elt_size_in_bytes()) as u64,
+            bytes: (weights.manifest().numel() * self.scratch.kind().elt_size_in_bytes()) as u64,
             receive_seconds: answers.receive_seconds,
             swap_seconds: answers.swap_seconds,
         })
     }
 
     /// Rank 0's part: calls the generators while it broadcasts. A generator that fails ends the broadcasts of all.
-    fn lead(&self, weights: &Weights, version: PolicyVersion) -> Result<Vec<u8>, Vec<String>> {
+    fn lead(&self, weights: &dyn ModelWeights, version: PolicyVersion) -> Result<Vec<u8>, Vec<String>> {
         let message = v1::UpdateWeightsRequest {
             group: self.update_name.clone(),
             version: version.0,
-            unit_hashes: unit_hashes(weights, self.scratch.kind()),
+            unit_hashes: unit_hashes(weights, self.scratch.kind()).map_err(|error| vec![error.to_string()])?,
         };
         let (clients, timeout) = (self.clients.clone(), self.timeout);
         let (group, store) = (Arc::clone(&self.update_group), self.store.clone());
@@ -229,7 +230,9 @@ impl Publisher {
 
     /// The part of the other trainers. An aborted connection to rank 0 does not end what one of them waits for from a
     /// generator, so they look for rank 0's note meanwhile.
-    fn follow(&self, weights: &Weights) -> Result<(), CommError> {
+    fn follow(&self, weights: &dyn ModelWeights) -> Result<(), CommError> {
+        // Rank 0 has them for their hashes.
+        Walk::all(weights).finish(weights)?;
         let (over, is_over) = sync_channel::<()>(0);
         let (group, store) = (&*self.update_group, &self.store);
         thread::scope(|scope| {
@@ -241,23 +244,31 @@ impl Publisher {
     }
 
     /// Every member issues these collectives in this order: it follows from manifest, bucket size and number of trainers,
-    /// which are equal on all of them.
-    fn broadcast(&self, weights: &Weights) -> Result<(), CommError> {
-        for bucket in &self.buckets {
-            let numel = bucket.numel as i64;
-            let is_own = bucket.owner == self.update_group.rank();
-            let own = is_own.then(|| weights.flat(bucket.unit_idx).narrow(0, bucket.offset as i64, numel));
-            let mut part = match own {
-                Some(own) if !self.is_staged => own,
-                own => {
-                    let mut scratch = self.scratch.narrow(0, 0, numel);
-                    own.iter().for_each(|own| scratch.copy_(own));
-                    scratch
-                }
-            };
-            self.update_group.broadcast(&mut part, bucket.owner)?;
+    /// which are equal on all of them. Where trainers share the weights, one that cannot send any more goes on gathering,
+    /// so that the others do not wait for it.
+    fn broadcast(&self, weights: &dyn ModelWeights) -> Result<(), CommError> {
+        let mut walk = Walk::all(weights);
+        let mut sent = Ok(());
+        for buckets in self.buckets.chunk_by(|a, b| a.unit_idx == b.unit_idx) {
+            let unit = walk.next(weights)?;
+            sent = sent.and_then(|()| buckets.iter().try_for_each(|bucket| self.broadcast_bucket(&unit, bucket)));
         }
-        Ok(())
+        sent
+    }
+
+    fn broadcast_bucket(&self, unit: &Unit, bucket: &Bucket) -> Result<(), CommError> {
+        let numel = bucket.numel as i64;
+        let is_own = bucket.owner == self.update_group.rank();
+        let own = is_own.then(|| unit.flat().narrow(0, bucket.offset as i64, numel));
+        let mut part = match own {
+            Some(own) if !self.is_staged => own,
+            own => {
+                let mut scratch = self.scratch.narrow(0, 0, numel);
+                own.iter().for_each(|own| scratch.copy_(own));
+                scratch
+            }
+        };
+        self.update_group.broadcast(&mut part, bucket.owner)
     }
 }
 
@@ -301,11 +312,13 @@ impl From<Disagreement<PublishError>> for PublishError {
 }
 
 /// xxh3 of every unit's bytes as type `kind`, without padding.
-fn unit_hashes(weights: &Weights, kind: Kind) -> Vec<u64> {
-    let Manifest { units } = &weights.manifest;
-    let hash = |(unit_idx, numel)| {
-        let flat = weights.flat(unit_idx).narrow(0, 0, numel).to_kind(kind).to_device(Device::Cpu);
-        xxh3_64(tensor_data::bytes(&flat))
+fn unit_hashes(weights: &dyn ModelWeights, kind: Kind) -> Result<Vec<u64>, CommError> {
+    let mut walk = Walk::all(weights);
+    let hash = |unit: &UnitSpec| {
+        let numel = unit.numel() as i64;
+        let unit = walk.next(weights)?;
+        let flat = unit.flat().narrow(0, 0, numel).to_kind(kind).to_device(Device::Cpu);
+        Ok(xxh3_64(tensor_data::bytes(&flat)))
     };
-    units.iter().map(|unit| unit.numel() as i64).enumerate().map(hash).collect()
+    weights.manifest().units.iter().map(hash).collect()
 }

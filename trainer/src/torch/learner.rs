@@ -4,22 +4,27 @@
 //! reverse, asks autograd for one unit's gradients at a time, and hands them to [`Zero`], which reduces them while the
 //! next unit computes. The head is computed at positions that predict a completion token, in chunks whose gradient is
 //! taken at once, so that the logits of a batch never exist together.
+//!
+//! Where ranks share the weights, each pass is a [`Walk`] over the units, which are whole only while they are used. A graph
+//! that is kept refers to parameters whose memory comes back before its backward pass.
 
 use std::time::{Duration, Instant};
 
 use aha_core::batch::TrainSequence;
 use aha_nn::autograd::{GradError, grad};
 use aha_nn::autograd_ops::PackedBatch;
-use aha_nn::forward::{head_matrix, hidden_states};
+use aha_nn::comm::CommError;
+use aha_nn::forward;
 use aha_nn::logprob::{TargetLogprobs, token_statistics};
 use aha_nn::model_config::ModelConfig;
 use aha_nn::optim::AdamW;
 use aha_nn::rotary::RotaryTable;
-use aha_nn::transformer::{Head, Layer, Ops};
-use aha_nn::weights::Weights;
+use aha_nn::transformer::{Layer, Ops};
+use aha_nn::unit::{ModelWeights, Unit, Walk};
 use tch::{Device, Kind, Tensor};
 
 use super::objective::{Loss, LossSums, Objective, Streams, Tokens};
+use super::parameters::Parameters;
 use super::prompt_groups;
 use super::targets::Targets;
 use super::zero::{Zero, ZeroError};
@@ -33,6 +38,8 @@ pub struct LearnerOptions {
     pub max_grad_norm: f64,
     /// Compute activations again in the backward pass instead of keeping them.
     pub gradient_checkpointing: bool,
+    /// Do so for every so many-th layer only; 1 is all.
+    pub gradient_checkpointing_interval: usize,
     /// Compute the prompt that sequences of a micro-batch have in common once.
     pub share_prompts: bool,
     /// Longest sequence.
@@ -47,7 +54,7 @@ pub struct Learner {
     config: ModelConfig,
     options: LearnerOptions,
     table: RotaryTable,
-    reference: Option<Weights>,
+    reference: Option<Parameters>,
     zero: Zero,
 }
 
@@ -108,6 +115,8 @@ pub enum StepError {
     Grad(#[from] GradError),
     #[error(transparent)]
     Zero(#[from] ZeroError),
+    #[error(transparent)]
+    Comm(#[from] CommError),
 }
 
 /// What the layers, the head and the objective need of a micro-batch.
@@ -115,6 +124,16 @@ struct MicroBatch {
     packed: PackedBatch,
     targets: Targets,
     streams: Streams,
+}
+
+/// What the forward pass leaves behind.
+struct Tapes {
+    /// The embedding's leaf, and its output.
+    embedding: Tensor,
+    embedded: Tensor,
+    layers: Vec<LayerTape>,
+    /// The input leaf of the head.
+    last: Tensor,
 }
 
 /// A layer's part of the graph: input leaf, parameter leaves, and the output unless it is to be recomputed.
@@ -135,8 +154,8 @@ struct HeadGradients {
 }
 
 impl Learner {
-    /// `reference` is the frozen policy of the KL penalty; the objective says whether it is needed.
-    pub fn new(config: ModelConfig, options: LearnerOptions, zero: Zero, reference: Option<Weights>) -> Self {
+    /// `reference` is the frozen policy of the KL penalty, sharded as the policy; the objective says whether it is needed.
+    pub fn new(config: ModelConfig, options: LearnerOptions, zero: Zero, reference: Option<Parameters>) -> Self {
         let table = RotaryTable::new(&config, options.max_length, zero.weights().device());
         Self { config, options, table, reference, zero }
     }
@@ -160,9 +179,10 @@ impl Learner {
     pub fn step(&mut self, batch: &LocalBatch<'_>, options: &AdamW) -> Result<StepOutput, StepError> {
         let mut output = StepOutput { logprobs: vec![Vec::new(); batch.sequences.len()], ..StepOutput::default() };
         for index in 0..batch.num_micro_batches {
+            let is_last = index + 1 == batch.num_micro_batches;
             match batch.micro_batches.get(index) {
-                Some(indices) => self.micro_batch(batch.sequences, indices, &mut output)?,
-                None => self.no_micro_batch()?,
+                Some(indices) => self.micro_batch(batch.sequences, indices, is_last, &mut output)?,
+                None => self.no_micro_batch(is_last)?,
             }
         }
         let mut lap = Lap::start();
@@ -181,64 +201,83 @@ impl Learner {
         Ok(output)
     }
 
-    /// What the current weights say of a batch, without a step.
-    #[must_use]
-    pub fn statistics(&self, batch: &LocalBatch<'_>) -> Statistics {
+    /// What the current weights say of a batch, without a step. All ranks call this together.
+    ///
+    /// # Errors
+    /// If a collective fails.
+    pub fn statistics(&self, batch: &LocalBatch<'_>) -> Result<Statistics, CommError> {
         let empty = || vec![Vec::new(); batch.sequences.len()];
         let mut statistics = Statistics { logprobs: empty(), entropies: empty() };
-        for indices in batch.micro_batches {
+        for index in 0..batch.num_micro_batches {
+            let Some(indices) = batch.micro_batches.get(index) else {
+                Walk::forward(&self.config).finish(self.zero.weights())?;
+                continue;
+            };
             let (packed, targets) = self.pack(batch.sequences, indices);
-            let (logprobs, entropies) = self.frozen_statistics(self.zero.weights(), &packed, &targets);
+            let (logprobs, entropies) = self.frozen_statistics(self.zero.weights(), &packed, &targets)?;
             targets.scatter(&logprobs, &mut statistics.logprobs);
             targets.scatter(&entropies, &mut statistics.entropies);
         }
-        statistics
+        Ok(statistics)
     }
 
-    pub fn reference(&self) -> Option<&Weights> {
+    pub fn reference(&self) -> Option<&Parameters> {
         self.reference.as_ref()
     }
 
     /// Moves the reference policy towards the policy: `alpha * policy + (1 - alpha) * reference`. Nothing happens
     /// without one.
-    pub fn sync_reference(&mut self, alpha: f64) {
-        let Some(reference) = &self.reference else { return };
-        for unit_idx in 0..reference.num_units() {
-            for (mut theirs, ours) in reference.views(unit_idx).into_iter().zip(self.zero.weights().views(unit_idx)) {
-                tch::no_grad(|| theirs.copy_(&(&theirs * (1.0 - alpha) + ours * alpha)));
-            }
-        }
+    ///
+    /// # Errors
+    /// If a collective fails.
+    pub fn sync_reference(&mut self, alpha: f64) -> Result<(), CommError> {
+        self.reference.as_ref().map_or(Ok(()), |reference| reference.mix(self.zero.weights(), alpha))
     }
 
     fn micro_batch(
         &mut self,
         sequences: &[TrainSequence],
         indices: &[usize],
+        is_last: bool,
         output: &mut StepOutput,
     ) -> Result<(), StepError> {
         let (packed, targets) = self.pack(sequences, indices);
         output.num_packed_tokens += packed.tokens.numel();
         let mut streams = targets.streams(sequences);
         let mut lap = Lap::start();
-        streams.reference_logprobs =
-            self.reference.as_ref().map(|reference| self.frozen_statistics(reference, &packed, &targets).0);
+        if let Some(reference) = &self.reference {
+            streams.reference_logprobs = Some(self.frozen_statistics(reference, &packed, &targets)?.0);
+        }
         output.times.reference += lap.take();
         let batch = MicroBatch { packed, targets, streams };
 
-        let (embedding, embedded, tapes, last) = self.forward(&batch.packed);
+        let mut walk = Walk::forward_and_back(&self.config);
+        let tapes = self.forward(&batch.packed, &mut walk)?;
         output.times.forward += lap.take();
-        let head = self.head(&batch, &last, &embedding, output)?;
+        let head = self.head(&batch, &tapes.last, &mut walk, output)?;
         output.times.head += lap.take();
-        self.backward(&batch.packed, (embedding, embedded), tapes, head)?;
+        self.backward(&batch.packed, tapes, head, (&mut walk, is_last))?;
         output.times.backward += lap.take();
         Ok(())
     }
 
     /// Issues the collectives of a micro-batch with nothing to add.
-    fn no_micro_batch(&mut self) -> Result<(), StepError> {
-        for unit_idx in (0..self.zero.weights().num_units()).rev() {
-            self.zero.accumulate(unit_idx, &[])?;
+    fn no_micro_batch(&mut self, is_last: bool) -> Result<(), StepError> {
+        if let Some(reference) = &self.reference {
+            Walk::forward(&self.config).finish(reference)?;
         }
+        let mut walk = Walk::forward_and_back(&self.config);
+        for _ in 0..=self.config.num_layers {
+            walk.next(self.zero.weights())?;
+        }
+        drop(forward::head(self.zero.weights(), &mut walk)?);
+        let head = 1 + self.config.num_layers;
+        self.zero.accumulate(head, &[], is_last)?;
+        for unit_idx in (1..head).rev() {
+            walk.next(self.zero.weights())?;
+            self.zero.accumulate(unit_idx, &[], is_last)?;
+        }
+        self.zero.accumulate(0, &[], is_last)?;
         Ok(())
     }
 
@@ -251,31 +290,39 @@ impl Learner {
     }
 
     /// Log-probs and entropies, `[M]` each.
-    fn frozen_statistics(&self, weights: &Weights, packed: &PackedBatch, targets: &Targets) -> (Tensor, Tensor) {
-        let hidden = hidden_states(&self.config, weights, packed).index_select(0, &targets.rows); // [M, C]
-        token_statistics(&hidden, &head_matrix(&self.config, weights), &targets.tokens, self.options.temperature)
+    fn frozen_statistics(
+        &self,
+        weights: &Parameters,
+        packed: &PackedBatch,
+        targets: &Targets,
+    ) -> Result<(Tensor, Tensor), CommError> {
+        let what = (&targets.rows, &targets.tokens);
+        forward::statistics(&self.config, weights, packed, what, self.options.temperature)
     }
 
-    /// Returns the embedding leaf, its output, the layers' tapes, and the input leaf of the head.
-    fn forward(&self, packed: &PackedBatch) -> (Tensor, Tensor, Vec<LayerTape>, Tensor) {
+    fn forward(&self, packed: &PackedBatch, walk: &mut Walk) -> Result<Tapes, CommError> {
         let weights = self.zero.weights();
-        let embedding = leaf(&weights.embedding());
+        let unit = walk.next(weights)?;
+        let embedding = leaf(&unit.params()[0]);
         let embedded = packed.embed(&embedding); // [N, C]
+        drop(unit);
         let mut x = leaf(&embedded);
-        let mut tapes = Vec::with_capacity(self.config.num_layers);
+        let mut layers = Vec::with_capacity(self.config.num_layers);
         for layer_idx in 0..self.config.num_layers {
-            let params: Vec<Tensor> = weights.views(1 + layer_idx).iter().map(leaf).collect();
+            let unit = walk.next(weights)?;
+            let params = unit.params().iter().map(leaf).collect();
             let mut tape = LayerTape { input: x, params, output: None };
-            let output = if self.options.gradient_checkpointing {
+            let is_recomputed = self.options.recomputes(layer_idx);
+            let output = if is_recomputed {
                 tch::no_grad(|| self.layer(&tape, packed, layer_idx))
             } else {
                 self.layer(&tape, packed, layer_idx)
             };
             x = leaf(&output);
-            tape.output = (!self.options.gradient_checkpointing).then_some(output);
-            tapes.push(tape);
+            tape.output = (!is_recomputed).then_some(output);
+            layers.push(tape);
         }
-        (embedding, embedded, tapes, x)
+        Ok(Tapes { embedding, embedded, layers, last: x })
     }
 
     fn layer(&self, tape: &LayerTape, packed: &PackedBatch, layer_idx: usize) -> Tensor {
@@ -289,14 +336,12 @@ impl Learner {
         &self,
         batch: &MicroBatch,
         x: &Tensor,
-        embedding: &Tensor,
+        walk: &mut Walk,
         output: &mut StepOutput,
     ) -> Result<HeadGradients, StepError> {
         let MicroBatch { packed, targets, streams } = batch;
-        let weights = self.zero.weights();
-        let head = Head::new(weights.views(1 + self.config.num_layers), |weight| weight);
-        let norm = leaf(&head.norm);
-        let matrix = leaf(head.lm_head.as_ref().map_or(embedding, |projection| &projection.weight)); // [V, C]
+        let (_units, head, matrix) = forward::head(self.zero.weights(), walk)?;
+        let (norm, matrix) = (leaf(&head.norm), matrix.detach());
         let rows = Tensor::embedding(x, &targets.rows, -1, false, false); // [M, C]
         let hidden = packed.rms_norm(&rows, &norm, self.config.rms_norm_eps); // [M, C]
 
@@ -357,19 +402,22 @@ impl Learner {
     fn backward(
         &mut self,
         packed: &PackedBatch,
-        (embedding, embedded): (Tensor, Tensor),
-        tapes: Vec<LayerTape>,
+        tapes: Tapes,
         head: HeadGradients,
+        (walk, is_last): (&mut Walk, bool),
     ) -> Result<(), StepError> {
-        self.zero.accumulate(1 + self.config.num_layers, &head.params)?;
+        let Tapes { embedding, embedded, layers, .. } = tapes;
+        self.zero.accumulate(1 + self.config.num_layers, &head.params, is_last)?;
         let mut d_output = head.input;
-        for (layer_idx, mut tape) in tapes.into_iter().enumerate().rev() {
+        for (layer_idx, mut tape) in layers.into_iter().enumerate().rev() {
+            let unit: Unit = walk.next(self.zero.weights())?;
             let output = tape.output.take().unwrap_or_else(|| self.layer(&tape, packed, layer_idx));
             let mut inputs = vec![tape.input];
             inputs.extend(tape.params);
             let mut grads = defined(grad(&[output], &inputs, &[Some(d_output)], false)?);
+            drop(unit);
             d_output = grads.remove(0);
-            self.zero.accumulate(1 + layer_idx, &grads)?;
+            self.zero.accumulate(1 + layer_idx, &grads, is_last)?;
         }
         let d_embedding = match head.embedding {
             // Adds rows one by one, in order, instead of whole matrices.
@@ -379,8 +427,15 @@ impl Learner {
                 tied.map_or_else(|| d_embedding.shallow_clone(), |tied| &d_embedding + tied)
             }
         };
-        self.zero.accumulate(0, &[d_embedding])?;
+        self.zero.accumulate(0, &[d_embedding], is_last)?;
         Ok(())
+    }
+}
+
+impl LearnerOptions {
+    /// Whether a layer's activations are computed again in the backward pass.
+    fn recomputes(&self, layer_idx: usize) -> bool {
+        self.gradient_checkpointing && layer_idx.is_multiple_of(self.gradient_checkpointing_interval)
     }
 }
 

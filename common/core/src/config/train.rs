@@ -103,14 +103,21 @@ pub struct Train {
     /// this is its `steps_per_generation / gradient_accumulation_steps`.
     pub steps_per_generation: usize,
 
-    /// 0 replicates everything, 1 shards optimizer state, 2 gradients as well.
+    /// 0 replicates everything, 1 shards optimizer state, 2 gradients as well, 3 weights as well, which are then gathered
+    /// layer by layer as they are used.
     pub zero_stage: u8,
+    /// Keep the optimizer's state in the CPU's memory and update the weights there.
+    pub offload_optimizer: bool,
+    /// Keep the shards of the weights in the CPU's memory; for `zero_stage: 3`.
+    pub offload_params: bool,
     /// Most tokens of a micro-batch; gradients accumulate over as many as the step needs.
     pub micro_batch_tokens: usize,
     /// Compute a prompt once for the completions of a micro-batch that follow it, not once for each.
     pub share_prompts: bool,
     /// Keep only the inputs of layers and compute their activations again in the backward pass.
     pub gradient_checkpointing: bool,
+    /// Do so for every so many-th layer only: 1 is all of them, 2 every other one.
+    pub gradient_checkpointing_interval: usize,
     pub save_steps: u64,
     /// Checkpoints kept; 0 keeps all.
     pub save_total_limit: usize,
@@ -174,9 +181,12 @@ impl Default for Train {
             num_iterations: 1,
             steps_per_generation: 1,
             zero_stage: 2,
+            offload_optimizer: false,
+            offload_params: false,
             micro_batch_tokens: 8192,
             share_prompts: true,
             gradient_checkpointing: false,
+            gradient_checkpointing_interval: 1,
             save_steps: 50,
             save_total_limit: 2,
             collective_timeout_seconds: 600.0,

@@ -56,8 +56,7 @@ impl RunConfig {
 
 impl Train {
     fn check_optimizer(&self, problems: &mut Problems) {
-        problems
-            .unless(self.zero_stage <= 2, || format!("train.zero_stage: must be 0, 1 or 2, got {}", self.zero_stage));
+        self.check_memory(problems);
         problems.unless(self.max_steps > 0, || "train.max_steps: must be at least 1".to_owned());
         problems.unless(self.num_iterations > 0, || "train.num_iterations: must be at least 1".to_owned());
         problems.unless(self.save_steps > 0, || "train.save_steps: must be at least 1".to_owned());
@@ -79,6 +78,23 @@ impl Train {
         problems.positive("train.adam_epsilon", self.adam_epsilon);
         problems.positive("train.collective_timeout_seconds", self.collective_timeout_seconds);
         problems.positive("train.push_timeout_seconds", self.push_timeout_seconds);
+    }
+
+    /// What ranks share out, keep elsewhere, or compute again.
+    fn check_memory(&self, problems: &mut Problems) {
+        problems.unless(self.zero_stage <= 3, || {
+            format!("train.zero_stage: must be 0, 1, 2 or 3, got {}", self.zero_stage)
+        });
+        problems.unless(!self.offload_params || self.zero_stage == 3, || {
+            format!("train.offload_params: needs train.zero_stage 3, got {}", self.zero_stage)
+        });
+        let interval = self.gradient_checkpointing_interval;
+        problems.unless(interval > 0, || "train.gradient_checkpointing_interval: must be at least 1".to_owned());
+        problems.unless(self.gradient_checkpointing || interval == 1, || {
+            format!(
+                "train.gradient_checkpointing_interval: {interval} has no effect without train.gradient_checkpointing"
+            )
+        });
     }
 
     /// The ratio's level and its clipping.
@@ -247,6 +263,21 @@ mod tests {
         for key in ["rollout_importance_sampling_clip_min", "rollout_importance_sampling_clip_max"] {
             check(json!({key: -1.0}), &[&format!("train.{key}: "), ">= 0", "-1"]);
         }
+    }
+
+    #[test]
+    fn options_of_memory_fit_each_other() {
+        check(json!({"zero_stage": 4}), &["train.zero_stage: ", "0, 1, 2 or 3", "got 4"]);
+        check(json!({"offload_params": true}), &["train.offload_params: ", "zero_stage 3", "got 2"]);
+        assert!(problems(json!({"offload_params": true, "offload_optimizer": true, "zero_stage": 3})).is_empty());
+        check(
+            json!({"gradient_checkpointing": true, "gradient_checkpointing_interval": 0}),
+            &["train.gradient_checkpointing_interval: ", "at least 1"],
+        );
+        check(
+            json!({"gradient_checkpointing_interval": 2}),
+            &["train.gradient_checkpointing_interval: 2", "gradient_checkpointing"],
+        );
     }
 
     #[test]
