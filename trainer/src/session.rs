@@ -72,7 +72,8 @@ impl Session {
             None
         };
         let step = checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.state.step);
-        let mut zero = Zero::new(config.train.zero_stage, group, weights);
+        let optimizer = config.train.optimizer_options();
+        let mut zero = Zero::with_optimizer(config.train.zero_stage, group, weights, &optimizer);
         if let Some(checkpoint) = &checkpoint {
             zero.load_state(checkpoint.state.num_updates, &checkpoint.optimizer()?)?;
             tracing::info!("going on from {}", checkpoint.folder.display());

@@ -3,16 +3,18 @@
 //! Every unit of the model is one flat buffer that the world size divides. Stage 0 keeps everything on every rank,
 //! stage 1 shards the optimizer's state, stage 2 the gradients as well: a unit's gradient is reduce-scattered while the
 //! backward pass of the next one computes. All ranks call these methods in the same order, unit for unit, whatever
-//! their own data: that is what keeps the collectives matched.
+//! their own data: that is what keeps the collectives matched. What the optimizer keeps, and how it updates, is in
+//! `optimizer`.
 
 use std::collections::VecDeque;
 
+use aha_core::optimizer::OptimizerOptions;
 use aha_nn::comm::{CommError, ProcessGroup, ReduceOp, Work};
-use aha_nn::optim::{AdamW, AdamWError};
+use aha_nn::optim::AdamW;
 use aha_nn::weights::Weights;
 use tch::{Kind, Tensor};
 
-use super::optimizer::{ShardOptimizer, StateTensor, Update};
+use super::optimizer::{OptimizerError, ShardOptimizer, StateTensor, Update};
 use super::range::Range;
 
 /// Reductions in flight while the backward pass goes on; each holds one unit's gradient.
@@ -73,18 +75,23 @@ pub enum ZeroError {
     #[error(transparent)]
     Comm(#[from] CommError),
     #[error(transparent)]
-    AdamW(#[from] AdamWError),
-    #[error("the checkpoint has no {name} for unit {unit}")]
+    Optimizer(#[from] OptimizerError),
+    #[error("the checkpoint has no {name} for unit {unit}: it was written under another train.optimizer")]
     MissingState { name: &'static str, unit: String },
     #[error("the checkpoint has {found} elements of {name} for unit {unit}, and {expected} are due")]
     UnevenState { name: &'static str, unit: String, found: usize, expected: i64 },
 }
 
 impl Zero {
-    /// Takes over `weights`, which are equal on all ranks and padded for the size of `group`.
+    /// Takes over `weights`, which are equal on all ranks and padded for the size of `group`, with AdamW.
     pub fn new(stage: u8, group: ProcessGroup, weights: Weights) -> Self {
-        let units =
-            (0..weights.num_units()).map(|unit_idx| UnitState::new(stage, &group, &weights, unit_idx)).collect();
+        Self::with_optimizer(stage, group, weights, &OptimizerOptions::default())
+    }
+
+    /// The same with another optimizer.
+    pub fn with_optimizer(stage: u8, group: ProcessGroup, weights: Weights, optimizer: &OptimizerOptions) -> Self {
+        let unit = |unit_idx| UnitState::new((stage, optimizer), &group, &weights, unit_idx);
+        let units = (0..weights.num_units()).map(unit).collect();
         Self { stage, group, weights, units, pending: VecDeque::new(), num_updates: 0 }
     }
 
@@ -147,11 +154,13 @@ impl Zero {
     /// Scales the gradients by `scale`, updates the owned weights, and gathers everyone's. Gradients are zero after.
     pub fn update(&mut self, scale: f64, options: &AdamW) -> Result<(), ZeroError> {
         self.num_updates += 1;
+        let group = (self.stage > 0).then_some(&self.group);
+        let update = Update { scale, step: self.num_updates, options, group };
         let mut gathers = Vec::new();
         for (unit_idx, unit) in self.units.iter_mut().enumerate() {
             let mut owned = unit.owned.of(self.weights.flat(unit_idx));
             let mut grad = unit.grad.narrow(0, 0, unit.owned.len);
-            unit.optimizer.update(&mut owned, &mut grad, Update { scale, step: self.num_updates, options })?;
+            unit.optimizer.update(&mut owned, &mut grad, &update)?;
             if self.stage > 0 {
                 let mut flat = self.weights.flat(unit_idx).shallow_clone();
                 gathers.push(self.group.all_gather_async(&owned.copy(), &mut flat)?);
@@ -247,7 +256,12 @@ impl Zero {
 }
 
 impl UnitState {
-    fn new(stage: u8, group: &ProcessGroup, weights: &Weights, unit_idx: usize) -> Self {
+    fn new(
+        (stage, optimizer): (u8, &OptimizerOptions),
+        group: &ProcessGroup,
+        weights: &Weights,
+        unit_idx: usize,
+    ) -> Self {
         let flat = weights.flat(unit_idx);
         let padded = flat.size()[0];
         let owned = if stage == 0 {
@@ -257,7 +271,7 @@ impl UnitState {
             Range { start: group.rank() as i64 * len, len }
         };
         let grad = Tensor::zeros([if stage == 2 { owned.len } else { padded }], (Kind::Float, flat.device()));
-        let optimizer = ShardOptimizer::new(&weights.manifest.units[unit_idx], owned, &owned.of(flat));
+        let optimizer = ShardOptimizer::new(&weights.manifest.units[unit_idx], owned, &owned.of(flat), optimizer);
         Self { grad, optimizer, owned }
     }
 

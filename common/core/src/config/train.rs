@@ -6,6 +6,7 @@ use super::PushBackend;
 use crate::advantage::{AdvantageEstimator, AdvantageOptions, MultiObjectiveAggregation, ScaleRewards};
 use crate::batch::LossType;
 use crate::objective::{ImportanceSamplingLevel, KlEstimator, RolloutImportanceSamplingMode};
+use crate::optimizer::{MuonAdjustLr, MuonOptions, OptimizerKind, OptimizerOptions};
 use crate::schedule::LrSchedulerType;
 
 /// The optimizer's side of a step.
@@ -21,10 +22,16 @@ pub struct Train {
     pub warmup_ratio: f64,
     /// Wins over `warmup_ratio` where it is not 0.
     pub warmup_steps: u64,
+    pub optimizer: OptimizerKind,
+    /// Taken off matrices, not off norms and biases.
     pub weight_decay: f64,
     pub adam_beta1: f64,
     pub adam_beta2: f64,
     pub adam_epsilon: f64,
+    /// What `muon`'s learning rate is multiplied by for the shape of a matrix.
+    pub muon_adjust_lr: MuonAdjustLr,
+    /// Peak learning rate of the matrices of layers under `muon`; null is `learning_rate`. Both follow one schedule.
+    pub muon_learning_rate: Option<f64>,
     /// Gradients are scaled to this global norm where they exceed it; 0 leaves them.
     pub max_grad_norm: f64,
 
@@ -130,10 +137,13 @@ impl Default for Train {
             min_lr_rate: 0.1,
             warmup_ratio: 0.0,
             warmup_steps: 0,
+            optimizer: OptimizerKind::Adamw,
             weight_decay: 0.0,
             adam_beta1: 0.9,
             adam_beta2: 0.999,
             adam_epsilon: 1e-8,
+            muon_adjust_lr: MuonAdjustLr::MatchRmsAdamw,
+            muon_learning_rate: None,
             max_grad_norm: 1.0,
             loss_type: LossType::Dapo,
             bnpo_batch_size: 0,
@@ -193,6 +203,12 @@ impl Train {
         } else {
             (self.max_steps as f64 * self.warmup_ratio).ceil() as u64
         }
+    }
+
+    #[must_use]
+    pub fn optimizer_options(&self) -> OptimizerOptions {
+        let lr_ratio = self.muon_learning_rate.map_or(1.0, |rate| rate / self.learning_rate);
+        OptimizerOptions { kind: self.optimizer, muon: MuonOptions { adjust_lr: self.muon_adjust_lr, lr_ratio } }
     }
 
     #[must_use]
