@@ -6,7 +6,7 @@ use aha_core::rollout::{FinishReason, Group};
 use aha_nn::comm::{CommError, ProcessGroup, ReduceOp};
 use tch::Tensor;
 
-use crate::loggers::Metrics;
+use crate::loggers::{Metrics, names};
 use crate::torch::learner::StepOutput;
 use crate::training_batch::TrainingBatch;
 
@@ -91,6 +91,7 @@ pub fn step_metrics(
     let num_tokens = sum(0).max(1.0);
     metrics.set("loss", sum(1));
     metrics.set("grad_norm", output.grad_norm);
+    metrics.set(names::SKIPPED_UPDATES, f64::from(output.num_skipped));
     metrics.set("entropy", sum(2) / num_tokens);
     metrics.set("kl", sum(3) / num_tokens);
     metrics.set("clip_ratio/low_mean", sum(4) / num_tokens);

@@ -15,6 +15,7 @@ pub(crate) mod generator;
 pub(crate) mod reward;
 pub(crate) mod score;
 pub(crate) mod sft;
+pub(crate) mod stop;
 pub(crate) mod trainer;
 
 /// A configuration file with its overrides, as every role takes it.

@@ -11,8 +11,8 @@ use aha_nn::weights::Weights;
 
 use super::{CheckpointError, FileRecord, REFERENCE_DIR, STATE_DIR, STATE_FILE, State, folder, optimizer};
 use crate::agreement::agree;
-use crate::durable;
 use crate::torch::zero::ShardState;
+use crate::{durable, failpoint};
 
 /// What belongs to a model beside configuration and weights; taken over from the base model where it has them.
 const COMPANIONS: [&str; 10] = [
@@ -166,6 +166,7 @@ fn write_model_files(
     for name in COMPANIONS {
         let (from, to) = (base_model.join(name), partial.join(name));
         if from.is_file() {
+            failpoint::reached();
             std::fs::copy(&from, &to)
                 .map_err(|error| CheckpointError::unwritable(&to, format!("copying {}: {error}", from.display())))?;
             names.push(name.to_owned());
@@ -185,7 +186,9 @@ fn write_reference(partial: &Path, config: &ModelConfig, weights: &Weights) -> R
 
 /// Writes the files [`WEIGHTS`].
 fn write_weights(folder: &Path, config: &ModelConfig, weights: &Weights) -> Result<(), CheckpointError> {
+    failpoint::reached();
     save_weights(folder, config, weights)?;
+    failpoint::reached();
     let [config, weights] = WEIGHTS.map(|name| folder.join(name));
     // The weights come out readable by their owner alone; whoever may read the rest may read them.
     std::fs::metadata(config)
@@ -196,6 +199,7 @@ fn write_weights(folder: &Path, config: &ModelConfig, weights: &Weights) -> Resu
 /// An empty folder.
 fn create(path: &Path) -> Result<(), CheckpointError> {
     folder::remove(path)?;
+    failpoint::reached();
     std::fs::create_dir_all(path).map_err(|error| CheckpointError::unwritable(path, error))
 }
 

@@ -21,7 +21,7 @@ use tch::{Device, Kind, Tensor};
 use super::learner::{Learner, LearnerOptions, LocalBatch, StepOutput};
 use super::objective::{Objective, PolicyObjective, Tokens};
 use super::targets::Targets;
-use super::zero::{FullState, Zero};
+use super::zero::{FullState, ShardState, Zero};
 use crate::test_ranks::run_ranks;
 use crate::training_batch::Plan;
 
@@ -293,6 +293,7 @@ fn every_optimizer_trains_alike_on_every_stage_and_world_size() {
             flatten(train_zero(&model, zero, true, false).0.zero().weights())
         };
         let expected = work(0, ProcessGroup::solo("test", Device::Cpu));
+        check_state_is_taken_back(&model, kind);
         let norm = |difference: Tensor| difference.square().sum(Kind::Double).double_value(&[]).sqrt();
         let moved = norm(&expected - &initial);
         for (size, stage) in [(1, 2), (2, 0), (2, 1), (2, 2), (3, 0), (3, 1), (3, 2)] {
@@ -304,6 +305,59 @@ fn every_optimizer_trains_alike_on_every_stage_and_world_size() {
             let place = format!("{kind:?}, {size} ranks, stage {stage}");
             assert!(difference < tolerance * moved, "{place}: weights differ by {difference} of {moved}");
         }
+    }
+}
+
+/// What one writes another of the same optimizer takes, and one of another optimizer refuses.
+#[track_caller]
+fn check_state_is_taken_back(model: &ModelConfig, kind: OptimizerKind) {
+    let zero = |kind| {
+        let weights = Weights::random(model, 5, 1, Kind::Float, Device::Cpu);
+        let options = OptimizerOptions { kind, ..OptimizerOptions::default() };
+        Zero::with_optimizer(2, ProcessGroup::solo("test", Device::Cpu), weights, &options)
+    };
+    let states = |zero: &Zero| -> Vec<FullState> {
+        let full = |shard: ShardState| FullState {
+            unit_idx: shard.unit_idx,
+            name: shard.name.to_owned(),
+            tensor: shard.tensor.copy(),
+        };
+        zero.state().into_iter().map(full).collect()
+    };
+    let (trained, _) = train_zero(model, zero(kind), true, false);
+    let written = states(trained.zero());
+    let mut fresh = zero(kind);
+    fresh.load_state(3, &written).unwrap();
+    for (found, expect) in states(&fresh).iter().zip(&written) {
+        assert!(found.tensor.equal(&expect.tensor), "{kind:?}: {} of unit {}", found.name, found.unit_idx);
+    }
+    let error = zero(OptimizerKind::Adamw).load_state(3, &written).unwrap_err().to_string();
+    assert!(error.contains("exp_avg for unit") && error.contains("another train.optimizer"), "{error}");
+}
+
+#[test]
+fn an_update_whose_gradients_are_not_finite_on_one_rank_is_left_out_on_all() {
+    let model = config("qwen2", true);
+    for stage in [0, 1, 2] {
+        let results = run_ranks(2, |group| {
+            let (rank, size) = (group.rank(), group.size());
+            let weights = Weights::random(&model, 5, size, Kind::Float, group.device());
+            let before = flatten(&weights);
+            let mut learner = learner(&model, policy(0.05), Zero::new(stage, group, weights), false);
+            let mut sequences = sequences(3, true);
+            let lengths: Vec<usize> = sequences.iter().map(|sequence| sequence.token_ids.len()).collect();
+            let all: Vec<usize> = (0..sequences.len()).collect();
+            let plan = Plan::new(&lengths, &all, (rank, size), 20).unwrap();
+            let good = sequences[0].advantages[0];
+            sequences[0].advantages[0] = f32::NAN;
+            let skipped = learner.step(&plan.of(&sequences), &ADAMW).unwrap().num_skipped;
+            let unmoved = flatten(learner.zero().weights()).equal(&before);
+            let num_updates = learner.zero().num_updates();
+            sequences[0].advantages[0] = good;
+            let taken = learner.step(&plan.of(&sequences), &ADAMW).unwrap();
+            (skipped, unmoved, num_updates, taken.num_skipped, taken.grad_norm.is_finite())
+        });
+        assert_eq!(results, [(1, true, 0, 0, true); 2], "stage {stage}");
     }
 }
 

@@ -112,6 +112,8 @@ pub struct Train {
 
     /// 0 replicates everything, 1 shards optimizer state, 2 gradients as well.
     pub zero_stage: u8,
+    /// Steps in a row whose gradients may be NaN or infinite; their updates are left out. One more ends the run.
+    pub max_skipped_steps: u64,
     /// Most tokens of a micro-batch; gradients accumulate over as many as the step needs.
     pub micro_batch_tokens: usize,
     /// Keep only the inputs of layers and compute their activations again in the backward pass.
@@ -119,6 +121,9 @@ pub struct Train {
     pub save_steps: u64,
     /// Checkpoints kept; 0 keeps all.
     pub save_total_limit: usize,
+    /// Wall time of a process: before a step that might not end in time, a checkpoint is written and the run stops, to
+    /// go on when it is started again. Null is no limit.
+    pub max_wall_clock_seconds: Option<f64>,
     /// A collective that takes longer fails, naming its group and rank.
     pub collective_timeout_seconds: f64,
     /// A weight push that takes longer fails, naming whom it waited for.
@@ -182,10 +187,12 @@ impl Default for Train {
             num_iterations: 1,
             steps_per_generation: 1,
             zero_stage: 2,
+            max_skipped_steps: 10,
             micro_batch_tokens: 8192,
             gradient_checkpointing: false,
             save_steps: 50,
             save_total_limit: 2,
+            max_wall_clock_seconds: None,
             collective_timeout_seconds: 600.0,
             push_timeout_seconds: 300.0,
             push_backend: PushBackend::Auto,

@@ -96,6 +96,9 @@ impl Train {
                     .to_owned()
             });
         }
+        if let Some(seconds) = self.max_wall_clock_seconds {
+            problems.positive("train.max_wall_clock_seconds", seconds);
+        }
         problems.positive("train.collective_timeout_seconds", self.collective_timeout_seconds);
         problems.positive("train.push_timeout_seconds", self.push_timeout_seconds);
     }
@@ -257,7 +260,9 @@ mod tests {
             // The upper clip range follows epsilon where it is not set.
             check(json!({key: 1.5, "epsilon_high": 0.2}), &[&format!("train.{key}: "), "[0, 1]", "1.5"]);
         }
-        for key in ["sapo_temperature_pos", "sapo_temperature_neg", "off_policy_mask_threshold"] {
+        for key in
+            ["sapo_temperature_pos", "sapo_temperature_neg", "off_policy_mask_threshold", "max_wall_clock_seconds"]
+        {
             check(json!({key: 0.0}), &[&format!("train.{key}: "), "over 0", "got 0"]);
         }
         for key in ["num_iterations", "ref_model_sync_steps"] {
