@@ -78,7 +78,9 @@ pub enum ZeroError {
     Optimizer(#[from] OptimizerError),
     #[error("the checkpoint has no {name} for unit {unit}: it was written under another train.optimizer")]
     MissingState { name: &'static str, unit: String },
-    #[error("the checkpoint has {found} elements of {name} for unit {unit}, and {expected} are due")]
+    #[error(
+        "the checkpoint has {found} elements of {name} for unit {unit}, and {expected} are due: it was written under another train.optimizer, or is not whole"
+    )]
     UnevenState { name: &'static str, unit: String, found: usize, expected: i64 },
 }
 

@@ -81,9 +81,9 @@ impl Muon {
             return Ok(());
         }
         for (owned, kept) in self.selection.pairs() {
-            let (mut grad, mut momentum) = (owned.of(grad), kept.of(&self.momentum));
-            let _ = momentum.lerp_(&grad, 1.0 - MOMENTUM);
-            let _ = grad.lerp_(&momentum, MOMENTUM);
+            let mut grad = owned.of(grad);
+            let momentum = kept.of(&self.momentum).lerp_(&grad, 1.0 - MOMENTUM);
+            drop(grad.lerp_(&momentum, MOMENTUM));
         }
         // The iteration computes in bf16, so that no more needs to travel.
         let mut direction = grad.to_kind(Kind::BFloat16);
