@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
-use commands::{bench, generate, generator, reward, score, sft, trainer};
+use commands::{bench, generate, generator, plan, reward, score, sft, trainer};
 
 /// Makes language models reason by reinforcement learning: trainer ranks, generators, and the tools around them.
 #[derive(Debug, Parser)]
@@ -47,6 +47,7 @@ fn main() -> ExitCode {
         Command::Sft(args) => sft::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Score(args) => score::run(&args),
+        Command::Plan(args) => plan::run(&args),
         Command::Reward(args) => reward::run(&args),
         Command::Bench(args) => bench::run(&args),
     };

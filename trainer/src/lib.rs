@@ -8,6 +8,7 @@ mod durable;
 mod entropy;
 pub mod evaluate;
 pub mod exchange;
+mod failpoint;
 pub mod loggers;
 pub mod memory_plan;
 pub mod optimize;
@@ -19,7 +20,9 @@ pub mod run_dir;
 mod sampling;
 pub mod session;
 pub mod sft;
+mod skips;
 pub mod step_metrics;
+pub mod stop;
 #[cfg(test)]
 mod test_generator;
 #[cfg(test)]

@@ -6,9 +6,13 @@
 //! measures, and those of libtorch elsewhere, which have not been measured on a GPU.
 
 use aha_core::config::{RunConfig, Train};
+use aha_core::manifest::{ParamSpec, SHARD_BLOCK, UnitSpec};
+use aha_core::optimizer::OptimizerKind;
 use aha_nn::logprob::chunk_rows;
 use aha_nn::model_config::{Family, ModelConfig};
 use tch::{Device, Kind};
+
+use crate::torch::optimizer::{LEAST_8BIT_NUMEL, muon_serves};
 
 /// fp32.
 const FLOAT: usize = 4;
@@ -67,7 +71,9 @@ pub fn trainer(setting: &Setting<'_>) -> TrainerPlan {
     let share = |is_shared: bool| if is_shared { padded / world_size } else { padded };
     let has_master = setting.kind != Kind::Float;
     let weights = share(train.zero_stage == 3) * setting.element();
-    let optimizer = share(train.zero_stage >= 1) * FLOAT * (2 + usize::from(has_master));
+    let masters = if has_master { share(train.zero_stage >= 1) * FLOAT } else { 0 };
+    let ranks = if train.zero_stage >= 1 { world_size } else { 1 };
+    let optimizer = masters + moments(setting.model, train.optimizer) / ranks;
     let reference = if train.beta > 0.0 { weights } else { 0 };
 
     let kept = setting.kept_activations();
@@ -91,6 +97,21 @@ pub fn trainer(setting: &Setting<'_>) -> TrainerPlan {
     let plan =
         |terms: Vec<(&'static str, usize, bool)>| Plan::new(terms.into_iter().map(|(name, bytes, _)| (name, bytes)));
     TrainerPlan { device: plan(on_device), host: plan(on_host) }
+}
+
+/// Bytes of the optimizer's state of a whole model, masters left out.
+fn moments(model: &ModelConfig, optimizer: OptimizerKind) -> usize {
+    let manifest = model.manifest();
+    let params = manifest.units.iter().flat_map(|unit| unit.params.iter().map(move |param| (unit, param)));
+    let bytes = |(unit, param): (&UnitSpec, &ParamSpec)| match optimizer {
+        // Two bytes an element, and two scales a block.
+        OptimizerKind::Adamw8bit if param.numel() >= LEAST_8BIT_NUMEL => {
+            2 * param.numel() + 2 * FLOAT * param.numel().div_ceil(SHARD_BLOCK)
+        }
+        OptimizerKind::Muon if param.shape.len() == 2 && muon_serves(unit) => FLOAT * param.numel(),
+        _ => 2 * FLOAT * param.numel(),
+    };
+    params.map(bytes).sum()
 }
 
 /// What a generator takes: weights, those of the next version as they arrive, and blocks of keys and values.

@@ -22,6 +22,8 @@ use crate::checkpoint::{self, Checkpoint};
 use crate::loggers::{LoggerOptions, Loggers};
 use crate::prompts::PromptSource;
 use crate::run_dir::RunDir;
+use crate::skips::SkipCounter;
+use crate::stop::{StopRequest, StopWatch, Stopped};
 use crate::torch::learner::{Learner, LearnerOptions};
 use crate::torch::objective::Objective;
 use crate::torch::parameters::{Parameters, ParametersBuilder, Sharding};
@@ -41,6 +43,10 @@ pub struct Session {
     /// Only rank 0 writes.
     pub loggers: Option<Loggers>,
     pub started: Instant,
+    pub(crate) skips: SkipCounter,
+    stop: StopWatch,
+    /// Steps of the newest checkpoint; 0 where there is none.
+    saved: u64,
     /// Rank 0 serves it: the others may still be reading from it when this rank has joined.
     _store: Option<Store>,
 }
@@ -50,7 +56,7 @@ impl Session {
     ///
     /// # Errors
     /// Names what is missing or does not fit.
-    pub fn start(config: &RunConfig, world: &World, objective: Objective) -> Result<Self> {
+    pub fn start(config: &RunConfig, world: &World, objective: Objective, stop: &StopRequest) -> Result<Self> {
         let started = Instant::now();
         let device = device(config, world)?;
         runtime::set_num_threads(num_threads(config, world));
@@ -79,7 +85,8 @@ impl Session {
             None
         };
         let step = checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.state.step);
-        let mut zero = Zero::with(sharding(&config.train), Arc::clone(&group), weights)?;
+        let optimizer = config.train.optimizer_options();
+        let mut zero = Zero::with(sharding(&config.train), Arc::clone(&group), weights, &optimizer)?;
         if let Some(checkpoint) = &checkpoint {
             zero.load_state(checkpoint.state.num_updates, &checkpoint.optimizer()?)?;
             tracing::info!("going on from {}", checkpoint.folder.display());
@@ -96,6 +103,9 @@ impl Session {
             step,
             loggers,
             started,
+            skips: SkipCounter::new(config.train.max_skipped_steps),
+            stop: StopWatch::new(stop, config.train.max_wall_clock_seconds, started),
+            saved: step,
             _store: store,
         })
     }
@@ -140,11 +150,34 @@ impl Session {
     ///
     /// # Errors
     /// If it cannot be written whole; checkpoints before it stay.
-    pub fn save_if_due(&self, step: u64) -> Result<()> {
+    pub fn save_if_due(&mut self, step: u64) -> Result<()> {
         let train = &self.config.train;
         if step.is_multiple_of(train.save_steps) || step == train.max_steps {
-            checkpoint::save(&self.run_dir, &self.config, &self.learner, step)?;
+            self.save(step)?;
         }
+        Ok(())
+    }
+
+    /// Whether the run ends after `step` steps, before its last; what is done is then saved.
+    ///
+    /// # Errors
+    /// If the ranks cannot agree, or the checkpoint cannot be written whole.
+    pub fn stop_if_due(&mut self, step: u64) -> Result<Option<Stopped>> {
+        let Some(reason) = self.stop.decide(Instant::now(), self.learner.zero().group())? else { return Ok(None) };
+        if step > self.saved {
+            self.save(step)?;
+        }
+        Ok(Some(Stopped { step, max_steps: self.config.train.max_steps, reason }))
+    }
+
+    fn save(&mut self, step: u64) -> Result<()> {
+        let started = Instant::now();
+        if let Some(loggers) = &self.loggers {
+            loggers.sync()?;
+        }
+        checkpoint::save(&self.run_dir, &self.config, &self.learner, step)?;
+        self.saved = step;
+        self.stop.saved_in(started.elapsed());
         Ok(())
     }
 

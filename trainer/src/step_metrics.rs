@@ -6,7 +6,7 @@ use aha_core::rollout::{FinishReason, Group};
 use aha_nn::comm::{CommError, ProcessGroup, ReduceOp};
 use tch::Tensor;
 
-use crate::loggers::Metrics;
+use crate::loggers::{Metrics, names};
 use crate::torch::learner::StepOutput;
 use crate::training_batch::TrainingBatch;
 
@@ -96,6 +96,7 @@ pub fn step_metrics(
     for (name, time) in output.times.named() {
         metrics.set(name, time.as_secs_f64());
     }
+    metrics.set(names::SKIPPED_UPDATES, f64::from(output.num_skipped));
     metrics.set("entropy", sum(2) / num_tokens);
     metrics.set("kl", sum(3) / num_tokens);
     metrics.set("clip_ratio/low_mean", sum(4) / num_tokens);

@@ -16,6 +16,7 @@ pub(crate) mod plan;
 pub(crate) mod reward;
 pub(crate) mod score;
 pub(crate) mod sft;
+pub(crate) mod stop;
 pub(crate) mod trainer;
 
 /// A configuration file with its overrides, as every role takes it.

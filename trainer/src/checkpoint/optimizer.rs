@@ -10,6 +10,7 @@ use aha_core::manifest::Manifest;
 use tch::Tensor;
 
 use super::{CheckpointError, STATE_DIR};
+use crate::failpoint;
 use crate::torch::zero::{FullState, ShardState};
 
 const PREFIX: &str = "optimizer-";
@@ -43,6 +44,7 @@ pub(super) fn write(
         let unit = &manifest.units[*unit_idx].name;
         tensors.push((format!("{unit}/{name}/{offset}"), tensor));
     }
+    failpoint::reached();
     Tensor::write_safetensors(&tensors, &path).map_err(|error| CheckpointError::unwritable(&path, error))?;
     Ok(Some(file))
 }

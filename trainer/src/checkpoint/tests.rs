@@ -272,6 +272,72 @@ fn one_rank_s_failure_is_everybody_s_and_leaves_nothing_behind() {
     assert_eq!(fixture.latest_step(), Some(1));
 }
 
+const KILLED_DIR: &str = "AHA_TEST_KILLED_DIR";
+
+/// A run writes step 2, it is damaged and written again, and step 1 goes: one kill -9 at every place that
+/// leaves a trace.
+#[cfg(unix)]
+#[test]
+fn the_newest_whole_checkpoint_loads_after_a_kill_anywhere() {
+    use std::os::unix::process::ExitStatusExt;
+    let mut steps_found = BTreeSet::new();
+    for kill_at in 1.. {
+        let fixture = Fixture::new();
+        fixture.save_alone(1, 1).unwrap();
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "checkpoint::tests::saving_until_it_is_killed", "--ignored", "--nocapture"])
+            .env(KILLED_DIR, fixture.folder.path())
+            .env(crate::failpoint::KILL_AT, kill_at.to_string())
+            .output()
+            .unwrap();
+        let finished = output.status.success();
+        assert!(finished || output.status.signal() == Some(9), "{}", String::from_utf8_lossy(&output.stdout));
+
+        let checkpoint = fixture.latest().unwrap().unwrap();
+        let step = checkpoint.state.step;
+        steps_found.insert((step, finished));
+        let weights = load_weights(&checkpoint.folder, &fixture.model, 1, Kind::Float, Device::Cpu).unwrap();
+        assert!(weights.embedding().equal(&fixture.weights(step, 1).embedding()), "killed at {kill_at}");
+        for FullState { unit_idx, tensor, .. } in checkpoint.optimizer().unwrap() {
+            let numel = weights.manifest.units[unit_idx].numel();
+            assert!(tensor.equal(&state(numel, step)), "killed at {kill_at}");
+        }
+        assert!(fixture.names().iter().all(|name| !name.starts_with(PARTIAL)), "killed at {kill_at}");
+        // A run that goes on can write the next one.
+        fixture.save_alone(3, 1).unwrap();
+        assert_eq!(fixture.names(), names(["step-3"]));
+        if finished {
+            assert!(kill_at > 30, "only {kill_at} places were reached");
+            break;
+        }
+    }
+    assert_eq!(steps_found, BTreeSet::from([(1, false), (2, false), (2, true)]));
+}
+
+#[test]
+#[ignore = "kills its process: run by the_newest_whole_checkpoint_loads_after_a_kill_anywhere"]
+fn saving_until_it_is_killed() {
+    let dir = PathBuf::from(std::env::var_os(KILLED_DIR).unwrap());
+    let scratch = Fixture::new();
+    for limit in [2, 1] {
+        let weights = scratch.weights(2, 1);
+        let snapshot = Snapshot {
+            step: 2,
+            num_updates: 4,
+            seed: 42,
+            base_model: &dir.join("base"),
+            model_config: &scratch.model,
+            weights: &weights,
+            reference: Some(&scratch.weights(2 + REFERENCE, 1)),
+            shards: &shards(&weights, 2, &solo()),
+        };
+        let folder = snapshot.save(&dir.join("checkpoints"), limit, &solo()).unwrap();
+        if limit == 2 {
+            std::fs::write(folder.join("config.json"), "").unwrap();
+        }
+    }
+}
+
 const FULL_DISK_DIR: &str = "AHA_TEST_FULL_DISK_DIR";
 
 /// A limit on the size of files stands for the full disk: it needs no privileges, and `write` fails in the same way.

@@ -11,8 +11,8 @@ use aha_nn::unit::{ModelWeights, Walk};
 
 use super::{CheckpointError, FileRecord, REFERENCE_DIR, STATE_DIR, STATE_FILE, State, folder, optimizer};
 use crate::agreement::agree;
-use crate::durable;
 use crate::torch::zero::ShardState;
+use crate::{durable, failpoint};
 
 /// What belongs to a model beside configuration and weights; taken over from the base model where it has them.
 const COMPANIONS: [&str; 10] = [
@@ -170,6 +170,7 @@ fn write_model_files(
     for name in COMPANIONS {
         let (from, to) = (base_model.join(name), partial.join(name));
         if from.is_file() {
+            failpoint::reached();
             std::fs::copy(&from, &to)
                 .map_err(|error| CheckpointError::unwritable(&to, format!("copying {}: {error}", from.display())))?;
             names.push(name.to_owned());
@@ -196,7 +197,9 @@ fn write_reference(
 
 /// Writes the files [`WEIGHTS`].
 fn write_weights(folder: &Path, config: &ModelConfig, weights: &dyn ModelWeights) -> Result<(), CheckpointError> {
+    failpoint::reached();
     save_weights(folder, config, weights)?;
+    failpoint::reached();
     let [config, weights] = WEIGHTS.map(|name| folder.join(name));
     // The weights come out readable by their owner alone; whoever may read the rest may read them.
     std::fs::metadata(config)
@@ -207,6 +210,7 @@ fn write_weights(folder: &Path, config: &ModelConfig, weights: &dyn ModelWeights
 /// An empty folder.
 fn create(path: &Path) -> Result<(), CheckpointError> {
     folder::remove(path)?;
+    failpoint::reached();
     std::fs::create_dir_all(path).map_err(|error| CheckpointError::unwritable(path, error))
 }
 

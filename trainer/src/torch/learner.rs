@@ -74,8 +74,8 @@ pub struct StepOutput {
     pub loss: f64,
     /// Norm of the gradients over all ranks, before clipping.
     pub grad_norm: f64,
-    /// The update was left out, because the gradients were not finite.
-    pub skipped: bool,
+    /// Updates that were left out, because the gradients were not finite.
+    pub num_skipped: u32,
     /// Log-probs of the completion tokens of every sequence, before the update.
     pub logprobs: Vec<Vec<f32>>,
     pub num_tokens: usize,
@@ -188,8 +188,8 @@ impl Learner {
         let mut lap = Lap::start();
         output.grad_norm = self.zero.reduce_gradients()?;
         output.times.reduce += lap.take();
-        output.skipped = !output.grad_norm.is_finite();
-        if output.skipped {
+        if !output.grad_norm.is_finite() {
+            output.num_skipped = 1;
             self.zero.zero_gradients();
         } else {
             // The constant is torch's, in clip_grad_norm_.
@@ -444,7 +444,7 @@ impl StepOutput {
     pub fn add_update(&mut self, other: &Self) {
         self.loss += other.loss;
         self.grad_norm += other.grad_norm;
-        self.skipped |= other.skipped;
+        self.num_skipped += other.num_skipped;
         self.num_tokens += other.num_tokens;
         self.num_packed_tokens += other.num_packed_tokens;
         self.entropy_sum += other.entropy_sum;

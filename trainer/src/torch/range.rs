@@ -16,7 +16,6 @@ impl Range {
     }
 
     /// The elements of this range in a flat tensor, as a view.
-    #[must_use]
     pub fn of(self, flat: &Tensor) -> Tensor {
         flat.narrow(0, self.start, self.len)
     }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use aha_core::batch::{LossType, TrainSequence};
 use aha_core::config::Train;
 use aha_core::objective::{ImportanceSamplingLevel, RolloutImportanceSamplingMode};
+use aha_core::optimizer::{OptimizerKind, OptimizerOptions};
 use aha_core::random::derive_seed;
 use aha_nn::autograd_ops::PackedBatch;
 use aha_nn::comm::{Address, Backend, GroupSpec, ProcessGroup, Store};
@@ -23,8 +24,8 @@ use super::learner::{Learner, LearnerOptions, LocalBatch, StepOutput};
 use super::objective::{Objective, PolicyObjective, Tokens};
 use super::parameters::{Parameters, Sharding};
 use super::targets::Targets;
-use super::zero::{FullState, Zero};
-use crate::test_ranks::flatten;
+use super::zero::{FullState, ShardState, Zero};
+use crate::test_ranks::{flatten, run_ranks};
 use crate::training_batch::Plan;
 
 const ADAMW: AdamW = AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1 };
@@ -117,14 +118,19 @@ fn train_sharded(
     options: LearnerOptions,
     sequences: &[TrainSequence],
 ) -> (Learner, Vec<StepOutput>) {
-    let (rank, size, group) = (group.rank(), group.size(), Arc::new(group));
+    let (size, group) = (group.size(), Arc::new(group));
     let weights = |seed| {
         let weights = Weights::random(model, seed, size, Kind::Float, group.device());
         Parameters::of(sharding, &group, weights)
     };
-    let zero = Zero::with(sharding, Arc::clone(&group), weights(5)).unwrap();
+    let zero = Zero::with(sharding, Arc::clone(&group), weights(5), &OptimizerOptions::default()).unwrap();
     let reference = options.objective.needs_reference().then(|| weights(99));
-    let mut learner = Learner::new(model.clone(), options, zero, reference);
+    train_zero(Learner::new(model.clone(), options, zero, reference), sequences)
+}
+
+/// Three steps on `sequences`.
+fn train_zero(mut learner: Learner, sequences: &[TrainSequence]) -> (Learner, Vec<StepOutput>) {
+    let (rank, size) = (learner.zero().group().rank(), learner.zero().group().size());
     let all: Vec<usize> = (0..sequences.len()).collect();
     let settings = Train { micro_batch_tokens: 20, ..Train::default() };
     let plan = Plan::new(sequences, &all, &settings, (rank, size)).unwrap();
@@ -412,6 +418,93 @@ fn a_rank_holds_what_its_stage_promises() {
                 assert_eq!(most_gathered, if stage == 3 { 2 } else { 0 });
             }
         }
+    }
+}
+
+/// Gradients of one split differ from those of another in their last bits. Muon takes that into bf16, and 8 bits into a
+/// neighbouring value: updates differ then by a small part of themselves.
+#[test]
+fn every_optimizer_trains_alike_on_every_stage_and_world_size() {
+    let raw = serde_json::json!({"model_type": "qwen2", "vocab_size": 150, "hidden_size": 32, "intermediate_size": 130,
+        "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": false,
+        "initializer_range": 0.3});
+    let model = ModelConfig::from_json(raw.as_object().unwrap().clone()).unwrap();
+    let initial = flatten(&Weights::random(&model, 5, 1, Kind::Float, Device::Cpu));
+    for (kind, tolerance) in [(OptimizerKind::Adamw8bit, 0.02), (OptimizerKind::Muon, 0.02)] {
+        let work = |stage: u8, group: ProcessGroup| {
+            let learner = learner(&model, policy(0.0), zero_with(&model, kind, stage, group), false);
+            flatten(train_zero(learner, &sequences(3, true)).0.zero().weights())
+        };
+        let expected = work(0, ProcessGroup::solo("test", Device::Cpu));
+        check_state_is_taken_back(&model, kind);
+        let norm = |difference: Tensor| difference.square().sum(Kind::Double).double_value(&[]).sqrt();
+        let moved = norm(&expected - &initial);
+        for (size, stage) in [(1, 2), (2, 0), (2, 1), (2, 2), (2, 3), (3, 0), (3, 1), (3, 2), (3, 3)] {
+            let results = run_ranks(size, |group| work(stage, group));
+            for weights in &results {
+                assert!(weights.equal(&results[0]), "{kind:?}, {size} ranks, stage {stage}: ranks differ");
+            }
+            let difference = norm(&results[0] - &expected);
+            let place = format!("{kind:?}, {size} ranks, stage {stage}");
+            assert!(difference < tolerance * moved, "{place}: weights differ by {difference} of {moved}");
+        }
+    }
+}
+
+fn zero_with(model: &ModelConfig, kind: OptimizerKind, stage: u8, group: ProcessGroup) -> Zero {
+    let (sharding, group) = (Sharding::from(stage), Arc::new(group));
+    let weights = Weights::random(model, 5, group.size(), Kind::Float, group.device());
+    let weights = Parameters::of(sharding, &group, weights);
+    let options = OptimizerOptions { kind, ..OptimizerOptions::default() };
+    Zero::with(sharding, group, weights, &options).unwrap()
+}
+
+/// What one writes another of the same optimizer takes, and one of another optimizer refuses.
+#[track_caller]
+fn check_state_is_taken_back(model: &ModelConfig, kind: OptimizerKind) {
+    let zero = |kind| zero_with(model, kind, 2, ProcessGroup::solo("test", Device::Cpu));
+    let states = |zero: &Zero| -> Vec<FullState> {
+        let full = |shard: ShardState| FullState {
+            unit_idx: shard.unit_idx,
+            name: shard.name.to_owned(),
+            tensor: shard.tensor.copy(),
+        };
+        zero.state().into_iter().map(full).collect()
+    };
+    let (trained, _) = train_zero(learner(model, policy(0.0), zero(kind), false), &sequences(3, true));
+    let written = states(trained.zero());
+    let mut fresh = zero(kind);
+    fresh.load_state(3, &written).unwrap();
+    for (found, expect) in states(&fresh).iter().zip(&written) {
+        assert!(found.tensor.equal(&expect.tensor), "{kind:?}: {} of unit {}", found.name, found.unit_idx);
+    }
+    let error = zero(OptimizerKind::Adamw).load_state(3, &written).unwrap_err().to_string();
+    assert!(error.contains("exp_avg for unit") && error.contains("another train.optimizer"), "{error}");
+}
+
+#[test]
+fn an_update_whose_gradients_are_not_finite_on_one_rank_is_left_out_on_all() {
+    let model = config("qwen2", true);
+    for stage in [0, 1, 2, 3] {
+        let results = run_ranks(2, |group| {
+            let (rank, size) = (group.rank(), group.size());
+            let weights = Weights::random(&model, 5, size, Kind::Float, group.device());
+            let before = flatten(&weights);
+            let mut learner = learner(&model, policy(0.05), Zero::new(stage, group, weights), false);
+            let mut sequences = sequences(3, true);
+            let all: Vec<usize> = (0..sequences.len()).collect();
+            let settings = Train { micro_batch_tokens: 20, ..Train::default() };
+            let plan = Plan::new(&sequences, &all, &settings, (rank, size)).unwrap();
+            let good = sequences[0].advantages[0];
+            sequences[0].advantages[0] = f32::NAN;
+            let skipped = learner.step(&plan.of(&sequences), &ADAMW).unwrap().num_skipped;
+            let unmoved = flatten(learner.zero().weights()).equal(&before);
+            let num_updates = learner.zero().num_updates();
+            sequences[0].advantages[0] = good;
+            let taken = learner.step(&plan.of(&sequences), &ADAMW).unwrap();
+            (skipped, unmoved, num_updates, taken.num_skipped, taken.grad_norm.is_finite())
+        });
+        assert_eq!(results, [(1, true, 0, 0, true); 2], "stage {stage}");
     }
 }
 

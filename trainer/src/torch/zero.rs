@@ -4,19 +4,20 @@
 //! stage 1 shards the optimizer's state, stage 2 the gradients as well, stage 3 the weights as well. A unit's gradient is
 //! reduced while the backward pass of the next one computes: in stages 2 and 3 with every micro-batch, before them with
 //! the last of a step. All ranks call these methods in the same order, unit for unit, whatever their own data: that is
-//! what keeps the collectives matched.
+//! what keeps the collectives matched. What the optimizer keeps, and how it updates, is in `optimizer`.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use aha_core::optimizer::OptimizerOptions;
 use aha_nn::comm::{CommError, ProcessGroup, ReduceOp, Work};
-use aha_nn::optim::{AdamW, AdamWError, sum_of_squares};
+use aha_nn::optim::{AdamW, sum_of_squares};
 use aha_nn::storage::memory_bytes;
 use aha_nn::unit::ModelWeights;
 use aha_nn::weights::Weights;
 use tch::{Device, Kind, Tensor};
 
-use super::optimizer::{ShardOptimizer, StateTensor, Update};
+use super::optimizer::{OptimizerError, ShardOptimizer, StateTensor, Update};
 use super::parameters::{Parameters, Sharding};
 use super::range::Range;
 
@@ -96,28 +97,35 @@ pub enum ZeroError {
     #[error(transparent)]
     Comm(#[from] CommError),
     #[error(transparent)]
-    AdamW(#[from] AdamWError),
-    #[error("the checkpoint has no {name} for unit {unit}")]
+    Optimizer(#[from] OptimizerError),
+    #[error("the checkpoint has no {name} for unit {unit}: it was written under another train.optimizer")]
     MissingState { name: &'static str, unit: String },
-    #[error("the checkpoint has {found} elements of {name} for unit {unit}, and {expected} are due")]
+    #[error(
+        "the checkpoint has {found} elements of {name} for unit {unit}, and {expected} are due: it was written under another train.optimizer, or is not whole"
+    )]
     UnevenState { name: &'static str, unit: String, found: usize, expected: i64 },
 }
 
 impl Zero {
-    /// Takes over `weights`, which are equal on all ranks and padded for the size of `group`.
+    /// Takes over `weights`, which are equal on all ranks and padded for the size of `group`, with AdamW.
     pub fn new(sharding: impl Into<Sharding>, group: ProcessGroup, weights: Weights) -> Self {
         let (sharding, group) = (sharding.into(), Arc::new(group));
         let weights = Parameters::of(sharding, &group, weights);
-        Self::with(sharding, group, weights).expect("weights at hand wait for no rank")
+        Self::with(sharding, group, weights, &OptimizerOptions::default()).expect("weights at hand wait for no rank")
     }
 
-    /// As [`Zero::new`], for weights that are sharded as `sharding` says already.
+    /// As [`Zero::new`], for weights that are sharded as `sharding` says already, and any optimizer.
     ///
     /// # Errors
     /// If ranks cannot reach each other.
-    pub fn with(sharding: Sharding, group: Arc<ProcessGroup>, weights: Parameters) -> Result<Self, ZeroError> {
+    pub fn with(
+        sharding: Sharding,
+        group: Arc<ProcessGroup>,
+        weights: Parameters,
+        optimizer: &OptimizerOptions,
+    ) -> Result<Self, ZeroError> {
         let units: Vec<UnitState> = (0..weights.manifest().units.len())
-            .map(|unit_idx| UnitState::new(sharding, &group, &weights, unit_idx))
+            .map(|unit_idx| UnitState::new((sharding, optimizer), &group, &weights, unit_idx))
             .collect::<Result<_, _>>()?;
         let stage = sharding.offload_optimizer.then(|| {
             let longest = units.iter().map(|unit| unit.owned.len).max().unwrap_or(0);
@@ -191,16 +199,17 @@ impl Zero {
     /// waits for. Gradients are zero after.
     pub fn update(&mut self, scale: f64, options: &AdamW) -> Result<(), ZeroError> {
         self.num_updates += 1;
-        let update = Update { scale, step: self.num_updates, options };
+        let group = (self.sharding.stage > 0).then_some(&*self.group);
+        let update = Update { scale, step: self.num_updates, options, group };
         for (unit_idx, unit) in self.units.iter_mut().enumerate() {
             let mut owned = self.weights.owned(unit_idx, unit.owned)?;
             let mut grad = unit.grad.narrow(0, 0, unit.owned.len);
             match &mut self.stage {
-                Some(stage) => stage.update(&mut unit.optimizer, &mut owned, &grad, update)?,
+                Some(stage) => stage.update(&mut unit.optimizer, &mut owned, &grad, &update)?,
                 None => {
                     // The same memory, unless weights are kept on the CPU and their state is not.
                     let mut beside = owned.to_device(grad.device());
-                    unit.optimizer.update(&mut beside, &mut grad, update)?;
+                    unit.optimizer.update(&mut beside, &mut grad, &update)?;
                     if beside.device() != owned.device() {
                         tch::no_grad(|| owned.copy_(&beside));
                     }
@@ -261,6 +270,8 @@ impl Zero {
                         let found = state.tensor.numel();
                         return Err(ZeroError::UnevenState { name, unit: unit_name(), found, expected: whole_len });
                     }
+                    // Nobody writes what has no elements.
+                    None if whole_len == 0 => {}
                     None if name == "master" => {
                         unit.optimizer.reset_master(&self.weights.owned(unit_idx, unit.owned)?);
                     }
@@ -314,14 +325,20 @@ impl Zero {
 }
 
 impl UnitState {
-    fn new(sharding: Sharding, group: &ProcessGroup, weights: &Parameters, unit_idx: usize) -> Result<Self, CommError> {
+    fn new(
+        (sharding, optimizer): (Sharding, &OptimizerOptions),
+        group: &ProcessGroup,
+        weights: &Parameters,
+        unit_idx: usize,
+    ) -> Result<Self, CommError> {
         let unit = &weights.manifest().units[unit_idx];
         let padded = unit.padded_numel(group.size()) as i64;
         let owned = sharding.owned(padded, (group.rank(), group.size()));
         let grad_len = if sharding.stage < 2 { padded } else { owned.len };
         let grad = Tensor::zeros([grad_len], (Kind::Float, weights.device()));
         let state_device = if sharding.offload_optimizer { Device::Cpu } else { weights.device() };
-        let optimizer = ShardOptimizer::new(unit, owned, &weights.owned(unit_idx, owned)?.to_device(state_device));
+        let owned_weights = weights.owned(unit_idx, owned)?.to_device(state_device);
+        let optimizer = ShardOptimizer::new(unit, owned, &owned_weights, optimizer);
         Ok(Self { grad, optimizer, owned })
     }
 
@@ -352,8 +369,8 @@ impl HostStage {
         optimizer: &mut ShardOptimizer,
         owned: &mut Tensor,
         grad: &Tensor,
-        update: Update<'_>,
-    ) -> Result<(), AdamWError> {
+        update: &Update<'_>,
+    ) -> Result<(), OptimizerError> {
         let len = grad.size()[0];
         let [mut host_grad, mut host_weights] = [&self.grad, &self.weights].map(|buffer| buffer.narrow(0, 0, len));
         tch::no_grad(|| {

@@ -10,6 +10,7 @@ use aha_core::random::sampling_uniform;
 use aha_core::rollout::Group;
 use aha_trainer::publish::Publisher;
 use aha_trainer::rollouts::{GeneratorPool, RolloutError, RolloutRequest, Rollouts};
+use aha_trainer::stop::StopRequest;
 use aha_trainer::world::World;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -73,7 +74,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let generator = GeneratorProcess::start(&path, &address)?;
 
     let runtime = Arc::new(network_runtime()?);
-    aha_trainer::run::run(&config, &World::single(), |session| {
+    aha_trainer::run::run(&config, &World::single(), &StopRequest::default(), |session| {
         let pool = GeneratorPool::connect(&config, Arc::clone(&runtime))?;
         let weights = session.learner.zero().weights();
         let publisher = Publisher::join(session.group(), weights, &config, &pool.clients(), runtime)?;

@@ -5,6 +5,8 @@ use super::{RunConfig, Train};
 use crate::advantage::{AdvantageEstimator, MultiObjectiveAggregation, ScaleRewards};
 use crate::batch::LossType;
 use crate::objective::{ImportanceSamplingLevel, KlEstimator};
+use crate::optimizer::OptimizerKind;
+use crate::schedule::LrSchedulerType;
 
 impl RunConfig {
     pub(super) fn check_train(&self, problems: &mut Problems) {
@@ -75,7 +77,27 @@ impl Train {
         ] {
             problems.share(key, value);
         }
+        let has_warmup = self.lr_scheduler_type != LrSchedulerType::Constant || self.num_warmup_steps() == 0;
+        problems.unless(has_warmup, || {
+            format!(
+                "train.lr_scheduler_type: constant has no warm-up, got one of {} steps; take constant_with_warmup",
+                self.num_warmup_steps()
+            )
+        });
         problems.positive("train.adam_epsilon", self.adam_epsilon);
+        if let Some(rate) = self.muon_learning_rate {
+            problems.at_least_0("muon_learning_rate", rate);
+            problems.unless(self.optimizer == OptimizerKind::Muon, || {
+                format!("train.muon_learning_rate: {rate} has no effect on optimizer {:?}", self.optimizer)
+            });
+            problems.unless(self.learning_rate > 0.0, || {
+                "train.learning_rate: must be over 0 beside train.muon_learning_rate, since both follow one schedule"
+                    .to_owned()
+            });
+        }
+        if let Some(seconds) = self.max_wall_clock_seconds {
+            problems.positive("train.max_wall_clock_seconds", seconds);
+        }
         problems.positive("train.collective_timeout_seconds", self.collective_timeout_seconds);
         problems.positive("train.push_timeout_seconds", self.push_timeout_seconds);
     }
@@ -84,6 +106,10 @@ impl Train {
     fn check_memory(&self, problems: &mut Problems) {
         problems.unless(self.zero_stage <= 3, || {
             format!("train.zero_stage: must be 0, 1, 2 or 3, got {}", self.zero_stage)
+        });
+        problems.unless(!self.offload_optimizer || self.optimizer != OptimizerKind::Muon, || {
+            "train.offload_optimizer: muon makes its updates from whole matrices on the device; use adamw or adamw_8bit"
+                .to_owned()
         });
         problems.unless(!self.offload_params || self.zero_stage == 3, || {
             format!("train.offload_params: needs train.zero_stage 3, got {}", self.zero_stage)
@@ -254,7 +280,9 @@ mod tests {
             // The upper clip range follows epsilon where it is not set.
             check(json!({key: 1.5, "epsilon_high": 0.2}), &[&format!("train.{key}: "), "[0, 1]", "1.5"]);
         }
-        for key in ["sapo_temperature_pos", "sapo_temperature_neg", "off_policy_mask_threshold"] {
+        for key in
+            ["sapo_temperature_pos", "sapo_temperature_neg", "off_policy_mask_threshold", "max_wall_clock_seconds"]
+        {
             check(json!({key: 0.0}), &[&format!("train.{key}: "), "over 0", "got 0"]);
         }
         for key in ["num_iterations", "ref_model_sync_steps"] {
@@ -268,6 +296,7 @@ mod tests {
     #[test]
     fn options_of_memory_fit_each_other() {
         check(json!({"zero_stage": 4}), &["train.zero_stage: ", "0, 1, 2 or 3", "got 4"]);
+        check(json!({"offload_optimizer": true, "optimizer": "muon"}), &["train.offload_optimizer: ", "muon"]);
         check(json!({"offload_params": true}), &["train.offload_params: ", "zero_stage 3", "got 2"]);
         assert!(problems(json!({"offload_params": true, "offload_optimizer": true, "zero_stage": 3})).is_empty());
         check(
@@ -343,6 +372,28 @@ mod tests {
             &["train.bnpo_batch_size: 5", "32"],
         );
         check(json!({"soft_punish_cache": 513}), &["train.soft_punish_cache: 513", "512"]);
+    }
+
+    #[test]
+    fn a_warm_up_needs_a_schedule_that_has_one() {
+        for warmup in [json!({"warmup_steps": 7}), json!({"warmup_ratio": 0.065})] {
+            let mut train = warmup.clone();
+            train["lr_scheduler_type"] = json!("constant");
+            check(train, &["train.lr_scheduler_type: constant", "7 steps", "constant_with_warmup"]);
+            let mut train = warmup;
+            train["lr_scheduler_type"] = json!("constant_with_warmup");
+            assert!(problems(train).is_empty());
+        }
+    }
+
+    #[test]
+    fn muon_s_learning_rate_goes_with_muon_and_a_schedule() {
+        check(json!({"muon_learning_rate": 0.02}), &["train.muon_learning_rate: 0.02", "Adamw"]);
+        check(
+            json!({"muon_learning_rate": 0.02, "optimizer": "muon", "learning_rate": 0.0}),
+            &["train.learning_rate: ", "over 0"],
+        );
+        assert!(problems(json!({"muon_learning_rate": 0.02, "optimizer": "muon"})).is_empty());
     }
 
     #[test]
