@@ -90,7 +90,6 @@ impl ShardedWeights {
     ///
     /// # Panics
     /// If the unit is gathered or being gathered: what is gathered would be of two times.
-    #[must_use]
     pub fn shard(&self, unit_idx: usize) -> Tensor {
         let unit = &self.units[unit_idx];
         let is_away = match &*unit.state.borrow() {
