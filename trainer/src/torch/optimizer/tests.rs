@@ -243,35 +243,42 @@ fn join(shards: Vec<Shard>) -> Whole {
     (Tensor::cat(&weights, 0), state)
 }
 
+/// Every optimizer on every unit, in fp32 and in bf16.
+fn cases() -> Vec<(UnitSpec, OptimizerKind, Kind)> {
+    let kinds = KINDS.into_iter().flat_map(|kind| [Kind::Float, Kind::BFloat16].map(|weights| (kind, weights)));
+    kinds.flat_map(|(kind, weights)| units().into_iter().map(move |unit| (unit, kind, weights))).collect()
+}
+
+/// What `size` ranks make of all cases, put together.
+fn sharded(size: usize, steps: std::ops::RangeInclusive<u64>, before: Option<&[Whole]>) -> Vec<Whole> {
+    let before = Mutex::new(before.map(|before| before.iter().map(copy).collect::<Vec<_>>()));
+    let by_rank = run_ranks(size, |group| {
+        let before = before.lock().unwrap().as_ref().map(|before| before.iter().map(copy).collect::<Vec<_>>());
+        let shard = |(index, (unit, kind, weights)): (usize, &(UnitSpec, OptimizerKind, Kind))| {
+            let before = before.as_ref().map(|before| &before[index]);
+            run((unit, *kind, *weights), &group, steps.clone(), before)
+        };
+        cases().iter().enumerate().map(shard).collect::<Vec<_>>()
+    });
+    let mut ranks: Vec<_> = by_rank.into_iter().map(Vec::into_iter).collect();
+    (0..cases().len()).map(|_| join(ranks.iter_mut().map(|shards| shards.next().unwrap()).collect())).collect()
+}
+
 #[test]
 fn shards_of_any_world_size_update_as_the_whole_and_go_on_from_each_other() {
-    for kind in KINDS {
-        for weights_kind in [Kind::Float, Kind::BFloat16] {
-            for unit in units() {
-                let of = (&unit, kind, weights_kind);
-                let solo = || ProcessGroup::solo("whole", Device::Cpu);
-                let expect = join(vec![run(of, &solo(), 1..=5, None)]);
-                let sharded = |size, steps: std::ops::RangeInclusive<u64>, before: Option<&Whole>| {
-                    let before = Mutex::new(before.map(copy));
-                    join(run_ranks(size, |group| {
-                        let before = before.lock().unwrap().as_ref().map(copy);
-                        run(of, &group, steps.clone(), before.as_ref())
-                    }))
-                };
-                for size in [2, 3] {
-                    let straight = sharded(size, 1..=5, None);
-                    let third = sharded(size, 1..=3, None);
-                    let resumed_alone = join(vec![run(of, &solo(), 4..=5, Some(&third))]);
-                    let resumed_wider = sharded(5 - size, 4..=5, Some(&third));
-                    for (what, found) in
-                        [("straight", straight), ("resumed alone", resumed_alone), ("resumed", resumed_wider)]
-                    {
-                        let place = format!("{kind:?}, {weights_kind:?}, {}, {size} ranks, {what}", unit.name);
-                        assert!(found.0.equal(&expect.0), "{place}: weights");
-                        for ((name, found), (_, expect)) in found.1.iter().zip(&expect.1) {
-                            assert!(found.equal(expect), "{place}: {name}");
-                        }
-                    }
+    let expect = sharded(1, 1..=5, None);
+    for size in [2, 3] {
+        let third = sharded(size, 1..=3, None);
+        for (what, found) in [
+            ("straight", sharded(size, 1..=5, None)),
+            ("resumed by one", sharded(1, 4..=5, Some(&third))),
+            ("resumed by others", sharded(5 - size, 4..=5, Some(&third))),
+        ] {
+            for ((unit, kind, weights), (found, expect)) in cases().iter().zip(found.iter().zip(&expect)) {
+                let place = format!("{kind:?}, {weights:?}, {}, {size} ranks, {what}", unit.name);
+                assert!(found.0.equal(&expect.0), "{place}: weights");
+                for ((name, found), (_, expect)) in found.1.iter().zip(&expect.1) {
+                    assert!(found.equal(expect), "{place}: {name}");
                 }
             }
         }
