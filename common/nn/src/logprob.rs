@@ -64,7 +64,6 @@ impl TargetLogprobs {
     ///
     /// # Shapes
     /// - gradients of log-probs and, where they take part, of entropies: `[M]`, fp32.
-    #[must_use]
     pub fn backward(
         self,
         d_logprobs: &Tensor,

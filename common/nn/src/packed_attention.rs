@@ -226,7 +226,7 @@ mod tests {
             block(prompt, length, prompt, length).copy_(&causal(length));
             for &own in &group.completions {
                 let own = own as i64;
-                let _ = block(start, own, prompt, length).fill_(0);
+                drop(block(start, own, prompt, length).fill_(0));
                 block(start, own, start, own).copy_(&causal(own));
                 start += own;
             }

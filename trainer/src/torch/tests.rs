@@ -307,7 +307,8 @@ fn sharing_prompts_changes_nothing() {
         let reference = Weights::random(&model, 99, 1, Kind::Float, device());
         let options = LearnerOptions { share_prompts, ..options(policy(0.05), false) };
         let mut learner = Learner::new(model.clone(), options, zero, Some(reference.into()));
-        let batch = LocalBatch { sequences: &sequences, micro_batches: &[all.clone()], num_micro_batches: 1 };
+        let batch =
+            LocalBatch { sequences: &sequences, micro_batches: std::slice::from_ref(&all), num_micro_batches: 1 };
         let logprobs = learner.statistics(&batch).unwrap().logprobs;
         (logprobs, learner.step(&batch, &ADAMW).unwrap())
     };
