@@ -101,7 +101,7 @@ mod tests {
 
     #[test]
     fn bench_passes_flags_on() {
-        let cli = Cli::try_parse_from(["xtask", "bench", "step", "--help", "--group", "8"]).unwrap();
-        assert!(matches!(cli.task, Task::Bench(Bench::Other(args)) if args == ["step", "--help", "--group", "8"]));
+        let cli = Cli::try_parse_from(["xtask", "bench", "shape", "--help", "--batch", "8"]).unwrap();
+        assert!(matches!(cli.task, Task::Bench(Bench::Other(args)) if args == ["shape", "--help", "--batch", "8"]));
     }
 }

@@ -117,7 +117,8 @@ async fn measure(config: &ModelConfig, kv: KvPolicy, bucket_numel: usize, late: 
 async fn arrivals(incoming: &mut mpsc::Receiver<TokenEvent>, is_enough: impl Fn(&[Arrival]) -> bool) -> Vec<Arrival> {
     let mut arrivals = Vec::new();
     while !is_enough(&arrivals) {
-        if let Some(TokenEvent::Token { sample_index: 0, version, .. }) = incoming.recv().await {
+        let event = incoming.recv().await.expect("tokens come until there are enough");
+        if let TokenEvent::Token { sample_index: 0, version, .. } = event {
             arrivals.push(Arrival { at: Instant::now(), version: version.0 });
         }
     }

@@ -77,7 +77,11 @@ pub(super) fn send_in(bucket_numel: usize, group: ProcessGroup, weights: Weights
 }
 
 pub(super) fn announcement(version: u64, weights: &Weights) -> v1::UpdateWeightsRequest {
-    let unit_hashes = (0..weights.num_units()).map(|unit_idx| xxh3_64(bytes(weights.flat(unit_idx)))).collect();
+    let hash = |unit_idx: usize| {
+        let numel = weights.manifest.units[unit_idx].numel() as i64;
+        xxh3_64(bytes(&weights.flat(unit_idx).narrow(0, 0, numel)))
+    };
+    let unit_hashes = (0..weights.num_units()).map(hash).collect();
     v1::UpdateWeightsRequest { group: GROUP.to_owned(), version, unit_hashes }
 }
 

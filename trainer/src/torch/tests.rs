@@ -402,6 +402,7 @@ fn a_rank_holds_what_its_stage_promises() {
     let model = config("qwen2", false);
     let size = 4;
     let padded: usize = model.manifest().units.iter().map(|unit| unit.padded_numel(size)).sum();
+    let numel = model.manifest().numel();
     for stage in 0..=3 {
         for sharding in [Sharding::from(stage), offloaded(stage)] {
             let model = model.clone();
@@ -411,10 +412,13 @@ fn a_rank_holds_what_its_stage_promises() {
                 (learner.zero().held_bytes(), learner.zero().weights().most_gathered())
             });
             let share = |is_shared: bool| if is_shared { padded / size } else { padded };
+            // The optimizer keeps nothing of the padding.
+            let all_ranks: usize = held.iter().map(|(held, _)| held.optimizer).sum();
+            assert_eq!(all_ranks, 2 * 4 * numel * if stage == 0 { size } else { 1 }, "optimizer in {sharding:?}");
             for (held, most_gathered) in held {
                 assert_eq!(held.weights, 4 * share(stage == 3), "weights in {sharding:?}");
                 assert_eq!(held.gradients, 4 * share(stage >= 2), "gradients in {sharding:?}");
-                assert_eq!(held.optimizer, 2 * 4 * share(stage >= 1), "optimizer in {sharding:?}");
+                assert!(held.optimizer <= 2 * 4 * share(stage >= 1), "optimizer in {sharding:?}");
                 // The one that is computed, and the next.
                 assert_eq!(most_gathered, if stage == 3 { 2 } else { 0 });
             }
