@@ -29,7 +29,7 @@ pub(crate) fn weigh(
     let mut num_counted: usize =
         batch.updates[index].iter().map(|&index| batch.sequences[index].num_completion_tokens()).sum();
     if train.top_entropy_quantile < 1.0 {
-        let entropies = learner.statistics(&plan.of(&batch.sequences)).entropies;
+        let entropies = learner.statistics(&plan.of(&batch.sequences))?.entropies;
         let flat: Vec<u8> =
             own.iter().flat_map(|&index| &entropies[index]).flat_map(|value| value.to_le_bytes()).collect();
         let everyone = learner.zero().group().all_gather_bytes(&flat)?.concat();

@@ -27,7 +27,7 @@ pub fn optimize(
     let group = learner.zero().group();
     let plans = batch.plans(train, (group.rank(), group.size()))?;
     for plan in plans.iter().skip(1) {
-        let logprobs = learner.statistics(&plan.of(&batch.sequences)).logprobs;
+        let logprobs = learner.statistics(&plan.of(&batch.sequences))?.logprobs;
         keep_old_logprobs(batch, plan, logprobs);
     }
     let mut total = StepOutput::default();

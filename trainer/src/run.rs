@@ -49,7 +49,7 @@ pub fn run<R: Rollouts>(
     let mut session = Session::start(config, world, Objective::Policy(PolicyObjective::new(&config.train)))?;
     let (mut rollouts, mut publisher) = connect(&session)?;
     let rollouts = &mut rollouts;
-    publisher.publish(session.learner.zero().weights(), PolicyVersion(session.step))?;
+    publisher.publish(&*session.learner.policy(), PolicyVersion(session.step))?;
     let first_step = session.step;
     evaluate_if_due(&mut session, rollouts, first_step)?;
     let mut num_skipped = 0;
@@ -92,7 +92,7 @@ fn train_step(
     let adamw = session.adamw(step);
     let output = optimize(&mut session.learner, &config.train, &mut batch, &adamw)?;
     clock.lap("time/train");
-    let push = publisher.publish(session.learner.zero().weights(), PolicyVersion(step + 1))?;
+    let push = publisher.publish(&*session.learner.policy(), PolicyVersion(step + 1))?;
     clock.lap("weights/push_seconds");
 
     let logprobs: Vec<&[f32]> =

@@ -17,6 +17,7 @@ use aha_nn::weights::Weights;
 use anyhow::{Context, Result};
 use tch::{Device, Kind};
 
+use crate::adapters;
 use crate::checkpoint::{self, Checkpoint};
 use crate::loggers::{LoggerOptions, Loggers};
 use crate::prompts::PromptSource;
@@ -61,24 +62,37 @@ impl Session {
         // Before anything is written: a run that cannot begin leaves no folder.
         if !config.model.random_init && !RunDir::exists(config) {
             check_weights(&config.model.path, &model_config)?;
+            adapters::check(config, &model_config)?;
         }
         let (group, store) = join(config, world, device)?;
         let run_dir = RunDir::open(config, &group)?;
         let checkpoint = checkpoint::latest(&run_dir, &group)?;
-        let weights = initial_weights(config, &model_config, checkpoint.as_ref(), (world.size, device))?;
-        let reference = if objective.needs_reference() {
-            Some(reference_weights(config, &model_config, checkpoint.as_ref(), device)?)
+        let place = (world.size, device);
+        let weights = if config.lora.is_on() {
+            let folder = checkpoint.as_ref().map(|checkpoint| checkpoint.folder.as_path());
+            adapters::initial(config, &model_config, folder, place)?
         } else {
-            None
+            initial_weights(config, &model_config, checkpoint.as_ref(), place)?
         };
         let step = checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.state.step);
         let mut zero = Zero::new(config.train.zero_stage, group, weights);
         if let Some(checkpoint) = &checkpoint {
-            zero.load_state(checkpoint.state.num_updates, &checkpoint.optimizer()?)?;
+            let state = checkpoint.optimizer(&zero.weights().manifest)?;
+            zero.load_state(checkpoint.state.num_updates, &state)?;
             tracing::info!("going on from {}", checkpoint.folder.display());
         }
         let options = learner_options(config, objective, model_config.vocab_size);
-        let learner = Learner::new(model_config, options, zero, reference);
+        let learner = if config.lora.is_on() {
+            let base = adapters::base(config, &model_config, (kind(config, device), device))?;
+            Learner::of_adapters(model_config, options, zero, base)
+        } else {
+            let reference = if objective.needs_reference() {
+                Some(reference_weights(config, &model_config, checkpoint.as_ref(), device)?)
+            } else {
+                None
+            };
+            Learner::new(model_config, options, zero, reference)
+        };
         let loggers = if world.rank == 0 { Some(loggers(config, &run_dir, step)?) } else { None };
         Ok(Self {
             config: config.clone(),
@@ -145,7 +159,8 @@ impl Session {
         let folder = self.run_dir.model();
         if self.world.rank == 0 {
             let base = &self.config.model.path;
-            checkpoint::save_model(&folder, base, self.learner.config(), self.learner.zero().weights())?;
+            let weights = (&*self.learner.policy(), self.learner.kind());
+            checkpoint::save_model(&folder, base, self.learner.config(), weights)?;
         }
         self.group().barrier()?;
         Ok(folder)
@@ -184,16 +199,21 @@ fn join(config: &RunConfig, world: &World, device: Device) -> Result<(ProcessGro
     Ok((ProcessGroup::new(backend, &store, &spec)?, Some(store)))
 }
 
+/// Type of the weights in the forward and backward pass.
+fn kind(config: &RunConfig, device: Device) -> Kind {
+    match (config.model.dtype, device) {
+        (Dtype::Float32, _) | (Dtype::Auto, Device::Cpu) => Kind::Float,
+        (Dtype::Bfloat16, _) | (Dtype::Auto, _) => Kind::BFloat16,
+    }
+}
+
 fn initial_weights(
     config: &RunConfig,
     model_config: &ModelConfig,
     checkpoint: Option<&Checkpoint>,
     (world_size, device): (usize, Device),
 ) -> Result<Weights> {
-    let kind = match (config.model.dtype, device) {
-        (Dtype::Float32, _) | (Dtype::Auto, Device::Cpu) => Kind::Float,
-        (Dtype::Bfloat16, _) | (Dtype::Auto, _) => Kind::BFloat16,
-    };
+    let kind = kind(config, device);
     if checkpoint.is_none() && config.model.random_init {
         return Ok(Weights::random(model_config, config.run.seed, world_size, kind, device));
     }

@@ -34,8 +34,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let runtime = Arc::new(network_runtime()?);
     let summary = run::run(&config, &world, |session| {
         let pool = GeneratorPool::connect(&config, Arc::clone(&runtime))?;
-        let weights = session.learner.zero().weights();
-        let publisher = Publisher::join(session.group(), weights, &config, &pool.clients(), runtime)?;
+        let weights = session.learner.policy();
+        let publisher = Publisher::join(session.group(), &*weights, &config, &pool.clients(), runtime)?;
         Ok((pool, publisher))
     })?;
     if world.is_main() {

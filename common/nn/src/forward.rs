@@ -3,29 +3,91 @@
 use tch::{Kind, Tensor};
 
 use crate::autograd_ops::PackedBatch;
+use crate::comm::CommError;
 use crate::logprob::token_statistics;
 use crate::model_config::ModelConfig;
 use crate::rotary::RotaryTable;
 use crate::transformer::{Head, Layer, Ops};
-use crate::weights::Weights;
+use crate::unit::{ModelWeights, Unit, Walk};
 
 /// Hidden states after the final norm of every packed token, `[N, C]`.
-pub fn hidden_states(config: &ModelConfig, weights: &Weights, batch: &PackedBatch) -> Tensor {
-    tch::no_grad(|| {
-        let mut x = batch.embed(&weights.embedding()); // [N, C]
-        for layer_idx in 0..config.num_layers {
-            let layer = Layer::new(config, weights.views(1 + layer_idx), |weight| weight);
-            x = layer.forward(batch, config, layer_idx, x);
-        }
-        let head = Head::new(weights.views(1 + config.num_layers), |weight| weight);
-        batch.rms_norm(&x, &head.norm, config.rms_norm_eps)
-    })
+///
+/// # Errors
+/// If ranks share the weights and cannot reach each other.
+pub fn hidden_states(
+    config: &ModelConfig,
+    weights: &dyn ModelWeights,
+    batch: &PackedBatch,
+) -> Result<Tensor, CommError> {
+    let mut walk = Walk::forward(config);
+    let x = layers(config, weights, batch, &mut walk)?;
+    let head = Head::new(walk.next(weights)?.params(), |weight| weight);
+    let hidden = tch::no_grad(|| batch.rms_norm(&x, &head.norm, config.rms_norm_eps));
+    walk.finish(weights)?;
+    Ok(hidden)
 }
 
-/// The matrix of the head, `[V, C]`: its own, or the embedding where they are tied.
-pub fn head_matrix(config: &ModelConfig, weights: &Weights) -> Tensor {
-    let head = Head::new(weights.views(1 + config.num_layers), |weight| weight);
-    head.lm_head.map_or_else(|| weights.embedding(), |projection| projection.weight)
+/// Log-probs of some packed tokens, and the entropies of the distributions that they are taken from.
+///
+/// # Shapes
+/// - rows: `[M]`, packed rows that predict the tokens, `[M]`, both i64; returns `[M]` fp32 twice.
+///
+/// # Errors
+/// As [`hidden_states`].
+pub fn statistics(
+    config: &ModelConfig,
+    weights: &dyn ModelWeights,
+    batch: &PackedBatch,
+    (rows, tokens): (&Tensor, &Tensor),
+    temperature: f64,
+) -> Result<(Tensor, Tensor), CommError> {
+    let mut walk = Walk::forward(config);
+    let x = layers(config, weights, batch, &mut walk)?;
+    let (_units, head, matrix) = head(config, weights, &mut walk)?;
+    let rows = x.index_select(0, rows); // [M, C]
+    let hidden = tch::no_grad(|| batch.rms_norm(&rows, &head.norm, config.rms_norm_eps));
+    Ok(token_statistics(&hidden, &matrix, tokens, temperature))
+}
+
+/// The head with its matrix, `[V, C]`: its own, or the embedding where they are tied. Both have memory while the units
+/// live.
+///
+/// # Errors
+/// As [`hidden_states`].
+pub fn head(
+    config: &ModelConfig,
+    weights: &dyn ModelWeights,
+    walk: &mut Walk,
+) -> Result<(Vec<Unit>, Head<Tensor>, Tensor), CommError> {
+    let mut units = vec![walk.next(weights)?];
+    let head = Head::new(units[0].params(), |weight| weight);
+    let matrix = match &head.lm_head {
+        Some(projection) => projection.weight.shallow_clone(),
+        None => {
+            units.push(walk.next(weights)?);
+            units[1].params().remove(0)
+        }
+    };
+    debug_assert_eq!(head.lm_head.is_none(), config.tie_word_embeddings);
+    Ok((units, head, matrix))
+}
+
+/// The output of the last layer, `[N, C]`. No gradient flows.
+fn layers(
+    config: &ModelConfig,
+    weights: &dyn ModelWeights,
+    batch: &PackedBatch,
+    walk: &mut Walk,
+) -> Result<Tensor, CommError> {
+    let embedding = walk.next(weights)?;
+    let mut x = tch::no_grad(|| batch.embed(&embedding.params()[0])); // [N, C]
+    drop(embedding);
+    for layer_idx in 0..config.num_layers {
+        let unit = walk.next(weights)?;
+        let layer = Layer::new(config, unit.params(), |weight| weight);
+        x = tch::no_grad(|| layer.forward(batch, config, layer_idx, x));
+    }
+    Ok(x)
 }
 
 /// Log-prob of each token of a sequence given those before it, through the trainer's path.
@@ -33,12 +95,13 @@ pub fn head_matrix(config: &ModelConfig, weights: &Weights) -> Tensor {
 /// # Shapes
 /// - tokens: `[T]`, at least 1; returns `[T - 1]`.
 #[must_use]
-pub fn score(config: &ModelConfig, weights: &Weights, tokens: &[u32]) -> Vec<f32> {
+pub fn score(config: &ModelConfig, weights: &dyn ModelWeights, tokens: &[u32]) -> Vec<f32> {
     let table = RotaryTable::new(config, tokens.len(), weights.device());
     let batch = PackedBatch::new(&[tokens], &table, weights.kind());
     let num_targets = tokens.len() as i64 - 1;
-    let hidden = hidden_states(config, weights, &batch).narrow(0, 0, num_targets); // [T - 1, C]
+    let rows = Tensor::arange(num_targets, (Kind::Int64, weights.device()));
     let targets = batch.tokens.narrow(0, 1, num_targets);
-    let (logprobs, _) = token_statistics(&hidden, &head_matrix(config, weights), &targets, 1.0);
+    let statistics = statistics(config, weights, &batch, (&rows, &targets), 1.0);
+    let (logprobs, _) = statistics.expect("whole weights need no other rank");
     Vec::<f32>::try_from(logprobs.to_kind(Kind::Float)).expect("log-probs are a vector of floats")
 }

@@ -1,17 +1,20 @@
 //! Weights in Hugging Face folders: one or several safetensors files, read and written.
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use aha_core::manifest::{Manifest, ParamSpec};
 use memmap2::Mmap;
-use safetensors::tensor::{Dtype, SafeTensors, TensorView, View};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
+use crate::comm::CommError;
 use crate::model_config::ModelConfig;
 use crate::tensor_data;
+use crate::unit::{ModelWeights, Unit, Walk};
 use crate::weights::Weights;
 
 const SINGLE_FILE: &str = "model.safetensors";
@@ -27,6 +30,8 @@ pub enum ModelFolderError {
     BadTensor { path: PathBuf, name: String, problem: String },
     #[error("cannot write {path}: {reason}", path = path.display())]
     Unwritable { path: PathBuf, reason: String },
+    #[error(transparent)]
+    Comm(#[from] CommError),
 }
 
 /// Checks that a model folder has all weights, without reading them.
@@ -59,25 +64,102 @@ pub fn load_weights(
     Ok(weights)
 }
 
-/// Writes `model.safetensors` and `config.json`; the caller adds the tokenizer's files.
+/// Reads the weights of a model folder unit by unit: calls `take` with the index of each and its parameters as they are
+/// stored, on the CPU, in the order of the manifest.
 ///
 /// # Errors
-/// If a file cannot be written whole.
-pub fn save_weights(folder: &Path, config: &ModelConfig, weights: &Weights) -> Result<(), ModelFolderError> {
-    let path = folder.join(SINGLE_FILE);
-    let mut tensors = Vec::new();
-    for unit_idx in 0..weights.num_units() {
-        for (spec, view) in weights.manifest.units[unit_idx].params.iter().zip(weights.views(unit_idx)) {
-            tensors.push((spec.name.as_str(), SavedTensor::new(&view)));
-        }
-    }
-    let metadata = Some([("format".to_owned(), "pt".to_owned())].into());
-    safetensors::serialize_to_file(tensors, metadata, &path)
-        .map_err(|error| ModelFolderError::Unwritable { path, reason: error.to_string() })?;
+/// As for [`load_weights`].
+pub fn load_units(
+    folder: &Path,
+    config: &ModelConfig,
+    mut take: impl FnMut(usize, Vec<Tensor>),
+) -> Result<(), ModelFolderError> {
+    visit_units(folder, &config.manifest(), |unit_idx, stored| {
+        take(unit_idx, stored.iter().map(StoredTensor::to_tensor).collect::<Result<_, _>>()?);
+        Ok(())
+    })
+}
+
+/// Writes `model.safetensors` and `config.json`, one unit at a time; the caller adds the tokenizer's files.
+///
+/// Where ranks share the weights, the other ranks take part by [`Walk::all`], which they finish; whatever happens to the
+/// files, this rank does so too.
+///
+/// # Errors
+/// If a file cannot be written whole, or ranks that share the weights cannot reach each other.
+pub fn save_weights(folder: &Path, config: &ModelConfig, weights: &dyn ModelWeights) -> Result<(), ModelFolderError> {
+    save_weights_as(weights.kind(), folder, config, weights)
+}
+
+/// As [`save_weights`], converted to `kind`: fp32 or bf16.
+///
+/// # Errors
+/// As [`save_weights`].
+pub fn save_weights_as(
+    kind: Kind,
+    folder: &Path,
+    config: &ModelConfig,
+    weights: &dyn ModelWeights,
+) -> Result<(), ModelFolderError> {
+    save_tensors(&folder.join(SINGLE_FILE), kind, weights, &[])?;
     let path = folder.join("config.json");
-    let dtype = if weights.kind() == Kind::BFloat16 { "bfloat16" } else { "float32" };
+    let dtype = if kind == Kind::BFloat16 { "bfloat16" } else { "float32" };
     let text = format!("{:#}\n", config.to_json(dtype));
     std::fs::write(&path, text).map_err(|error| ModelFolderError::Unwritable { path, reason: error.to_string() })
+}
+
+/// Writes all parameters, converted to `kind`, to one file, one unit at a time, with `metadata` in its head.
+pub(crate) fn save_tensors(
+    path: &Path,
+    kind: Kind,
+    weights: &dyn ModelWeights,
+    metadata: &[(&str, &str)],
+) -> Result<(), ModelFolderError> {
+    let mut walk = Walk::all(weights);
+    let mut file = create_tensor_file(path, kind, weights.manifest(), metadata);
+    for _ in &weights.manifest().units {
+        let unit = walk.next(weights)?;
+        file = file.and_then(|mut file| write_unit(&mut file, &unit, kind).map(|()| file));
+    }
+    file.and_then(|mut file| file.flush())
+        .map_err(|error| ModelFolderError::Unwritable { path: path.to_owned(), reason: error.to_string() })
+}
+
+/// Begins a safetensors file: the length of its head, and the head, which says where the tensors will be. They follow in
+/// the order of the manifest.
+fn create_tensor_file(
+    path: &Path,
+    kind: Kind,
+    manifest: &Manifest,
+    metadata: &[(&str, &str)],
+) -> io::Result<BufWriter<File>> {
+    let dtype = if kind == Kind::BFloat16 { "BF16" } else { "F32" };
+    let mut head = serde_json::Map::new();
+    // transformers and PEFT look for the format.
+    let metadata: BTreeMap<_, _> = [("format", "pt")].iter().chain(metadata).copied().collect();
+    head.insert("__metadata__".to_owned(), json!(metadata));
+    let mut end = 0;
+    for param in manifest.params() {
+        let start = end;
+        end += param.numel() * kind.elt_size_in_bytes();
+        let entry = json!({"dtype": dtype, "shape": param.shape, "data_offsets": [start, end]});
+        head.insert(param.name.clone(), entry);
+    }
+    let mut head = serde_json::to_vec(&head)?;
+    // The tensors begin at a multiple of 8.
+    head.resize(head.len().next_multiple_of(8), b' ');
+    let mut file = BufWriter::new(File::create(path)?);
+    file.write_all(&(head.len() as u64).to_le_bytes())?;
+    file.write_all(&head)?;
+    Ok(file)
+}
+
+fn write_unit(file: &mut impl Write, unit: &Unit, kind: Kind) -> io::Result<()> {
+    for param in unit.params() {
+        let param = param.detach().to_kind(kind).to_device(Device::Cpu).contiguous();
+        file.write_all(tensor_data::bytes(&param))?;
+    }
+    Ok(())
 }
 
 /// Where each tensor of a folder is.
@@ -111,19 +193,19 @@ fn tensor_files(folder: &Path) -> Result<BTreeMap<String, PathBuf>, ModelFolderE
         .collect()
 }
 
-fn map(path: &Path) -> Result<Mmap, ModelFolderError> {
+pub(crate) fn map(path: &Path) -> Result<Mmap, ModelFolderError> {
     let file = File::open(path).map_err(|error| unreadable(path, error))?;
     // SAFETY: the map is read once, here in this module, and dropped; a file that another process truncates
     // meanwhile would fault, which is how every reader of mapped weights behaves.
     unsafe { Mmap::map(&file) }.map_err(|error| unreadable(path, error))
 }
 
-fn unreadable(path: &Path, reason: impl ToString) -> ModelFolderError {
+pub(crate) fn unreadable(path: &Path, reason: impl ToString) -> ModelFolderError {
     ModelFolderError::Unreadable { path: path.to_owned(), reason: reason.to_string() }
 }
 
 /// A tensor of a file, of the shape and of a type that it must have.
-struct StoredTensor<'a> {
+pub(crate) struct StoredTensor<'a> {
     path: &'a Path,
     name: &'a str,
     view: TensorView<'a>,
@@ -131,7 +213,7 @@ struct StoredTensor<'a> {
 }
 
 impl<'a> StoredTensor<'a> {
-    fn new(path: &'a Path, spec: &'a ParamSpec, view: TensorView<'a>) -> Result<Self, ModelFolderError> {
+    pub(crate) fn new(path: &'a Path, spec: &'a ParamSpec, view: TensorView<'a>) -> Result<Self, ModelFolderError> {
         let shape = &spec.shape;
         if view.shape() != shape {
             let problem = format!("has shape {:?}, but config.json makes it {shape:?}", view.shape());
@@ -149,7 +231,7 @@ impl<'a> StoredTensor<'a> {
         Ok(Self { path, name: &spec.name, view, kind })
     }
 
-    fn to_tensor(&self) -> Result<Tensor, ModelFolderError> {
+    pub(crate) fn to_tensor(&self) -> Result<Tensor, ModelFolderError> {
         let sizes: Vec<i64> = self.view.shape().iter().map(|&size| size as i64).collect();
         Tensor::f_from_data_size(self.view.data(), &sizes, self.kind)
             .map_err(|error| bad_tensor(self.path, self.name, error.to_string()))
@@ -187,39 +269,8 @@ fn visit_units(
     Ok(())
 }
 
-fn bad_tensor(path: &Path, name: &str, problem: String) -> ModelFolderError {
+pub(crate) fn bad_tensor(path: &Path, name: &str, problem: String) -> ModelFolderError {
     ModelFolderError::BadTensor { path: path.to_owned(), name: name.to_owned(), problem }
-}
-
-/// A tensor on its way into a file; keeps a contiguous CPU copy only where it is none already.
-struct SavedTensor {
-    tensor: Tensor,
-    shape: Vec<usize>,
-}
-
-impl SavedTensor {
-    fn new(view: &Tensor) -> Self {
-        let shape = view.size().iter().map(|&size| size as usize).collect();
-        Self { tensor: view.detach().to_device(Device::Cpu).contiguous(), shape }
-    }
-}
-
-impl View for SavedTensor {
-    fn dtype(&self) -> Dtype {
-        if self.tensor.kind() == Kind::BFloat16 { Dtype::BF16 } else { Dtype::F32 }
-    }
-
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        tensor_data::bytes(&self.tensor).into()
-    }
-
-    fn data_len(&self) -> usize {
-        tensor_data::bytes(&self.tensor).len()
-    }
 }
 
 #[cfg(test)]

@@ -1,10 +1,12 @@
 //! The weights of a model: one flat tensor a unit, with a view for every parameter.
 
-use aha_core::manifest::Manifest;
+use aha_core::manifest::{Manifest, ParamSpec};
 use aha_core::random::derive_seed;
 use tch::{Device, Kind, Tensor};
 
+use crate::comm::CommError;
 use crate::model_config::ModelConfig;
+use crate::unit::{ModelWeights, Unit};
 
 /// All weights of a model, in the order of its manifest.
 #[derive(Debug)]
@@ -33,18 +35,30 @@ impl Weights {
     pub fn random(config: &ModelConfig, seed: u64, world_size: usize, kind: Kind, device: Device) -> Self {
         let weights = Self::zeros(config.manifest(), world_size, kind, device);
         for unit_idx in 0..weights.num_units() {
-            for (param_idx, mut view) in weights.views(unit_idx).into_iter().enumerate() {
-                let spec = &weights.manifest.units[unit_idx].params[param_idx];
-                if spec.name.ends_with("norm.weight") {
-                    tch::no_grad(|| view += 1.0);
-                } else if spec.shape.len() == 2 {
-                    let seed = derive_seed(seed, &[unit_idx as u64, param_idx as u64]);
-                    let values = normal_values(spec.numel(), config.initializer_range, seed);
-                    tch::no_grad(|| view.copy_(&Tensor::from_slice(&values).view_as(&view)));
-                }
+            for (mut view, values) in weights.views(unit_idx).into_iter().zip(Self::random_unit(config, seed, unit_idx))
+            {
+                tch::no_grad(|| view.copy_(&values));
             }
         }
         weights
+    }
+
+    /// The parameters of one unit of [`Weights::random`], in manifest order: fp32, on the CPU.
+    #[must_use]
+    pub fn random_unit(config: &ModelConfig, seed: u64, unit_idx: usize) -> Vec<Tensor> {
+        let random = |(param_idx, spec): (usize, &ParamSpec)| {
+            let shape: Vec<i64> = spec.shape.iter().map(|&size| size as i64).collect();
+            let options = (Kind::Float, Device::Cpu);
+            if spec.name.ends_with("norm.weight") {
+                Tensor::ones(&shape, options)
+            } else if spec.shape.len() == 2 {
+                let seed = derive_seed(seed, &[unit_idx as u64, param_idx as u64]);
+                Tensor::from_slice(&normal_values(spec.numel(), config.initializer_range, seed)).view(shape.as_slice())
+            } else {
+                Tensor::zeros(&shape, options)
+            }
+        };
+        config.manifest().units[unit_idx].params.iter().enumerate().map(random).collect()
     }
 
     #[must_use]
@@ -85,6 +99,24 @@ impl Weights {
     }
 }
 
+impl ModelWeights for Weights {
+    fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    fn kind(&self) -> Kind {
+        self.kind()
+    }
+
+    fn device(&self) -> Device {
+        self.device()
+    }
+
+    fn unit(&self, unit_idx: usize) -> Result<Unit, CommError> {
+        Ok(Unit::new(self.flat(unit_idx).shallow_clone(), self.views(unit_idx), None))
+    }
+}
+
 /// Views of the parameters of unit `unit_idx` in any flat tensor laid out like it.
 #[must_use]
 pub fn split(flat: &Tensor, manifest: &Manifest, unit_idx: usize) -> Vec<Tensor> {
@@ -102,33 +134,48 @@ pub fn split(flat: &Tensor, manifest: &Manifest, unit_idx: usize) -> Vec<Tensor>
         .collect()
 }
 
-/// Normal numbers by Box and Muller from counter-based uniforms, so that threads can share the work.
-fn normal_values(numel: usize, std: f64, seed: u64) -> Vec<f32> {
+/// Normal numbers by Box and Muller.
+pub(crate) fn normal_values(numel: usize, std: f64, seed: u64) -> Vec<f32> {
+    random_values(numel, seed, |words| {
+        let mut values = [0.0; 4];
+        for (pair, values) in words.chunks_exact(2).zip(values.chunks_mut(2)) {
+            let radius = std * (-2.0 * uniform(pair[0]).ln()).sqrt();
+            let (sin, cos) = (std::f64::consts::TAU * uniform(pair[1])).sin_cos();
+            values.iter_mut().zip([cos, sin]).for_each(|(value, part)| *value = (radius * part) as f32);
+        }
+        values
+    })
+}
+
+/// Numbers spread evenly from `-bound` to `bound`.
+pub(crate) fn uniform_values(numel: usize, bound: f64, seed: u64) -> Vec<f32> {
+    random_values(numel, seed, |words| words.map(|word| (bound * (2.0 * uniform(word) - 1.0)) as f32))
+}
+
+/// In (0, 1).
+fn uniform(word: u32) -> f64 {
+    (f64::from(word) + 0.5) / (f64::from(u32::MAX) + 1.0)
+}
+
+/// Four numbers from each value of a counter, so that threads can share the work.
+fn random_values(numel: usize, seed: u64, draw: impl Fn([u32; 4]) -> [f32; 4] + Copy + Send) -> Vec<f32> {
     /// Fewer are not worth a thread.
     const LEAST_PER_THREAD: usize = 1 << 16;
+    let key = [seed as u32, (seed >> 32) as u32];
     let num_threads = std::thread::available_parallelism().map_or(1, usize::from);
     let per_thread = numel.div_ceil(num_threads).next_multiple_of(4).max(LEAST_PER_THREAD);
     let mut values = vec![0.0; numel];
     std::thread::scope(|scope| {
         for (piece_idx, piece) in values.chunks_mut(per_thread).enumerate() {
-            scope.spawn(move || fill_normal(piece, piece_idx * per_thread / 4, std, seed));
+            scope.spawn(move || {
+                for (values, counter) in piece.chunks_mut(4).zip(piece_idx * per_thread / 4..) {
+                    let words = aha_core::random::philox([counter as u32, (counter >> 32) as u32, 0, 1], key);
+                    values.iter_mut().zip(draw(words)).for_each(|(value, drawn)| *value = drawn);
+                }
+            });
         }
     });
     values
-}
-
-/// Four numbers from each value of the counter.
-fn fill_normal(values: &mut [f32], first_counter: usize, std: f64, seed: u64) {
-    let key = [seed as u32, (seed >> 32) as u32];
-    for (values, counter) in values.chunks_mut(4).zip(first_counter..) {
-        let words = aha_core::random::philox([counter as u32, (counter >> 32) as u32, 0, 1], key);
-        for (pair, values) in words.chunks_exact(2).zip(values.chunks_mut(2)) {
-            let uniform = |word: u32| (f64::from(word) + 0.5) / (f64::from(u32::MAX) + 1.0);
-            let radius = std * (-2.0 * uniform(pair[0]).ln()).sqrt();
-            let (sin, cos) = (std::f64::consts::TAU * uniform(pair[1])).sin_cos();
-            values.iter_mut().zip([cos, sin]).for_each(|(value, part)| *value = (radius * part) as f32);
-        }
-    }
 }
 
 #[cfg(test)]

@@ -5,7 +5,9 @@ use std::process::Command;
 
 use aha_nn::model_folder::load_weights;
 use serde_json::json;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
+
+use aha_nn::weights::Weights;
 
 use super::*;
 use crate::test_ranks::run_ranks;
@@ -58,6 +60,7 @@ impl Fixture {
             base_model: &self.base(),
             model_config: &self.model,
             weights: &weights,
+            lora: None,
             reference: Some(&self.weights(step + REFERENCE, 1)),
             shards: &shards(&weights, step, group),
         };
@@ -131,7 +134,7 @@ fn what_any_number_of_ranks_writes_one_rank_reads() {
         let reference = checkpoint.reference().unwrap();
         let reference = load_weights(&reference, &fixture.model, 1, Kind::Float, Device::Cpu).unwrap();
         assert!(reference.flat(0).equal(fixture.weights(7 + REFERENCE, 1).flat(0)));
-        let optimizer = checkpoint.optimizer().unwrap();
+        let optimizer = checkpoint.optimizer(&fixture.model.manifest()).unwrap();
         assert_eq!(optimizer.len(), weights.num_units());
         for FullState { unit_idx, name, tensor } in optimizer {
             assert_eq!(name, "exp_avg");
@@ -276,12 +279,13 @@ fn saving_to_a_full_disk() {
         base_model: &base,
         model_config: &scratch.model,
         weights: &weights,
+        lora: None,
         reference: None,
         shards: &shards(&weights, 2, &solo()),
     };
     let error = snapshot.save(&dir.join("checkpoints"), 1, &solo()).unwrap_err();
     println!("{error}");
-    let error = save_model(&dir.join("checkpoints/model"), &base, &scratch.model, &weights).unwrap_err();
+    let error = save_model(&dir.join("checkpoints/model"), &base, &scratch.model, (&weights, Kind::Float)).unwrap_err();
     println!("{error}");
 }
 
@@ -291,7 +295,7 @@ fn a_saved_model_is_a_model_folder_and_replaces_the_last() {
     let folder = fixture.folder.path().join("model");
     for seed in [1, 2] {
         let weights = fixture.weights(seed, 2);
-        save_model(&folder, &fixture.base(), &fixture.model, &weights).unwrap();
+        save_model(&folder, &fixture.base(), &fixture.model, (&weights, Kind::Float)).unwrap();
         let read = load_weights(&folder, &fixture.model, 2, Kind::Float, Device::Cpu).unwrap();
         assert!(read.embedding().equal(&weights.embedding()));
     }

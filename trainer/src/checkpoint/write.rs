@@ -3,11 +3,15 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use aha_core::config::Lora;
 use aha_core::ids::PolicyVersion;
 use aha_nn::comm::ProcessGroup;
+use aha_nn::lora::peft;
 use aha_nn::model_config::ModelConfig;
-use aha_nn::model_folder::save_weights;
+use aha_nn::model_folder::save_weights_as;
+use aha_nn::unit::ModelWeights;
 use aha_nn::weights::Weights;
+use tch::Kind;
 
 use super::{CheckpointError, FileRecord, REFERENCE_DIR, STATE_DIR, STATE_FILE, State, folder, optimizer};
 use crate::agreement::agree;
@@ -42,8 +46,10 @@ pub(super) struct Snapshot<'a> {
     pub(super) seed: u64,
     pub(super) base_model: &'a Path,
     pub(super) model_config: &'a ModelConfig,
-    /// Equal on all ranks; rank 0 writes them.
+    /// What trains: the model, or adapters. Equal on all ranks; rank 0 writes them.
     pub(super) weights: &'a Weights,
+    /// What the adapters are.
+    pub(super) lora: Option<&'a Lora>,
     /// The same for the reference policy, where it moves.
     pub(super) reference: Option<&'a Weights>,
     pub(super) shards: &'a [ShardState],
@@ -91,7 +97,13 @@ impl Snapshot<'_> {
     fn write_own(&self, partial: &Path, (rank, world_size): (usize, usize)) -> Result<Files, CheckpointError> {
         let mut names = Vec::new();
         if rank == 0 {
-            names.extend(write_model_files(partial, self.base_model, self.model_config, self.weights)?);
+            names.extend(match self.lora {
+                Some(lora) => write_adapter_files(partial, self.base_model, lora, self.weights)?,
+                None => {
+                    let weights = (self.weights as &dyn ModelWeights, self.weights.kind());
+                    write_model_files(partial, self.base_model, self.model_config, weights)?
+                }
+            });
             if let Some(reference) = self.reference {
                 names.extend(write_reference(partial, self.model_config, reference)?);
             }
@@ -135,7 +147,7 @@ pub(super) fn model(
     whole: &Path,
     base_model: &Path,
     config: &ModelConfig,
-    weights: &Weights,
+    weights: (&dyn ModelWeights, Kind),
 ) -> Result<(), CheckpointError> {
     let partial = folder::partial(whole);
     let written = create(&partial).and_then(|()| {
@@ -159,10 +171,32 @@ fn write_model_files(
     partial: &Path,
     base_model: &Path,
     config: &ModelConfig,
-    weights: &Weights,
+    weights: (&dyn ModelWeights, Kind),
 ) -> Result<Vec<String>, CheckpointError> {
     write_weights(partial, config, weights)?;
     let mut names = WEIGHTS.map(str::to_owned).to_vec();
+    names.extend(copy_companions(partial, base_model)?);
+    Ok(names)
+}
+
+/// Writes a folder that PEFT loads. Returns the names of the files.
+fn write_adapter_files(
+    partial: &Path,
+    base_model: &Path,
+    lora: &Lora,
+    adapters: &dyn ModelWeights,
+) -> Result<Vec<String>, CheckpointError> {
+    // Whoever loads it does not stand where this run does.
+    let base = std::path::absolute(base_model).map_err(|error| CheckpointError::unwritable(partial, error))?;
+    peft::save(partial, &base, lora, adapters)?;
+    let mut names = peft::FILES.map(str::to_owned).to_vec();
+    names.extend(copy_companions(partial, base_model)?);
+    Ok(names)
+}
+
+/// Returns the names of the files.
+fn copy_companions(partial: &Path, base_model: &Path) -> Result<Vec<String>, CheckpointError> {
+    let mut names = Vec::new();
     for name in COMPANIONS {
         let (from, to) = (base_model.join(name), partial.join(name));
         if from.is_file() {
@@ -178,14 +212,18 @@ fn write_model_files(
 fn write_reference(partial: &Path, config: &ModelConfig, weights: &Weights) -> Result<Vec<String>, CheckpointError> {
     let folder = partial.join(REFERENCE_DIR);
     create(&folder)?;
-    write_weights(&folder, config, weights)?;
+    write_weights(&folder, config, (weights, weights.kind()))?;
     durable::sync(&folder).map_err(|error| CheckpointError::unwritable(&folder, error))?;
     Ok(WEIGHTS.map(|name| format!("{REFERENCE_DIR}/{name}")).to_vec())
 }
 
 /// Writes the files [`WEIGHTS`].
-fn write_weights(folder: &Path, config: &ModelConfig, weights: &Weights) -> Result<(), CheckpointError> {
-    save_weights(folder, config, weights)?;
+fn write_weights(
+    folder: &Path,
+    config: &ModelConfig,
+    (weights, kind): (&dyn ModelWeights, Kind),
+) -> Result<(), CheckpointError> {
+    save_weights_as(kind, folder, config, weights)?;
     let [config, weights] = WEIGHTS.map(|name| folder.join(name));
     // The weights come out readable by their owner alone; whoever may read the rest may read them.
     std::fs::metadata(config)

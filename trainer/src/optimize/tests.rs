@@ -152,7 +152,7 @@ fn groups(draw: Draw, config: &RunConfig) -> Vec<Group> {
     let plain = TrainingBatch::new(&groups, &RunConfig { rollout: config.rollout.clone(), ..RunConfig::default() }, 0);
     let plan = plain.plans(&RunConfig::default().train, (0, 1)).unwrap().remove(0);
     let learner = learner(config, ProcessGroup::solo("sampling", Device::Cpu), 1000);
-    let logprobs = learner.statistics(&plan.of(&plain.sequences)).logprobs;
+    let logprobs = learner.statistics(&plan.of(&plain.sequences)).unwrap().logprobs;
     let completions = groups.iter_mut().flat_map(|group| &mut group.completions);
     for (index, (completion, logprobs)) in completions.zip(logprobs).enumerate() {
         let noise = |at: usize| draw.below(&format!("noise {index} {at}"), 1000) as f32 / 1000.0 - 0.5;

@@ -1,7 +1,7 @@
 //! The weight push: every trained version goes to all generators at once, by broadcasts in one process group.
 //!
 //! Ranks `0..W` of the update group are the trainers, `W..W+K` the generators. Each trainer broadcasts the units that it
-//! owns, in buckets, in the order of [`Manifest::buckets`], which all members compute alike. Trainer rank 0 makes the
+//! owns, in buckets, in the order of [`aha_core::manifest::Manifest::buckets`], which all members compute alike. Trainer rank 0 makes the
 //! calls: it tells the generators to receive, with the hash of every unit, and hears from each which version it serves.
 
 mod backend;
@@ -17,10 +17,10 @@ use std::time::{Duration, Instant};
 
 use aha_core::config::{PushBackend, RunConfig};
 use aha_core::ids::PolicyVersion;
-use aha_core::manifest::{Bucket, Manifest};
+use aha_core::manifest::Bucket;
 use aha_nn::comm::{CommError, ProcessGroup, Store};
 use aha_nn::tensor_data;
-use aha_nn::weights::Weights;
+use aha_nn::unit::{ModelWeights, Unit};
 use aha_proto::v1;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
@@ -117,7 +117,7 @@ impl Publisher {
     /// Within `train.push_timeout_seconds`, names the generator that has another model or the members that did not come.
     pub fn join(
         trainers: &ProcessGroup,
-        weights: &Weights,
+        weights: &dyn ModelWeights,
         config: &RunConfig,
         clients: &[Client],
         runtime: Arc<Runtime>,
@@ -133,20 +133,20 @@ impl Publisher {
     fn join_within(
         limits: Limits,
         trainers: &ProcessGroup,
-        weights: &Weights,
+        weights: &dyn ModelWeights,
         clients: &[Client],
         runtime: Arc<Runtime>,
     ) -> Result<Self, PublishError> {
         let bucket_numel = limits.bucket_bytes / weights.kind().elt_size_in_bytes();
         let terms = Terms {
             timeout: limits.timeout,
-            manifest_hash: weights.manifest.hash(),
+            manifest_hash: weights.manifest().hash(),
             bucket_numel,
             device: weights.device(),
             backend: limits.backend,
         };
         let groups = rendezvous::meet(&terms, trainers, clients, &runtime)?;
-        let buckets = weights.manifest.buckets(trainers.size(), bucket_numel);
+        let buckets = weights.manifest().buckets(trainers.size(), bucket_numel);
         let longest = buckets.iter().map(|bucket| bucket.numel).max().unwrap_or(0);
         let is_staged = (weights.kind(), weights.device()) != (groups.kind, groups.update.device());
         let scratch_numel = if trainers.size() == 1 && !is_staged { 0 } else { longest };
@@ -171,7 +171,7 @@ impl Publisher {
     /// # Errors
     /// On all ranks alike, within about `train.push_timeout_seconds`, naming the generators that failed. The group is of
     /// no use after that.
-    pub fn publish(&mut self, weights: &Weights, version: PolicyVersion) -> Result<PushReport, PublishError> {
+    pub fn publish(&mut self, weights: &dyn ModelWeights, version: PolicyVersion) -> Result<PushReport, PublishError> {
         let started = Instant::now();
         let outcome = if self.update_group.rank() == 0 {
             self.lead(weights, version)
@@ -184,19 +184,17 @@ impl Publisher {
             .map_err(|error| PublishError::Elsewhere { rank: 0, reason: format!("unreadable report: {error}") })?;
         Ok(PushReport {
             seconds: started.elapsed().as_secs_f64(),
-            bytes: (weights.manifest.numel() * self.scratch.kind().elt_size_in_bytes()) as u64,
+            bytes: (weights.manifest().numel() * self.scratch.kind().elt_size_in_bytes()) as u64,
             receive_seconds: answers.receive_seconds,
             swap_seconds: answers.swap_seconds,
         })
     }
 
     /// Rank 0's part: calls the generators while it broadcasts. A generator that fails ends the broadcasts of all.
-    fn lead(&self, weights: &Weights, version: PolicyVersion) -> Result<Vec<u8>, Vec<String>> {
-        let message = v1::UpdateWeightsRequest {
-            group: self.update_name.clone(),
-            version: version.0,
-            unit_hashes: unit_hashes(weights, self.scratch.kind()),
-        };
+    fn lead(&self, weights: &dyn ModelWeights, version: PolicyVersion) -> Result<Vec<u8>, Vec<String>> {
+        let hashes = unit_hashes(weights, self.scratch.kind()).map_err(|error| vec![error.to_string()])?;
+        let message =
+            v1::UpdateWeightsRequest { group: self.update_name.clone(), version: version.0, unit_hashes: hashes };
         let (clients, timeout) = (self.clients.clone(), self.timeout);
         let (group, store) = (Arc::clone(&self.update_group), self.store.clone());
         let give_up = move |reason: &str| {
@@ -229,7 +227,7 @@ impl Publisher {
 
     /// The part of the other trainers. An aborted connection to rank 0 does not end what one of them waits for from a
     /// generator, so they look for rank 0's note meanwhile.
-    fn follow(&self, weights: &Weights) -> Result<(), CommError> {
+    fn follow(&self, weights: &dyn ModelWeights) -> Result<(), CommError> {
         let (over, is_over) = sync_channel::<()>(0);
         let (group, store) = (&*self.update_group, &self.store);
         thread::scope(|scope| {
@@ -242,11 +240,20 @@ impl Publisher {
 
     /// Every member issues these collectives in this order: it follows from manifest, bucket size and number of trainers,
     /// which are equal on all of them.
-    fn broadcast(&self, weights: &Weights) -> Result<(), CommError> {
+    fn broadcast(&self, weights: &dyn ModelWeights) -> Result<(), CommError> {
+        // A unit comes in several buckets, and may have been made to be read.
+        let mut unit: Option<(usize, Unit)> = None;
         for bucket in &self.buckets {
             let numel = bucket.numel as i64;
-            let is_own = bucket.owner == self.update_group.rank();
-            let own = is_own.then(|| weights.flat(bucket.unit_idx).narrow(0, bucket.offset as i64, numel));
+            let own = if bucket.owner == self.update_group.rank() {
+                let held = match unit.take().filter(|(unit_idx, _)| *unit_idx == bucket.unit_idx) {
+                    Some(held) => held,
+                    None => (bucket.unit_idx, weights.unit(bucket.unit_idx)?),
+                };
+                Some(unit.insert(held).1.flat().narrow(0, bucket.offset as i64, numel))
+            } else {
+                None
+            };
             let mut part = match own {
                 Some(own) if !self.is_staged => own,
                 own => {
@@ -301,11 +308,11 @@ impl From<Disagreement<PublishError>> for PublishError {
 }
 
 /// xxh3 of every unit's bytes as type `kind`, without padding.
-fn unit_hashes(weights: &Weights, kind: Kind) -> Vec<u64> {
-    let Manifest { units } = &weights.manifest;
+fn unit_hashes(weights: &dyn ModelWeights, kind: Kind) -> Result<Vec<u64>, CommError> {
     let hash = |(unit_idx, numel)| {
-        let flat = weights.flat(unit_idx).narrow(0, 0, numel).to_kind(kind).to_device(Device::Cpu);
-        xxh3_64(tensor_data::bytes(&flat))
+        let unit = weights.unit(unit_idx)?;
+        let flat = unit.flat().narrow(0, 0, numel).to_kind(kind).to_device(Device::Cpu);
+        Ok(xxh3_64(tensor_data::bytes(&flat)))
     };
-    units.iter().map(|unit| unit.numel() as i64).enumerate().map(hash).collect()
+    weights.manifest().units.iter().map(|unit| unit.numel() as i64).enumerate().map(hash).collect()
 }

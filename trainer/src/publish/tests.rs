@@ -1,6 +1,8 @@
 //! Pushes over real Gloo groups: trainers as threads, generators as services in this process.
 
+use aha_core::manifest::Manifest;
 use aha_nn::model_config::ModelConfig;
+use aha_nn::weights::Weights;
 use futures::future::try_join_all;
 use tonic::Status;
 

@@ -5,18 +5,24 @@
 //! next unit computes. The head is computed at positions that predict a completion token, in chunks whose gradient is
 //! taken at once, so that the logits of a batch never exist together.
 
+use std::rc::Rc;
+
 use aha_core::batch::TrainSequence;
 use aha_nn::autograd::{GradError, grad};
 use aha_nn::autograd_ops::PackedBatch;
-use aha_nn::forward::{head_matrix, hidden_states};
+use aha_nn::comm::CommError;
+use aha_nn::forward;
 use aha_nn::logprob::{TargetLogprobs, token_statistics};
+use aha_nn::lora::{self, Dropout, Merged};
 use aha_nn::model_config::ModelConfig;
 use aha_nn::optim::AdamW;
 use aha_nn::rotary::RotaryTable;
 use aha_nn::transformer::{Head, Layer, Ops};
+use aha_nn::unit::ModelWeights;
 use aha_nn::weights::Weights;
 use tch::{Device, Kind, Tensor};
 
+use super::adapted::{AdaptedPass, FrozenBase};
 use super::objective::{Loss, LossSums, Objective, Streams, Tokens};
 use super::prompt_groups;
 use super::targets::Targets;
@@ -46,6 +52,8 @@ pub struct Learner {
     options: LearnerOptions,
     table: RotaryTable,
     reference: Option<Weights>,
+    /// Where `zero` has adapters, the model that they belong to.
+    base: Option<Rc<FrozenBase>>,
     zero: Zero,
 }
 
@@ -88,6 +96,8 @@ pub enum StepError {
     Grad(#[from] GradError),
     #[error(transparent)]
     Zero(#[from] ZeroError),
+    #[error(transparent)]
+    Comm(#[from] CommError),
 }
 
 /// What the layers, the head and the objective need of a micro-batch.
@@ -98,17 +108,17 @@ struct MicroBatch {
 }
 
 /// A layer's part of the graph: input leaf, parameter leaves, and the output unless it is to be recomputed.
-struct LayerTape {
-    input: Tensor,
-    params: Vec<Tensor>,
-    output: Option<Tensor>,
+pub(super) struct LayerTape {
+    pub(super) input: Tensor,
+    pub(super) params: Vec<Tensor>,
+    pub(super) output: Option<Tensor>,
 }
 
 /// What the head's pass over a micro-batch leaves behind.
 struct HeadGradients {
     /// With respect to the head unit's input, `[N, C]`.
     input: Tensor,
-    /// Of the head unit's parameters, in manifest order.
+    /// Of the head unit's parameters, in manifest order; none where it is frozen.
     params: Vec<Tensor>,
     /// Of the embedding, where the head is tied to it.
     embedding: Option<Tensor>,
@@ -118,7 +128,12 @@ impl Learner {
     /// `reference` is the frozen policy of the KL penalty; the objective says whether it is needed.
     pub fn new(config: ModelConfig, options: LearnerOptions, zero: Zero, reference: Option<Weights>) -> Self {
         let table = RotaryTable::new(&config, options.max_length, zero.weights().device());
-        Self { config, options, table, reference, zero }
+        Self { config, options, table, reference, base: None, zero }
+    }
+
+    /// A learner of the adapters in `zero`. The reference policy, where the objective needs one, is `base` without them.
+    pub fn of_adapters(config: ModelConfig, options: LearnerOptions, zero: Zero, base: FrozenBase) -> Self {
+        Self { base: Some(Rc::new(base)), ..Self::new(config, options, zero, None) }
     }
 
     pub fn zero(&self) -> &Zero {
@@ -131,6 +146,33 @@ impl Learner {
 
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// The whole policy: the weights in training, or base and adapters, merged in fp32 as they are read.
+    #[must_use]
+    pub fn policy(&self) -> Box<dyn ModelWeights + '_> {
+        match &self.base {
+            Some(base) => Box::new(self.merged(base)),
+            None => Box::new(self.zero.weights()),
+        }
+    }
+
+    /// Type of the weights in the forward and backward pass.
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        self.model().kind()
+    }
+
+    /// The model's own weights: those in training, or the frozen ones under the adapters.
+    fn model(&self) -> &dyn ModelWeights {
+        match &self.base {
+            Some(base) => &*base.weights,
+            None => self.zero.weights(),
+        }
+    }
+
+    fn merged<'a>(&'a self, base: &'a FrozenBase) -> Merged<'a> {
+        Merged { base: &*base.weights, spec: &base.spec, adapters: self.zero.weights() }
     }
 
     /// Takes one optimizer step on the sequences of all ranks.
@@ -159,17 +201,25 @@ impl Learner {
     }
 
     /// What the current weights say of a batch, without a step.
-    #[must_use]
-    pub fn statistics(&self, batch: &LocalBatch<'_>) -> Statistics {
+    ///
+    /// # Errors
+    /// If ranks share weights and cannot reach each other.
+    pub fn statistics(&self, batch: &LocalBatch<'_>) -> Result<Statistics, CommError> {
         let empty = || vec![Vec::new(); batch.sequences.len()];
         let mut statistics = Statistics { logprobs: empty(), entropies: empty() };
         for indices in batch.micro_batches {
             let (packed, targets) = self.pack(batch.sequences, indices);
-            let (logprobs, entropies) = self.frozen_statistics(self.zero.weights(), &packed, &targets);
+            let places = (&targets.rows, &targets.tokens);
+            let (logprobs, entropies) = match &self.base {
+                Some(base) => {
+                    lora::statistics(&self.config, &self.merged(base), &packed, places, self.options.temperature)?
+                }
+                None => forward::statistics(&self.config, self.model(), &packed, places, self.options.temperature)?,
+            };
             targets.scatter(&logprobs, &mut statistics.logprobs);
             targets.scatter(&entropies, &mut statistics.entropies);
         }
-        statistics
+        Ok(statistics)
     }
 
     pub fn reference(&self) -> Option<&Weights> {
@@ -195,13 +245,67 @@ impl Learner {
     ) -> Result<(), StepError> {
         let (packed, targets) = self.pack(sequences, indices);
         let mut streams = targets.streams(sequences);
-        streams.reference_logprobs =
-            self.reference.as_ref().map(|reference| self.frozen_statistics(reference, &packed, &targets).0);
+        streams.reference_logprobs = self.reference_logprobs(&packed, &targets)?;
         let batch = MicroBatch { packed, targets, streams };
+        if let Some(base) = self.base.clone() {
+            let dropout = self.dropout(&base, sequences, indices);
+            return self.adapted(&base, &batch, dropout.as_ref(), output);
+        }
 
         let (embedding, embedded, tapes, last) = self.forward(&batch.packed);
         let head = self.head(&batch, &last, &embedding, output)?;
         self.backward(&batch.packed, (embedding, embedded), tapes, head)
+    }
+
+    /// Forward and backward through the frozen model and its adapters.
+    fn adapted(
+        &mut self,
+        base: &FrozenBase,
+        batch: &MicroBatch,
+        dropout: Option<&Dropout>,
+        output: &mut StepOutput,
+    ) -> Result<(), StepError> {
+        let (mut tapes, last) = self.pass(base, batch, dropout).forward()?;
+        let embedding = base.weights.unit(0)?.params().remove(0);
+        let mut d_output = Some(self.head(batch, &last, &embedding, output)?.input);
+        while let (Some(tape), Some(d_layer)) = (tapes.pop(), d_output.take()) {
+            let layer_idx = tapes.len();
+            let grads;
+            (d_output, grads) = self.pass(base, batch, dropout).backward(tape, layer_idx, d_layer)?;
+            self.zero.accumulate(layer_idx, &grads)?;
+        }
+        Ok(())
+    }
+
+    fn pass<'a>(
+        &'a self,
+        base: &'a FrozenBase,
+        batch: &'a MicroBatch,
+        dropout: Option<&'a Dropout>,
+    ) -> AdaptedPass<'a> {
+        let keeps_graphs = !self.options.gradient_checkpointing && !base.is_quantised;
+        let (config, packed, adapters) = (&self.config, &batch.packed, self.zero.weights());
+        AdaptedPass { config, base, adapters, packed, dropout, keeps_graphs }
+    }
+
+    fn dropout(&self, base: &FrozenBase, sequences: &[TrainSequence], indices: &[usize]) -> Option<Dropout> {
+        (base.dropout > 0.0).then(|| {
+            let groups = prompt_groups::prompt_groups(sequences, indices, self.options.share_prompts);
+            let tokens: Vec<_> = groups.iter().map(|group| prompt_groups::tokens(sequences, group)).collect();
+            Dropout::new(base.dropout, (base.seed, self.zero.num_updates()), &tokens)
+        })
+    }
+
+    /// Of the tokens of a micro-batch, `[M]`; `None` where the objective has no reference policy.
+    fn reference_logprobs(&self, packed: &PackedBatch, targets: &Targets) -> Result<Option<Tensor>, CommError> {
+        let base = self.base.as_ref().filter(|_| self.options.objective.needs_reference());
+        let weights: &dyn ModelWeights = match (base, &self.reference) {
+            (Some(base), _) => &*base.weights,
+            (None, Some(reference)) => reference,
+            (None, None) => return Ok(None),
+        };
+        let places = (&targets.rows, &targets.tokens);
+        Ok(Some(forward::statistics(&self.config, weights, packed, places, self.options.temperature)?.0))
     }
 
     /// Issues the collectives of a micro-batch with nothing to add.
@@ -213,17 +317,11 @@ impl Learner {
     }
 
     fn pack(&self, sequences: &[TrainSequence], indices: &[usize]) -> (PackedBatch, Targets) {
-        let weights = self.zero.weights();
+        let weights = self.model();
         let groups = prompt_groups::prompt_groups(sequences, indices, self.options.share_prompts);
         let tokens: Vec<_> = groups.iter().map(|group| prompt_groups::tokens(sequences, group)).collect();
         let packed = PackedBatch::shared(&tokens, &self.table, weights.kind());
         (packed, Targets::new(sequences, &groups, weights.device()))
-    }
-
-    /// Log-probs and entropies, `[M]` each.
-    fn frozen_statistics(&self, weights: &Weights, packed: &PackedBatch, targets: &Targets) -> (Tensor, Tensor) {
-        let hidden = hidden_states(&self.config, weights, packed).index_select(0, &targets.rows); // [M, C]
-        token_statistics(&hidden, &head_matrix(&self.config, weights), &targets.tokens, self.options.temperature)
     }
 
     /// Returns the embedding leaf, its output, the layers' tapes, and the input leaf of the head.
@@ -263,8 +361,9 @@ impl Learner {
         output: &mut StepOutput,
     ) -> Result<HeadGradients, StepError> {
         let MicroBatch { packed, targets, streams } = batch;
-        let weights = self.zero.weights();
-        let head = Head::new(weights.views(1 + self.config.num_layers), |weight| weight);
+        let is_frozen = self.base.is_some();
+        let unit = self.model().unit(1 + self.config.num_layers)?;
+        let head = Head::new(unit.params(), |weight| weight);
         let norm = leaf(&head.norm);
         let matrix = leaf(head.lm_head.as_ref().map_or(embedding, |projection| &projection.weight)); // [V, C]
         let rows = Tensor::embedding(x, &targets.rows, -1, false, false); // [M, C]
@@ -291,6 +390,10 @@ impl Learner {
             };
             output.entropy_sum += chunk.entropies.sum(Kind::Double).double_value(&[]);
             logprobs.push(chunk.logprobs.shallow_clone());
+            if is_frozen {
+                d_hidden.push(chunk.backward_frozen(&d_chunk[0], d_chunk.get(1)));
+                continue;
+            }
             let (d_rows, sum) = chunk.backward(&d_chunk[0], d_chunk.get(1), d_matrix.take());
             d_hidden.push(d_rows);
             d_matrix = Some(sum);
@@ -300,6 +403,9 @@ impl Learner {
 
         let d_hidden = Some(Tensor::cat(&d_hidden, 0)); // [M, C]
         let [d_x, d_norm] = required(grad(&[hidden], &[x.shallow_clone(), norm], &[d_hidden], false)?);
+        if is_frozen {
+            return Ok(HeadGradients { input: d_x, params: Vec::new(), embedding: None });
+        }
         let d_matrix = d_matrix.unwrap_or_else(|| matrix.zeros_like());
         Ok(if head.lm_head.is_some() {
             HeadGradients { input: d_x, params: vec![d_norm, d_matrix], embedding: None }
@@ -372,11 +478,11 @@ impl StepOutput {
 }
 
 /// A tensor that shares memory and starts a graph of its own.
-fn leaf(tensor: &Tensor) -> Tensor {
+pub(super) fn leaf(tensor: &Tensor) -> Tensor {
     tensor.detach().set_requires_grad(true)
 }
 
-fn defined(grads: Vec<Option<Tensor>>) -> Vec<Tensor> {
+pub(super) fn defined(grads: Vec<Option<Tensor>>) -> Vec<Tensor> {
     grads.into_iter().map(|grad| grad.expect("autograd gives every gradient unless told otherwise")).collect()
 }
 

@@ -23,9 +23,9 @@ use super::targets::Targets;
 use super::zero::{FullState, Zero};
 use crate::training_batch::Plan;
 
-const ADAMW: AdamW = AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1 };
+pub(super) const ADAMW: AdamW = AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1 };
 
-fn config(family: &str, tied: bool) -> ModelConfig {
+pub(super) fn config(family: &str, tied: bool) -> ModelConfig {
     let raw = serde_json::json!({"model_type": family, "vocab_size": 29, "hidden_size": 16, "intermediate_size": 22,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": tied,
         "initializer_range": 0.3});
@@ -38,7 +38,7 @@ fn device() -> Device {
     aha_nn::runtime::device(&name, 0).unwrap()
 }
 
-fn policy(beta: f32) -> Objective {
+pub(super) fn policy(beta: f32) -> Objective {
     objective(&Train { epsilon_high: Some(0.3), beta, ..Train::default() })
 }
 
@@ -47,7 +47,7 @@ fn objective(train: &Train) -> Objective {
 }
 
 /// Sequences of uneven lengths with all streams filled, some of which share a prompt.
-fn sequences(seed: u64, with_old: bool) -> Vec<TrainSequence> {
+pub(super) fn sequences(seed: u64, with_old: bool) -> Vec<TrainSequence> {
     // Group, tokens of its prompt, tokens of the completion.
     let lengths = [(0, 3, 4), (0, 3, 9), (0, 3, 1), (1, 2, 6), (1, 2, 13), (2, 4, 4), (3, 7, 2)];
     let total: usize = lengths.iter().map(|(_, _, completion)| completion).sum();
@@ -74,7 +74,7 @@ fn sequences(seed: u64, with_old: bool) -> Vec<TrainSequence> {
         .collect()
 }
 
-fn options(objective: Objective, checkpointing: bool) -> LearnerOptions {
+pub(super) fn options(objective: Objective, checkpointing: bool) -> LearnerOptions {
     LearnerOptions {
         objective,
         temperature: 0.8,
@@ -116,18 +116,21 @@ fn alone(model: &ModelConfig, checkpointing: bool) -> (Learner, Vec<StepOutput>)
 }
 
 /// All parameters one after the other, on the CPU.
-fn flatten(weights: &Weights) -> Tensor {
+pub(super) fn flatten(weights: &Weights) -> Tensor {
     let views: Vec<Tensor> =
         (0..weights.num_units()).flat_map(|unit_idx| weights.views(unit_idx)).map(|view| view.reshape([-1])).collect();
     Tensor::cat(&views, 0).to_device(Device::Cpu)
 }
 
-fn largest_difference(a: &Tensor, b: &Tensor) -> f64 {
+pub(super) fn largest_difference(a: &Tensor, b: &Tensor) -> f64 {
     (a - b).abs().max().double_value(&[])
 }
 
 /// Runs `work` on every rank of a Gloo group; results in the order of ranks.
-fn on_ranks<T: Send + 'static>(size: usize, work: impl Fn(ProcessGroup) -> T + Clone + Send + 'static) -> Vec<T> {
+pub(super) fn on_ranks<T: Send + 'static>(
+    size: usize,
+    work: impl Fn(ProcessGroup) -> T + Clone + Send + 'static,
+) -> Vec<T> {
     let timeout = Duration::from_secs(60);
     let store = Store::host("127.0.0.1", 0, timeout).unwrap();
     let port = store.port();
@@ -248,7 +251,7 @@ fn sharing_prompts_changes_nothing() {
         let options = LearnerOptions { share_prompts, ..options(policy(0.05), false) };
         let mut learner = Learner::new(model.clone(), options, zero, Some(reference));
         let batch = LocalBatch { sequences: &sequences, micro_batches: &[all.clone()], num_micro_batches: 1 };
-        let logprobs = learner.statistics(&batch).logprobs;
+        let logprobs = learner.statistics(&batch).unwrap().logprobs;
         (logprobs, learner.step(&batch, &ADAMW).unwrap())
     };
     let ((shared, a), (whole, b)) = (run(true), run(false));

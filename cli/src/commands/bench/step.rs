@@ -59,8 +59,8 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let runtime = Arc::new(network_runtime()?);
     aha_trainer::run::run(&config, &World::single(), |session| {
         let pool = GeneratorPool::connect(&config, Arc::clone(&runtime))?;
-        let weights = session.learner.zero().weights();
-        let publisher = Publisher::join(session.group(), weights, &config, &pool.clients(), runtime)?;
+        let weights = session.learner.policy();
+        let publisher = Publisher::join(session.group(), &*weights, &config, &pool.clients(), runtime)?;
         Ok((pool, publisher))
     })?;
 
