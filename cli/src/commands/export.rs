@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use aha_trainer::export::{Export, newest_checkpoint};
-use anyhow::Result;
+use anyhow::{Result, bail};
 
 use super::DtypeName;
 
@@ -36,7 +36,8 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let checkpoint = match (&args.checkpoint, &args.run) {
         (Some(checkpoint), _) => checkpoint.clone(),
-        (None, run) => newest_checkpoint(run.as_deref().unwrap_or_else(|| ".".as_ref()))?,
+        (None, Some(run)) => newest_checkpoint(run)?,
+        (None, None) => bail!("name --run or --checkpoint"),
     };
     let export = Export { checkpoint, base: args.base.clone(), kind: args.dtype.map(Into::into) };
     let exported = export.write(&args.out)?;

@@ -42,7 +42,8 @@ impl AdaptedPass<'_> {
         let mut x = self.packed.embed(&self.base.weights.unit(0)?.params()[0]).detach(); // [N, C]
         let mut tapes = Vec::with_capacity(self.config.num_layers);
         for layer_idx in 0..self.config.num_layers {
-            let params = self.adapters.unit(layer_idx)?.params().iter().map(leaf).collect();
+            let adapters = self.adapters.unit(layer_idx)?;
+            let params = adapters.params().iter().map(leaf).collect();
             let mut tape = LayerTape { input: x, params, output: None };
             let output = if self.keeps_graphs {
                 self.layer(&tape, layer_idx)?
@@ -63,6 +64,8 @@ impl AdaptedPass<'_> {
         layer_idx: usize,
         d_output: Tensor,
     ) -> Result<(Option<Tensor>, Vec<Tensor>), StepError> {
+        // The tape's leaves have memory while the unit is there.
+        let _adapters = self.adapters.unit(layer_idx)?;
         let output = match tape.output.take() {
             Some(output) => output,
             None => self.layer(&tape, layer_idx)?,
