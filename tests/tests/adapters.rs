@@ -143,13 +143,15 @@ fn shift(adapters: &Weights) {
     }
 }
 
-/// A small run on a base that is there.
-const LORA: [&str; 6] = [
+/// A small run on a base that is there. Random completions have no reward to learn from; entropy and lengths move them.
+const LORA: [&str; 8] = [
     "model.random_init=false",
     "lora.r=4",
     "lora.lora_alpha=8",
     "train.learning_rate=1e-2",
     "train.beta=0.01",
+    "train.entropy_coef=0.05",
+    "train.soft_punish_cache=23",
     "train.zero_stage=2",
 ];
 

@@ -134,12 +134,14 @@ fn a_run_with_every_option_of_the_loss_is_repeatable_and_resumes() {
 }
 
 /// Adapters on a quantised base, with randomness of their own.
-const ADAPTERS: [&str; 7] = [
+const ADAPTERS: [&str; 9] = [
     "model.random_init=false",
     "lora.r=4",
     "lora.lora_dropout=0.1",
     "lora.quantization=nf4",
     "train.beta=0.05",
+    "train.entropy_coef=0.05",
+    "train.soft_punish_cache=23",
     "train.num_iterations=2",
     "train.learning_rate=1e-2",
 ];

@@ -1,5 +1,6 @@
 //! Passes of a micro-batch through a frozen model with adapters.
 
+use aha_core::batch::TrainSequence;
 use aha_nn::autograd::grad;
 use aha_nn::autograd_ops::PackedBatch;
 use aha_nn::comm::CommError;
@@ -9,7 +10,8 @@ use aha_nn::transformer::Ops;
 use aha_nn::unit::ModelWeights;
 use tch::Tensor;
 
-use super::learner::{LayerTape, StepError, defined, leaf};
+use super::learner::{LayerTape, Learner, LearnerOptions, MicroBatch, StepError, StepOutput, defined, leaf};
+use super::prompt_groups::{prompt_groups, tokens};
 
 /// A model that does not train, and what the adapters in training are to it.
 #[derive(Debug)]
@@ -24,21 +26,70 @@ pub struct FrozenBase {
     pub seed: u64,
 }
 
+impl FrozenBase {
+    /// The masks of a micro-batch in the update after `num_updates`; `None` where nothing is dropped.
+    pub(super) fn dropout(
+        &self,
+        sequences: &[TrainSequence],
+        indices: &[usize],
+        (options, num_updates): (&LearnerOptions, u64),
+    ) -> Option<Dropout> {
+        (self.dropout > 0.0).then(|| {
+            let groups = prompt_groups(sequences, indices, options.share_prompts);
+            let tokens: Vec<_> = groups.iter().map(|group| tokens(sequences, group)).collect();
+            Dropout::new(self.dropout, (self.seed, num_updates), &tokens)
+        })
+    }
+}
+
+impl Learner {
+    /// Forward and backward through the frozen model and its adapters.
+    pub(super) fn adapted(
+        &mut self,
+        base: &FrozenBase,
+        batch: &MicroBatch,
+        dropout: Option<&Dropout>,
+        output: &mut StepOutput,
+    ) -> Result<(), StepError> {
+        let (mut tapes, last) = self.pass(base, batch, dropout).forward()?;
+        let embedding = base.weights.unit(0)?.params().remove(0);
+        let mut d_output = Some(self.head(batch, &last, &embedding, output)?.input);
+        while let (Some(tape), Some(d_layer)) = (tapes.pop(), d_output.take()) {
+            let layer_idx = tapes.len();
+            let grads;
+            (d_output, grads) = self.pass(base, batch, dropout).backward(tape, layer_idx, d_layer)?;
+            self.zero.accumulate(layer_idx, &grads)?;
+        }
+        Ok(())
+    }
+
+    fn pass<'a>(
+        &'a self,
+        base: &'a FrozenBase,
+        batch: &'a MicroBatch,
+        dropout: Option<&'a Dropout>,
+    ) -> AdaptedPass<'a> {
+        let keeps_graphs = !self.options.gradient_checkpointing && !base.is_quantised;
+        let (config, packed, adapters) = (&self.config, &batch.packed, self.zero.weights());
+        AdaptedPass { config, base, adapters, packed, dropout, keeps_graphs }
+    }
+}
+
 /// One micro-batch, layer by layer. Gradients flow to adapters, and to the inputs of all layers but the first: nothing
 /// below it trains.
-pub(super) struct AdaptedPass<'a> {
-    pub(super) config: &'a ModelConfig,
-    pub(super) base: &'a FrozenBase,
+struct AdaptedPass<'a> {
+    config: &'a ModelConfig,
+    base: &'a FrozenBase,
     /// A unit a layer.
-    pub(super) adapters: &'a dyn ModelWeights,
-    pub(super) packed: &'a PackedBatch,
-    pub(super) dropout: Option<&'a Dropout>,
-    pub(super) keeps_graphs: bool,
+    adapters: &'a dyn ModelWeights,
+    packed: &'a PackedBatch,
+    dropout: Option<&'a Dropout>,
+    keeps_graphs: bool,
 }
 
 impl AdaptedPass<'_> {
     /// Returns the layers' tapes, and the input leaf of the head, `[N, C]`.
-    pub(super) fn forward(&self) -> Result<(Vec<LayerTape>, Tensor), CommError> {
+    fn forward(&self) -> Result<(Vec<LayerTape>, Tensor), CommError> {
         let mut x = self.packed.embed(&self.base.weights.unit(0)?.params()[0]).detach(); // [N, C]
         let mut tapes = Vec::with_capacity(self.config.num_layers);
         for layer_idx in 0..self.config.num_layers {
@@ -58,7 +109,7 @@ impl AdaptedPass<'_> {
     }
 
     /// Returns the gradients of a layer's input, unless it is the first, and of its adapters in manifest order.
-    pub(super) fn backward(
+    fn backward(
         &self,
         mut tape: LayerTape,
         layer_idx: usize,

@@ -13,7 +13,7 @@ use aha_nn::autograd_ops::PackedBatch;
 use aha_nn::comm::CommError;
 use aha_nn::forward;
 use aha_nn::logprob::{TargetLogprobs, token_statistics};
-use aha_nn::lora::{self, Dropout, Merged};
+use aha_nn::lora::{self, Merged};
 use aha_nn::model_config::ModelConfig;
 use aha_nn::optim::AdamW;
 use aha_nn::rotary::RotaryTable;
@@ -22,7 +22,7 @@ use aha_nn::unit::ModelWeights;
 use aha_nn::weights::Weights;
 use tch::{Device, Kind, Tensor};
 
-use super::adapted::{AdaptedPass, FrozenBase};
+use super::adapted::FrozenBase;
 use super::objective::{Loss, LossSums, Objective, Streams, Tokens};
 use super::prompt_groups;
 use super::targets::Targets;
@@ -48,13 +48,13 @@ pub struct LearnerOptions {
 /// The policy in training on this rank.
 #[derive(Debug)]
 pub struct Learner {
-    config: ModelConfig,
-    options: LearnerOptions,
+    pub(super) config: ModelConfig,
+    pub(super) options: LearnerOptions,
     table: RotaryTable,
     reference: Option<Weights>,
     /// Where `zero` has adapters, the model that they belong to.
     base: Option<Rc<FrozenBase>>,
-    zero: Zero,
+    pub(super) zero: Zero,
 }
 
 /// This rank's share of a step.
@@ -101,8 +101,8 @@ pub enum StepError {
 }
 
 /// What the layers, the head and the objective need of a micro-batch.
-struct MicroBatch {
-    packed: PackedBatch,
+pub(super) struct MicroBatch {
+    pub(super) packed: PackedBatch,
     targets: Targets,
     streams: Streams,
 }
@@ -115,9 +115,9 @@ pub(super) struct LayerTape {
 }
 
 /// What the head's pass over a micro-batch leaves behind.
-struct HeadGradients {
+pub(super) struct HeadGradients {
     /// With respect to the head unit's input, `[N, C]`.
-    input: Tensor,
+    pub(super) input: Tensor,
     /// Of the head unit's parameters, in manifest order; none where it is frozen.
     params: Vec<Tensor>,
     /// Of the embedding, where the head is tied to it.
@@ -248,52 +248,13 @@ impl Learner {
         streams.reference_logprobs = self.reference_logprobs(&packed, &targets)?;
         let batch = MicroBatch { packed, targets, streams };
         if let Some(base) = self.base.clone() {
-            let dropout = self.dropout(&base, sequences, indices);
+            let dropout = base.dropout(sequences, indices, (&self.options, self.zero.num_updates()));
             return self.adapted(&base, &batch, dropout.as_ref(), output);
         }
 
         let (embedding, embedded, tapes, last) = self.forward(&batch.packed);
         let head = self.head(&batch, &last, &embedding, output)?;
         self.backward(&batch.packed, (embedding, embedded), tapes, head)
-    }
-
-    /// Forward and backward through the frozen model and its adapters.
-    fn adapted(
-        &mut self,
-        base: &FrozenBase,
-        batch: &MicroBatch,
-        dropout: Option<&Dropout>,
-        output: &mut StepOutput,
-    ) -> Result<(), StepError> {
-        let (mut tapes, last) = self.pass(base, batch, dropout).forward()?;
-        let embedding = base.weights.unit(0)?.params().remove(0);
-        let mut d_output = Some(self.head(batch, &last, &embedding, output)?.input);
-        while let (Some(tape), Some(d_layer)) = (tapes.pop(), d_output.take()) {
-            let layer_idx = tapes.len();
-            let grads;
-            (d_output, grads) = self.pass(base, batch, dropout).backward(tape, layer_idx, d_layer)?;
-            self.zero.accumulate(layer_idx, &grads)?;
-        }
-        Ok(())
-    }
-
-    fn pass<'a>(
-        &'a self,
-        base: &'a FrozenBase,
-        batch: &'a MicroBatch,
-        dropout: Option<&'a Dropout>,
-    ) -> AdaptedPass<'a> {
-        let keeps_graphs = !self.options.gradient_checkpointing && !base.is_quantised;
-        let (config, packed, adapters) = (&self.config, &batch.packed, self.zero.weights());
-        AdaptedPass { config, base, adapters, packed, dropout, keeps_graphs }
-    }
-
-    fn dropout(&self, base: &FrozenBase, sequences: &[TrainSequence], indices: &[usize]) -> Option<Dropout> {
-        (base.dropout > 0.0).then(|| {
-            let groups = prompt_groups::prompt_groups(sequences, indices, self.options.share_prompts);
-            let tokens: Vec<_> = groups.iter().map(|group| prompt_groups::tokens(sequences, group)).collect();
-            Dropout::new(base.dropout, (base.seed, self.zero.num_updates()), &tokens)
-        })
     }
 
     /// Of the tokens of a micro-batch, `[M]`; `None` where the objective has no reference policy.
@@ -353,7 +314,7 @@ impl Learner {
     }
 
     /// Log-probs, loss and gradients of the head unit, chunk by chunk.
-    fn head(
+    pub(super) fn head(
         &self,
         batch: &MicroBatch,
         x: &Tensor,
