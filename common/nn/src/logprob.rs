@@ -64,7 +64,6 @@ impl TargetLogprobs {
     ///
     /// # Shapes
     /// - gradients of log-probs and, where they take part, of entropies: `[M]`, fp32.
-    #[must_use]
     pub fn backward(
         self,
         d_logprobs: &Tensor,
@@ -83,7 +82,6 @@ impl TargetLogprobs {
     }
 
     /// As [`TargetLogprobs::backward`] where the head is frozen: the gradients of the hidden states alone, `[M, C]`.
-    #[must_use]
     pub fn backward_frozen(self, d_logprobs: &Tensor, d_entropies: Option<&Tensor>) -> Tensor {
         let head = self.head.shallow_clone();
         let d_logits = self.logits_backward(d_logprobs, d_entropies); // [M, V]

@@ -76,7 +76,6 @@ impl Unit {
     }
 
     /// The parameters one after the other; padding may follow. `[at least numel]`.
-    #[must_use]
     pub fn flat(&self) -> &Tensor {
         &self.flat
     }

@@ -43,7 +43,6 @@ impl Dropout {
     }
 
     /// What the inputs of a projection are multiplied by: 0, or `1 / (1 - rate)`. `[N, width]`.
-    #[must_use]
     pub fn mask(&self, layer_idx: usize, target: TargetModule, width: usize, (kind, device): (Kind, Device)) -> Tensor {
         let mut mask = Tensor::empty([self.keys.len() as i64, width as i64], (Kind::Float, Device::Cpu));
         let stream = [layer_idx as u32, target as u32];

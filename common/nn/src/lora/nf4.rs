@@ -72,7 +72,6 @@ impl Nf4Matrix {
     }
 
     /// The matrix again, of type `kind`.
-    #[must_use]
     pub fn dequantise(&self, kind: Kind) -> Tensor {
         let device = self.codes.device();
         // Of every byte, both values.
