@@ -1,5 +1,6 @@
 //! Adapters against PEFT, both ways, and through whole runs: what the generator serves is base and adapters merged.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(clippy::print_stdout, reason = "what is skipped is said")]
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
