@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
-use commands::{bench, export, generate, generator, reward, score, sft, trainer};
+use commands::{bench, export, generate, generator, plan, reward, score, sft, trainer};
 
 /// Makes language models reason by reinforcement learning: trainer ranks, generators, and the tools around them.
 #[derive(Debug, Parser)]
@@ -30,6 +30,7 @@ enum Command {
     Export(export::Args),
     Generate(generate::Args),
     Score(score::Args),
+    Plan(plan::Args),
     Reward(reward::Args),
     Bench(bench::Args),
 }
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
         Command::Export(args) => export::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Score(args) => score::run(&args),
+        Command::Plan(args) => plan::run(&args),
         Command::Reward(args) => reward::run(&args),
         Command::Bench(args) => bench::run(&args),
     };

@@ -5,10 +5,11 @@
 
 use std::env;
 use std::error::Error;
+use std::fs;
 use std::path::{Path, PathBuf};
 
-const SOURCES: [&str; 10] =
-    ["guard", "store", "group", "gloo", "nccl", "autograd", "function", "optim", "stream", "cuda"];
+const SOURCES: [&str; 11] =
+    ["guard", "store", "group", "gloo", "nccl", "autograd", "function", "storage", "optim", "stream", "cuda"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     let lib_dir = PathBuf::from(
@@ -34,6 +35,8 @@ fn compile(include_dir: &Path, cuda_include_dirs: Option<[PathBuf; 2]>) {
         // The shim only calls into libtorch: more optimisation costs build time and gains nothing.
         .opt_level(1)
         .debug(false)
+        // Without it, libtorch's headers make `at::parallel_for` a loop on one thread.
+        .flag("-fopenmp")
         .define("_GLIBCXX_USE_CXX11_ABI", cxx11_abi.as_str())
         .include("csrc")
         .include("csrc/include")
@@ -73,8 +76,18 @@ fn link(lib_dir: &Path) {
         link_arg += &format!(",-L{dir},--push-state,--no-as-needed,-ltorch_cuda,-lc10_cuda,--pop-state");
         println!("cargo::rustc-link-lib=dylib=torch_cuda");
     }
+    link_arg += &format!(",-L{dir},{}", openmp(lib_dir));
     println!("cargo::rustc-link-arg={link_arg}");
     println!("cargo::metadata=link_arg={link_arg}");
+}
+
+/// The OpenMP runtime that libtorch brings, whatever it is called, so that both share its threads; else the compiler's.
+fn openmp(lib_dir: &Path) -> String {
+    let names = fs::read_dir(lib_dir).into_iter().flatten().flatten().map(|entry| entry.file_name());
+    let mut brought: Vec<String> =
+        names.filter_map(|name| name.into_string().ok()).filter(|name| name.starts_with("libgomp")).collect();
+    brought.sort();
+    brought.first().map_or_else(|| "-lgomp".to_owned(), |name| format!("-l:{name}"))
 }
 
 fn is_cuda_build(lib_dir: &Path) -> bool {

@@ -5,9 +5,12 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use aha_tests::binary::{aha, check_refused, check_runs};
+use aha_tests::binary::{aha, check_refused, check_runs, run, text};
 use aha_tests::small_run::{self, MAX_STEPS};
 use serde_json::{Map, Value};
+
+/// What the trainers and the launch end with when the run is to go on later.
+const RESUMABLE: i32 = 75;
 
 /// Metrics that depend on the machine's mood.
 const TIMED: [&str; 4] = ["time/", "step_time", "tokens_per_second/", "weights/"];
@@ -87,10 +90,53 @@ fn interrupted_and_resumed(overrides: &[&str]) -> tempfile::TempDir {
     wait_until("the first checkpoint", || folder.join("runs/small/checkpoints/step-2").is_dir());
     let kill = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
     assert!(kill.success());
-    assert!(!child.wait().unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(RESUMABLE));
     assert_eq!(processes_in(&folder), Vec::<String>::new(), "processes stayed behind");
+    let saved = metrics(&folder).len();
+    assert!(folder.join(format!("runs/small/checkpoints/step-{saved}")).is_dir(), "step {saved} is not saved");
     launch(&folder, overrides);
     interrupted
+}
+
+/// The files of the last checkpoint: weights, and the optimizer's state of both ranks.
+fn last_checkpoint(folder: &Path) -> Vec<(String, Vec<u8>)> {
+    let checkpoint = folder.join(format!("runs/small/checkpoints/step-{MAX_STEPS}"));
+    let read = |name: &str| (name.to_owned(), std::fs::read(checkpoint.join(name)).unwrap());
+    [
+        "model.safetensors",
+        "trainer_state/state.json",
+        "trainer_state/optimizer-00000-of-00002.safetensors",
+        "trainer_state/optimizer-00001-of-00002.safetensors",
+    ]
+    .map(read)
+    .into()
+}
+
+#[test]
+fn a_run_goes_on_to_the_last_bit_under_every_optimizer() {
+    for optimizer in ["adamw", "adamw_8bit", "muon"] {
+        let overrides = [format!("train.optimizer={optimizer}")];
+        let overrides = overrides.each_ref().map(String::as_str);
+        let whole = tempfile::tempdir().unwrap();
+        small_run::write(whole.path());
+        launch(whole.path(), &overrides);
+        let resumed = interrupted_and_resumed(&overrides);
+        assert_eq!(metrics(resumed.path()), metrics(whole.path()), "{optimizer}");
+        for ((name, found), (_, expect)) in last_checkpoint(resumed.path()).iter().zip(last_checkpoint(whole.path())) {
+            assert!(*found == expect, "{optimizer}: {name} differs");
+        }
+    }
+}
+
+#[test]
+fn a_run_stops_before_its_time_is_over() {
+    let folder = tempfile::tempdir().unwrap();
+    small_run::write(folder.path());
+    let stopped = run(folder.path(), &["launch", "run.yaml", "--set", "train.max_wall_clock_seconds=0.001"]);
+    assert_eq!(stopped.status.code(), Some(RESUMABLE), "{}", text(&stopped));
+    assert!(text(&stopped).contains("train.max_wall_clock_seconds"), "{}", text(&stopped));
+    launch(folder.path(), &[]);
+    assert_eq!(metrics(folder.path()).len() as u64, MAX_STEPS);
 }
 
 /// Options with state, draws or exchanges of their own, all at once.

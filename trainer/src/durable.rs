@@ -6,6 +6,8 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::path::Path;
 
+use crate::failpoint;
+
 /// Replaces a file by `contents`: a reader, or the machine after a crash, sees the old file or the new one.
 pub(crate) fn replace_file(path: &Path, contents: &[u8]) -> io::Result<()> {
     let parent = parent(path)?;
@@ -14,8 +16,11 @@ pub(crate) fn replace_file(path: &Path, contents: &[u8]) -> io::Result<()> {
     let partial = parent.join(name);
     let written = (|| {
         let mut file = File::create(&partial)?;
+        failpoint::reached();
         file.write_all(contents)?;
+        failpoint::reached();
         file.sync_all()?;
+        failpoint::reached();
         std::fs::rename(&partial, path)
     })();
     if let Err(error) = written {
@@ -28,12 +33,14 @@ pub(crate) fn replace_file(path: &Path, contents: &[u8]) -> io::Result<()> {
 
 /// Gives a synced folder its name.
 pub(crate) fn rename_dir(from: &Path, to: &Path) -> io::Result<()> {
+    failpoint::reached();
     std::fs::rename(from, to)?;
     sync(parent(to)?)
 }
 
 /// Makes sure that a file's contents, or a folder's entries, are on the disk.
 pub(crate) fn sync(path: &Path) -> io::Result<()> {
+    failpoint::reached();
     File::open(path)?.sync_all()
 }
 

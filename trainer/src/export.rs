@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use aha_nn::comm::ProcessGroup;
 use aha_nn::lora::{Merged, peft};
 use aha_nn::model_config::ModelConfig;
 use aha_nn::model_folder::load_weights;
@@ -42,6 +43,11 @@ pub fn newest_checkpoint(run: &Path) -> Result<PathBuf> {
     Ok(checkpoint::newest(&run.join("checkpoints"))?.folder)
 }
 
+/// No other rank takes part.
+fn alone() -> ProcessGroup {
+    ProcessGroup::solo("export", Device::Cpu)
+}
+
 impl Export {
     /// Writes the model to `out`, which must not be there or be empty.
     ///
@@ -58,7 +64,7 @@ impl Export {
         let config = ModelConfig::load(&self.checkpoint)?;
         let kind = self.kind.unwrap_or_else(|| config.stored_kind());
         let weights = load_weights(&self.checkpoint, &config, 1, kind, Device::Cpu)?;
-        save_model(out, &self.checkpoint, &config, (&weights, kind))?;
+        save_model(out, &self.checkpoint, &config, (&weights, kind), &alone())?;
         Ok(self.exported(None, &config, kind))
     }
 
@@ -76,7 +82,7 @@ impl Export {
         let base = frozen_weights(&named, &config, adapter.quantization, place)?;
         let adapters = adapter.load(&config, (1, Device::Cpu))?;
         let merged = Merged { base: &*base, spec: &adapter.spec, adapters: &adapters };
-        save_model(out, &named, &config, (&merged, kind))?;
+        save_model(out, &named, &config, (&merged, kind), &alone())?;
         Ok(self.exported(Some(named), &config, kind))
     }
 

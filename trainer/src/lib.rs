@@ -10,7 +10,9 @@ mod entropy;
 pub mod evaluate;
 pub mod exchange;
 pub mod export;
+mod failpoint;
 pub mod loggers;
+pub mod memory_plan;
 pub mod optimize;
 pub mod prompts;
 pub mod publish;
@@ -20,7 +22,9 @@ pub mod run_dir;
 mod sampling;
 pub mod session;
 pub mod sft;
+mod skips;
 pub mod step_metrics;
+pub mod stop;
 #[cfg(test)]
 mod test_generator;
 #[cfg(test)]

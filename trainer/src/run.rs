@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use aha_core::config::{RewardSpec, RunConfig};
 use aha_core::ids::PolicyVersion;
 use aha_core::rollout::Group;
-use anyhow::{Result, bail};
+use anyhow::Result;
 use serde::Serialize;
 
 use crate::evaluate::{self, Evaluation, evaluate};
@@ -16,12 +16,10 @@ use crate::rollouts::Rollouts;
 use crate::sampling::Sampler;
 use crate::session::Session;
 use crate::step_metrics::{rollout_metrics, step_metrics};
+use crate::stop::{Outcome, StopRequest};
 use crate::torch::objective::{Objective, PolicyObjective};
 use crate::training_batch::TrainingBatch;
 use crate::world::World;
-
-/// Steps in a row whose gradients may be NaN or infinite before the run stops.
-const MAX_SKIPPED: u32 = 3;
 
 /// What `summary.json` holds.
 #[derive(Debug, Clone, Serialize)]
@@ -35,7 +33,8 @@ pub struct Summary {
     pub seconds: f64,
 }
 
-/// Trains the policy by GRPO until `train.max_steps`, going on from the run's newest checkpoint if it has one.
+/// Trains the policy by GRPO until `train.max_steps`, going on from the run's newest checkpoint if it has one, or until
+/// it is to stop.
 ///
 /// `connect` is called when everything on this side is ready, and finds the generators.
 ///
@@ -44,35 +43,34 @@ pub struct Summary {
 pub fn run<R: Rollouts>(
     config: &RunConfig,
     world: &World,
+    stop: &StopRequest,
     connect: impl FnOnce(&Session) -> Result<(R, Publisher)>,
-) -> Result<Summary> {
-    let mut session = Session::start(config, world, Objective::Policy(PolicyObjective::new(&config.train)))?;
+) -> Result<Outcome<Summary>> {
+    let objective = Objective::Policy(PolicyObjective::new(&config.train));
+    let mut session = Session::start(config, world, objective, stop)?;
     let (mut rollouts, mut publisher) = connect(&session)?;
     let rollouts = &mut rollouts;
     publisher.publish(&*session.learner.policy(), PolicyVersion(session.step))?;
     let first_step = session.step;
     evaluate_if_due(&mut session, rollouts, first_step)?;
-    let mut num_skipped = 0;
     for step in first_step..config.train.max_steps {
-        let skipped = train_step(&mut session, rollouts, &mut publisher, step)?;
-        num_skipped = if skipped { num_skipped + 1 } else { 0 };
-        if num_skipped == MAX_SKIPPED {
-            bail!("the gradients of {MAX_SKIPPED} steps in a row were not finite; lower train.learning_rate");
+        if let Some(stopped) = session.stop_if_due(step)? {
+            if let Some(loggers) = session.loggers {
+                loggers.finish()?;
+            }
+            return Ok(Outcome::Stopped(stopped));
         }
+        let num_skipped = train_step(&mut session, rollouts, &mut publisher, step)?;
+        session.skips.note(step + 1, num_skipped)?;
         evaluate_if_due(&mut session, rollouts, step + 1)?;
-        session.sync_reference_if_due(step + 1);
+        session.sync_reference_if_due(step + 1)?;
         session.save_if_due(step + 1)?;
     }
-    finish(session)
+    finish(session).map(Outcome::Finished)
 }
 
-/// One step; true if its update was left out.
-fn train_step(
-    session: &mut Session,
-    rollouts: &mut dyn Rollouts,
-    publisher: &mut Publisher,
-    step: u64,
-) -> Result<bool> {
+/// One step; returns how many of its updates were left out.
+fn train_step(session: &mut Session, rollouts: &mut dyn Rollouts, publisher: &mut Publisher, step: u64) -> Result<u32> {
     let mut clock = Clock::start();
     let mut metrics = Metrics::default();
     let config = session.config.clone();
@@ -106,7 +104,7 @@ fn train_step(
         loggers.log_completions(step + 1, &records(&groups, &batch, &config))?;
         loggers.log_step(step + 1, &metrics)?;
     }
-    Ok(output.skipped)
+    Ok(output.num_skipped)
 }
 
 fn evaluate_if_due(session: &mut Session, rollouts: &mut dyn Rollouts, step: u64) -> Result<()> {

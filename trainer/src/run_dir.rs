@@ -19,7 +19,7 @@ const DIRS: [&str; 4] = ["completions", "completion_samples", "checkpoints", LOG
 
 /// Settings that change how a run is carried out and not what comes out: sections, or keys. A run goes on under other
 /// values of these.
-const FREE_SETTINGS: [&str; 12] = [
+const FREE_SETTINGS: [&str; 14] = [
     "run.output_dir",
     "generator.addresses",
     "generator.connect_timeout_seconds",
@@ -28,6 +28,8 @@ const FREE_SETTINGS: [&str; 12] = [
     "logging",
     "rollout.deadline_seconds",
     "train.collective_timeout_seconds",
+    "train.max_skipped_steps",
+    "train.max_wall_clock_seconds",
     "train.push_backend",
     "train.push_timeout_seconds",
     "train.save_steps",

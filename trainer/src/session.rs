@@ -3,16 +3,18 @@
 
 use std::num::NonZeroUsize;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use aha_core::config::{DeviceKind, Dtype, RunConfig};
+use aha_core::config::{DeviceKind, Dtype, RunConfig, Train};
 use aha_core::schedule::Schedule;
 use aha_nn::comm::{Address, Backend, GroupSpec, ProcessGroup, Store};
 use aha_nn::logprob::chunk_rows;
 use aha_nn::model_config::ModelConfig;
-use aha_nn::model_folder::{check_weights, load_weights};
+use aha_nn::model_folder::{check_weights, load_units};
 use aha_nn::optim::AdamW;
 use aha_nn::runtime;
+use aha_nn::unit::ModelWeights;
 use aha_nn::weights::Weights;
 use anyhow::{Context, Result};
 use tch::{Device, Kind};
@@ -22,8 +24,11 @@ use crate::checkpoint::{self, Checkpoint};
 use crate::loggers::{LoggerOptions, Loggers};
 use crate::prompts::PromptSource;
 use crate::run_dir::RunDir;
+use crate::skips::SkipCounter;
+use crate::stop::{StopRequest, StopWatch, Stopped};
 use crate::torch::learner::{Learner, LearnerOptions};
 use crate::torch::objective::Objective;
+use crate::torch::parameters::{Parameters, ParametersBuilder, Sharding};
 use crate::torch::zero::Zero;
 use crate::world::World;
 
@@ -40,6 +45,10 @@ pub struct Session {
     /// Only rank 0 writes.
     pub loggers: Option<Loggers>,
     pub started: Instant,
+    pub(crate) skips: SkipCounter,
+    stop: StopWatch,
+    /// Steps of the newest checkpoint; 0 where there is none.
+    saved: u64,
     /// Rank 0 serves it: the others may still be reading from it when this rank has joined.
     _store: Option<Store>,
 }
@@ -49,7 +58,7 @@ impl Session {
     ///
     /// # Errors
     /// Names what is missing or does not fit.
-    pub fn start(config: &RunConfig, world: &World, objective: Objective) -> Result<Self> {
+    pub fn start(config: &RunConfig, world: &World, objective: Objective, stop: &StopRequest) -> Result<Self> {
         let started = Instant::now();
         let device = device(config, world)?;
         runtime::set_num_threads(num_threads(config, world));
@@ -67,32 +76,9 @@ impl Session {
         let (group, store) = join(config, world, device)?;
         let run_dir = RunDir::open(config, &group)?;
         let checkpoint = checkpoint::latest(&run_dir, &group)?;
-        let place = (world.size, device);
-        let weights = if config.lora.is_on() {
-            let folder = checkpoint.as_ref().map(|checkpoint| checkpoint.folder.as_path());
-            adapters::initial(config, &model_config, folder, place)?
-        } else {
-            initial_weights(config, &model_config, checkpoint.as_ref(), place)?
-        };
+        let group = Arc::new(group);
+        let learner = learner((config, objective), &model_config, checkpoint.as_ref(), &group)?;
         let step = checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.state.step);
-        let mut zero = Zero::new(config.train.zero_stage, group, weights);
-        if let Some(checkpoint) = &checkpoint {
-            let state = checkpoint.optimizer(&zero.weights().manifest)?;
-            zero.load_state(checkpoint.state.num_updates, &state)?;
-            tracing::info!("going on from {}", checkpoint.folder.display());
-        }
-        let options = learner_options(config, objective, model_config.vocab_size);
-        let learner = if config.lora.is_on() {
-            let base = adapters::base(config, &model_config, (kind(config, device), device))?;
-            Learner::of_adapters(model_config, options, zero, base)
-        } else {
-            let reference = if objective.needs_reference() {
-                Some(reference_weights(config, &model_config, checkpoint.as_ref(), device)?)
-            } else {
-                None
-            };
-            Learner::new(model_config, options, zero, reference)
-        };
         let loggers = if world.rank == 0 { Some(loggers(config, &run_dir, step)?) } else { None };
         Ok(Self {
             config: config.clone(),
@@ -103,6 +89,9 @@ impl Session {
             step,
             loggers,
             started,
+            skips: SkipCounter::new(config.train.max_skipped_steps),
+            stop: StopWatch::new(stop, config.train.max_wall_clock_seconds, started),
+            saved: step,
             _store: store,
         })
     }
@@ -132,22 +121,49 @@ impl Session {
     }
 
     /// Moves the reference policy where `train.sync_ref_model` asks for it after `step` steps.
-    pub fn sync_reference_if_due(&mut self, step: u64) {
+    ///
+    /// # Errors
+    /// If a collective fails.
+    pub fn sync_reference_if_due(&mut self, step: u64) -> Result<()> {
         let train = &self.config.train;
         if train.sync_ref_model && step.is_multiple_of(train.ref_model_sync_steps) {
-            self.learner.sync_reference(train.ref_model_mixup_alpha);
+            self.learner.sync_reference(train.ref_model_mixup_alpha)?;
         }
+        Ok(())
     }
 
     /// Writes a checkpoint where `train.save_steps` asks for one after `step` steps, and always after the last.
     ///
     /// # Errors
     /// If it cannot be written whole; checkpoints before it stay.
-    pub fn save_if_due(&self, step: u64) -> Result<()> {
+    pub fn save_if_due(&mut self, step: u64) -> Result<()> {
         let train = &self.config.train;
         if step.is_multiple_of(train.save_steps) || step == train.max_steps {
-            checkpoint::save(&self.run_dir, &self.config, &self.learner, step)?;
+            self.save(step)?;
         }
+        Ok(())
+    }
+
+    /// Whether the run ends after `step` steps, before its last; what is done is then saved.
+    ///
+    /// # Errors
+    /// If the ranks cannot agree, or the checkpoint cannot be written whole.
+    pub fn stop_if_due(&mut self, step: u64) -> Result<Option<Stopped>> {
+        let Some(reason) = self.stop.decide(Instant::now(), self.learner.zero().group())? else { return Ok(None) };
+        if step > self.saved {
+            self.save(step)?;
+        }
+        Ok(Some(Stopped { step, max_steps: self.config.train.max_steps, reason }))
+    }
+
+    fn save(&mut self, step: u64) -> Result<()> {
+        let started = Instant::now();
+        if let Some(loggers) = &self.loggers {
+            loggers.sync()?;
+        }
+        checkpoint::save(&self.run_dir, &self.config, &self.learner, step)?;
+        self.saved = step;
+        self.stop.saved_in(started.elapsed());
         Ok(())
     }
 
@@ -157,11 +173,9 @@ impl Session {
     /// If it cannot be written whole.
     pub fn save_model(&self) -> Result<std::path::PathBuf> {
         let folder = self.run_dir.model();
-        if self.world.rank == 0 {
-            let base = &self.config.model.path;
-            let weights = (&*self.learner.policy(), self.learner.kind());
-            checkpoint::save_model(&folder, base, self.learner.config(), weights)?;
-        }
+        let base = &self.config.model.path;
+        let weights = (&*self.learner.policy(), self.learner.kind());
+        checkpoint::save_model(&folder, base, self.learner.config(), weights, self.group())?;
         self.group().barrier()?;
         Ok(folder)
     }
@@ -199,9 +213,55 @@ fn join(config: &RunConfig, world: &World, device: Device) -> Result<(ProcessGro
     Ok((ProcessGroup::new(backend, &store, &spec)?, Some(store)))
 }
 
+/// The policy, fresh or as a checkpoint left it.
+fn learner(
+    (config, objective): (&RunConfig, Objective),
+    model_config: &ModelConfig,
+    checkpoint: Option<&Checkpoint>,
+    group: &Arc<ProcessGroup>,
+) -> Result<Learner> {
+    let (kind, device) = (kind(config.model.dtype, group.device()), group.device());
+    let sharding = sharding(&config.train);
+    let builder = || ParametersBuilder::new(sharding, group, model_config.manifest(), kind);
+    let weights = if config.lora.is_on() {
+        let folder = checkpoint.map(|checkpoint| checkpoint.folder.as_path());
+        let adapters = adapters::initial(config, model_config, folder, (group.size(), device))?;
+        Parameters::of(sharding, group, adapters)
+    } else {
+        initial_weights(config, model_config, checkpoint, builder())?
+    };
+    let mut zero = Zero::with(sharding, Arc::clone(group), weights, &config.train.optimizer_options())?;
+    if let Some(checkpoint) = checkpoint {
+        let state = checkpoint.optimizer(zero.weights().manifest())?;
+        zero.load_state(checkpoint.state.num_updates, &state)?;
+        tracing::info!("going on from {}", checkpoint.folder.display());
+    }
+    let options = learner_options(config, objective, model_config.vocab_size);
+    let model_config = model_config.clone();
+    if config.lora.is_on() {
+        let base = adapters::base(config, &model_config, (kind, device))?;
+        return Ok(Learner::of_adapters(model_config, options, zero, base));
+    }
+    let reference = if objective.needs_reference() {
+        Some(reference_weights(config, &model_config, checkpoint, builder())?)
+    } else {
+        None
+    };
+    Ok(Learner::new(model_config, options, zero, reference))
+}
+
+/// What ranks share out.
+fn sharding(train: &Train) -> Sharding {
+    Sharding {
+        stage: train.zero_stage,
+        offload_optimizer: train.offload_optimizer,
+        offload_params: train.offload_params,
+    }
+}
+
 /// Type of the weights in the forward and backward pass.
-fn kind(config: &RunConfig, device: Device) -> Kind {
-    match (config.model.dtype, device) {
+fn kind(dtype: Dtype, device: Device) -> Kind {
+    match (dtype, device) {
         (Dtype::Float32, _) | (Dtype::Auto, Device::Cpu) => Kind::Float,
         (Dtype::Bfloat16, _) | (Dtype::Auto, _) => Kind::BFloat16,
     }
@@ -211,14 +271,17 @@ fn initial_weights(
     config: &RunConfig,
     model_config: &ModelConfig,
     checkpoint: Option<&Checkpoint>,
-    (world_size, device): (usize, Device),
-) -> Result<Weights> {
-    let kind = kind(config, device);
+    mut builder: ParametersBuilder,
+) -> Result<Parameters> {
     if checkpoint.is_none() && config.model.random_init {
-        return Ok(Weights::random(model_config, config.run.seed, world_size, kind, device));
+        for unit_idx in 0..model_config.manifest().units.len() {
+            builder.add(&Weights::random_unit(model_config, config.run.seed, unit_idx));
+        }
+    } else {
+        let folder: &Path = checkpoint.map_or(&config.model.path, |checkpoint| &checkpoint.folder);
+        load_units(folder, model_config, |_, params| builder.add(&params))?;
     }
-    let folder: &Path = checkpoint.map_or(&config.model.path, |checkpoint| &checkpoint.folder);
-    Ok(load_weights(folder, model_config, world_size, kind, device)?)
+    Ok(builder.finish())
 }
 
 /// The initial policy; the one that a checkpoint left where `train.sync_ref_model` moves it.
@@ -226,12 +289,14 @@ fn reference_weights(
     config: &RunConfig,
     model_config: &ModelConfig,
     checkpoint: Option<&Checkpoint>,
-    device: Device,
-) -> Result<Weights> {
-    let initial = initial_weights(config, model_config, None, (1, device))?;
+    mut builder: ParametersBuilder,
+) -> Result<Parameters> {
     match checkpoint.and_then(Checkpoint::reference).filter(|_| config.train.sync_ref_model) {
-        Some(folder) => Ok(load_weights(&folder, model_config, 1, initial.kind(), device)?),
-        None => Ok(initial),
+        Some(folder) => {
+            load_units(&folder, model_config, |_, params| builder.add(&params))?;
+            Ok(builder.finish())
+        }
+        None => initial_weights(config, model_config, None, builder),
     }
 }
 
@@ -243,6 +308,7 @@ fn learner_options(config: &RunConfig, objective: Objective, vocab_size: usize) 
         temperature: if supervised { 1.0 } else { f64::from(config.rollout.temperature) },
         max_grad_norm: config.train.max_grad_norm,
         gradient_checkpointing: config.train.gradient_checkpointing,
+        gradient_checkpointing_interval: config.train.gradient_checkpointing_interval,
         share_prompts: config.train.share_prompts,
         max_length: if supervised { config.sft.max_length } else { grpo_length },
         logit_rows: chunk_rows(vocab_size as i64),

@@ -10,8 +10,9 @@ use aha_nn::comm::ReduceOp;
 use anyhow::{Result, ensure};
 use tch::Tensor;
 
-use crate::loggers::Metrics;
+use crate::loggers::{Metrics, names};
 use crate::session::Session;
+use crate::stop::{Outcome, StopRequest};
 use crate::torch::learner::StepOutput;
 use crate::torch::objective::Objective;
 use crate::training_batch::Plan;
@@ -21,27 +22,35 @@ use crate::world::World;
 ///
 /// # Errors
 /// Names what is missing or failed; the run goes on from its last checkpoint when it is started again.
-pub fn run(config: &RunConfig, world: &World) -> Result<std::path::PathBuf> {
+pub fn run(config: &RunConfig, world: &World, stop: &StopRequest) -> Result<Outcome<std::path::PathBuf>> {
     ensure!(
         !config.sft.completion.is_empty(),
         "sft.completion: missing; write the answer as a template over the row's columns"
     );
-    let mut session = Session::start(config, world, Objective::Supervised)?;
+    let mut session = Session::start(config, world, Objective::Supervised, stop)?;
     for step in session.step..config.train.max_steps {
-        let metrics = supervised_step(&mut session, step)?;
+        if let Some(stopped) = session.stop_if_due(step)? {
+            if let Some(loggers) = session.loggers {
+                loggers.finish()?;
+            }
+            return Ok(Outcome::Stopped(stopped));
+        }
+        let (metrics, num_skipped) = supervised_step(&mut session, step)?;
         if let Some(loggers) = &mut session.loggers {
             loggers.log_step(step + 1, &metrics)?;
         }
+        session.skips.note(step + 1, num_skipped)?;
         session.save_if_due(step + 1)?;
     }
     let folder = session.save_model()?;
     if let Some(loggers) = session.loggers {
         loggers.finish()?;
     }
-    Ok(folder)
+    Ok(Outcome::Finished(folder))
 }
 
-fn supervised_step(session: &mut Session, step: u64) -> Result<Metrics> {
+/// Returns the step's metrics and how many updates were left out.
+fn supervised_step(session: &mut Session, step: u64) -> Result<(Metrics, u32)> {
     let start = Instant::now();
     let sft = &session.config.sft;
     let examples = session.prompts.supervised(step, sft)?;
@@ -65,12 +74,13 @@ fn supervised_step(session: &mut Session, step: u64) -> Result<Metrics> {
     let mut metrics = Metrics::default();
     metrics.set("loss", total_loss(session, &output)?);
     metrics.set("grad_norm", output.grad_norm);
+    metrics.set(names::SKIPPED_UPDATES, f64::from(output.num_skipped));
     metrics.set("learning_rate", options.lr);
     metrics.set("num_tokens", lengths.iter().sum::<usize>() as f64);
     let seconds = start.elapsed().as_secs_f64();
     metrics.set("step_time", seconds);
     metrics.set("tokens_per_second/step", lengths.iter().sum::<usize>() as f64 / seconds);
-    Ok(metrics)
+    Ok((metrics, output.num_skipped))
 }
 
 fn total_loss(session: &Session, output: &StepOutput) -> Result<f64> {

@@ -6,7 +6,7 @@ use aha_core::rollout::{FinishReason, Group};
 use aha_nn::comm::{CommError, ProcessGroup, ReduceOp};
 use tch::Tensor;
 
-use crate::loggers::Metrics;
+use crate::loggers::{Metrics, names};
 use crate::torch::learner::StepOutput;
 use crate::training_batch::TrainingBatch;
 
@@ -80,6 +80,7 @@ pub fn step_metrics(
         num_compared as f64,
         output.sums.masked,
         output.sums.correction,
+        output.num_packed_tokens as f64,
     ])
     .to_device(group.device());
     group.all_reduce(&mut sums, ReduceOp::Sum)?;
@@ -90,7 +91,12 @@ pub fn step_metrics(
     let sum = |index: i64| sums.double_value(&[index]);
     let num_tokens = sum(0).max(1.0);
     metrics.set("loss", sum(1));
+    metrics.set("num_packed_tokens", sum(10));
     metrics.set("grad_norm", output.grad_norm);
+    for (name, time) in output.times.named() {
+        metrics.set(name, time.as_secs_f64());
+    }
+    metrics.set(names::SKIPPED_UPDATES, f64::from(output.num_skipped));
     metrics.set("entropy", sum(2) / num_tokens);
     metrics.set("kl", sum(3) / num_tokens);
     metrics.set("clip_ratio/low_mean", sum(4) / num_tokens);

@@ -1,4 +1,7 @@
-//! `cargo xtask bench`: builds for speed, then measures; decoding beside transformers, on the same prompts.
+//! `cargo xtask bench`: builds for speed, then measures; decoding beside transformers, and whole steps beside TRL, on the
+//! same prompts.
+
+mod step;
 
 use std::fs;
 use std::os::unix::process::CommandExt;
@@ -19,7 +22,9 @@ const PYTHON: &str = ".peers/bin/python";
 pub(crate) enum Bench {
     /// Decode with aha and with transformers in turns, on the same prompts, and print how they compare
     Decode(Decode),
-    /// Anything else goes to `aha bench`, as in `cargo xtask bench step --help`
+    /// Take GRPO steps with aha and with TRL in turns, on the same prompts, and print how they compare
+    Step(step::Step),
+    /// Anything else goes to `aha bench`, as in `cargo xtask bench shape --help`
     #[command(external_subcommand)]
     Other(Vec<String>),
 }
@@ -63,6 +68,7 @@ pub(crate) fn run(workspace: &Workspace, bench: &Bench) -> anyhow::Result<Status
     let aha = workspace.release_binary()?;
     match bench {
         Bench::Decode(args) => decode(workspace, &aha, args).map(|()| Status::Success),
+        Bench::Step(args) => step::step(workspace, &aha, args).map(|()| Status::Success),
         Bench::Other(args) => {
             let error = workspace.command(&aha).arg("bench").args(args).exec();
             Err(error).with_context(|| format!("cannot start {}", aha.display()))
@@ -71,15 +77,11 @@ pub(crate) fn run(workspace: &Workspace, bench: &Bench) -> anyhow::Result<Status
 }
 
 fn decode(workspace: &Workspace, aha: &Path, args: &Decode) -> anyhow::Result<()> {
-    let python = workspace.path(PYTHON);
-    ensure!(python.exists(), "transformers is not installed: `cargo xtask peers` puts it into .peers/");
+    let python = python(workspace)?;
     ensure!(args.rounds > 0 && !args.batch.is_empty(), "--rounds and --batch must not be empty");
     let is_whole = args.group > 0 && args.batch.iter().all(|batch| batch.is_multiple_of(args.group));
     ensure!(is_whole, "--group {} does not divide every --batch", args.group);
-    let threads = match args.threads {
-        0 => std::thread::available_parallelism().context("counting this machine's cores")?.get(),
-        threads => threads,
-    };
+    let threads = threads(args.threads)?;
     let model = std::path::absolute(&args.model)?;
     let prompts = write_prompts(&model, aha, args)?;
     eprintln!("==> decode: {} threads, {} rounds, tokens per second", threads, args.rounds);
@@ -138,15 +140,35 @@ fn write_prompts(model: &Path, aha: &Path, args: &Decode) -> anyhow::Result<Path
     Ok(path)
 }
 
-/// What a benchmark's last line of output says.
+/// The Python that has the peers.
+fn python(workspace: &Workspace) -> anyhow::Result<PathBuf> {
+    let python = workspace.path(PYTHON);
+    ensure!(python.exists(), "the peers are not installed: `cargo xtask peers` puts them into .peers/");
+    Ok(python)
+}
+
+/// All cores for 0.
+fn threads(asked: usize) -> anyhow::Result<usize> {
+    match asked {
+        0 => Ok(std::thread::available_parallelism().context("counting this machine's cores")?.get()),
+        threads => Ok(threads),
+    }
+}
+
 fn rate(command: &mut Command) -> anyhow::Result<f64> {
+    let measured = measure(command)?;
+    let rate = measured["tokens_per_second"].as_f64();
+    rate.with_context(|| format!("{command:?} printed no tokens_per_second: {measured}"))
+}
+
+/// What a benchmark's last line of output says.
+fn measure(command: &mut Command) -> anyhow::Result<Value> {
     let output = command.output().with_context(|| format!("cannot start {}", command.get_program().display()))?;
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{command:?} ended with {}: {}", output.status, said.trim());
     let stdout = String::from_utf8_lossy(&output.stdout);
-    let measured = stdout.lines().last().and_then(|line| serde_json::from_str::<Value>(line).ok());
-    let rate = measured.and_then(|measured| measured["tokens_per_second"].as_f64());
-    rate.with_context(|| format!("{command:?} printed no tokens_per_second: {stdout}"))
+    let measured = stdout.lines().last().and_then(|line| serde_json::from_str(line).ok());
+    measured.with_context(|| format!("{command:?} printed no measurement: {stdout}"))
 }
 
 fn median(mut rates: Vec<f64>) -> f64 {
@@ -167,6 +189,7 @@ mod tests {
     #[test]
     fn the_last_line_is_the_measurement() {
         let rate_of = |script| rate(Command::new("sh").args(["-c", script]));
+        assert!(rate_of("echo '{}'").unwrap_err().to_string().contains("tokens_per_second"));
         assert_eq!(rate_of("echo loading; echo '{\"tokens_per_second\": 2.5}'").unwrap(), 2.5);
         assert!(rate_of("echo nothing").unwrap_err().to_string().contains("nothing"));
         assert!(rate_of("echo why >&2; exit 3").unwrap_err().to_string().contains("why"));

@@ -13,9 +13,11 @@ pub(crate) mod bench;
 pub(crate) mod export;
 pub(crate) mod generate;
 pub(crate) mod generator;
+pub(crate) mod plan;
 pub(crate) mod reward;
 pub(crate) mod score;
 pub(crate) mod sft;
+pub(crate) mod stop;
 pub(crate) mod trainer;
 
 /// A configuration file with its overrides, as every role takes it.

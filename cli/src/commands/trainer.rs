@@ -6,14 +6,18 @@ use std::sync::Arc;
 use aha_trainer::publish::Publisher;
 use aha_trainer::rollouts::GeneratorPool;
 use aha_trainer::run::{self, Summary};
+use aha_trainer::stop::Outcome;
 use aha_trainer::world::World;
 use anyhow::{Result, ensure};
 use owo_colors::OwoColorize;
 
+use super::stop::{report_stop, stop_on_signals};
 use super::{ConfigArgs, network_runtime};
 use crate::launch::supervised;
 
 /// Run one trainer rank; RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT say which.
+///
+/// SIGTERM or Ctrl-C ends it after the step that it is in, with a checkpoint and exit code 75; a second one at once.
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Example:\n  aha trainer configs/countdown-tiny.yaml --set generator.addresses=['127.0.0.1:50051']"
@@ -32,16 +36,21 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     );
     let world = World::from_variables(std::env::vars())?;
     let runtime = Arc::new(network_runtime()?);
-    let summary = run::run(&config, &world, |session| {
+    let outcome = run::run(&config, &world, &stop_on_signals()?, |session| {
         let pool = GeneratorPool::connect(&config, Arc::clone(&runtime))?;
         let weights = session.learner.policy();
         let publisher = Publisher::join(session.group(), &*weights, &config, &pool.clients(), runtime)?;
         Ok((pool, publisher))
     })?;
-    if world.is_main() {
-        print_summary(&config.run_dir(), &summary);
-    }
-    Ok(ExitCode::SUCCESS)
+    Ok(match outcome {
+        Outcome::Finished(summary) => {
+            if world.is_main() {
+                print_summary(&config.run_dir(), &summary);
+            }
+            ExitCode::SUCCESS
+        }
+        Outcome::Stopped(stopped) => report_stop(&stopped, &world),
+    })
 }
 
 fn print_summary(run_dir: &std::path::Path, summary: &Summary) {

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::commands::ConfigArgs;
 use role::{Role, RoleKind};
-use supervisor::Supervisor;
+use supervisor::{Patience, Supervisor};
 
 /// Which GPUs a process sees. Trainer ranks see all of them, and take the one of their `LOCAL_RANK`.
 const GPUS_VARIABLE: &str = "CUDA_VISIBLE_DEVICES";
@@ -23,7 +23,7 @@ const PORTS: std::ops::Range<u16> = 20_000..30_000;
 /// Run trainer ranks and generators on this machine: one process each, stopped together.
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Example:\n  aha launch configs/countdown-tiny.yaml --set train.max_steps=20\n\nStarted again, a run goes on from its last checkpoint."
+    after_help = "Example:\n  aha launch configs/countdown-tiny.yaml --set train.max_steps=20\n\nCtrl-C or SIGTERM ends the run after its step, with a checkpoint and exit code 75; a second one at once.\nStarted again, a run goes on from its last checkpoint."
 )]
 pub(crate) struct Args {
     #[command(flatten)]
@@ -75,8 +75,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         addresses.len(),
         config.run_dir().join("logs").display()
     );
-    let grace = Duration::from_secs_f64(config.launch.grace_seconds);
-    Supervisor::start(roles, config.run_dir().join("logs"), grace)?.supervise()
+    let [save, grace] = [config.launch.save_seconds, config.launch.grace_seconds].map(Duration::from_secs_f64);
+    Supervisor::start(roles, config.run_dir().join("logs"), Patience { save, grace })?.supervise()
 }
 
 /// Where the generator number `index` serves its metrics: at the first one's port and those after it.

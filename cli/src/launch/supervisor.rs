@@ -14,6 +14,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use super::role::{Role, RoleKind};
+use crate::commands::stop::RESUMABLE;
 
 const EVENT_CAPACITY: usize = 64;
 
@@ -24,7 +25,16 @@ pub(super) struct Supervisor {
     /// Roles that have not exited.
     alive: Vec<bool>,
     events: Receiver<Event>,
-    grace: Duration,
+    patience: Patience,
+}
+
+/// How long to wait for roles that are to end.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Patience {
+    /// For trainers to finish their step and to write a checkpoint, after a signal.
+    pub(super) save: Duration,
+    /// For any role after SIGTERM, before SIGKILL.
+    pub(super) grace: Duration,
 }
 
 enum Event {
@@ -35,17 +45,23 @@ enum Event {
 /// Why a launch ended.
 enum End {
     AllDone,
-    Failed { index: usize, code: u8, reason: String },
+    /// The trainers have saved their state before the last step.
+    Saved,
+    Failed {
+        index: usize,
+        code: u8,
+        reason: String,
+    },
     Interrupted(i32),
 }
 
 impl Supervisor {
     /// Starts every role; its output goes to `logs/ROLE.log`, and prefixed to the terminal.
-    pub(super) fn start(roles: Vec<Role>, logs: PathBuf, grace: Duration) -> Result<Self> {
+    pub(super) fn start(roles: Vec<Role>, logs: PathBuf, patience: Patience) -> Result<Self> {
         std::fs::create_dir_all(&logs).with_context(|| format!("creating {}", logs.display()))?;
         let (sender, events) = sync_channel(EVENT_CAPACITY);
         forward_signals(sender.clone())?;
-        let mut supervisor = Self { roles: Vec::new(), pids: Vec::new(), alive: Vec::new(), events, grace };
+        let mut supervisor = Self { roles: Vec::new(), pids: Vec::new(), alive: Vec::new(), events, patience };
         for role in roles {
             if let Err(error) = supervisor.spawn(&role, &logs, &sender) {
                 supervisor.stop_all();
@@ -57,10 +73,18 @@ impl Supervisor {
 
     /// Waits for the run's end: trainers that all succeed, the first failure, or a signal. Leaves no process behind.
     pub(super) fn supervise(mut self) -> Result<ExitCode> {
-        let end = self.wait_for_end();
+        let mut end = self.wait_for_end();
+        if let End::Interrupted(signal) = end {
+            eprintln!("launch: the trainers finish their step and save; interrupt again to stop at once");
+            end = self.wait_for_trainers(signal);
+        }
         self.stop_all();
         Ok(match end {
             End::AllDone => ExitCode::SUCCESS,
+            End::Saved => {
+                eprintln!("launch stopped: a checkpoint is written, all roles are stopped. Start it again to go on.");
+                ExitCode::from(RESUMABLE)
+            }
             End::Failed { index, code, reason } => {
                 eprintln!("launch failed: {} {reason}; all roles are stopped", self.roles[index]);
                 ExitCode::from(code)
@@ -111,6 +135,27 @@ impl Supervisor {
         }
     }
 
+    /// Asks the trainers to save and to end, while the generators still serve the step that they are in.
+    fn wait_for_trainers(&mut self, signal: i32) -> End {
+        self.signal(Signal::TERM, |role| role.kind == RoleKind::Trainer);
+        let deadline = Instant::now() + self.patience.save;
+        loop {
+            match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(Event::Exited { index, status }) => {
+                    self.alive[index] = false;
+                    match self.after_exit(index, status) {
+                        Some(End::Failed { .. }) => return End::Interrupted(signal),
+                        Some(end) => return end,
+                        None => {}
+                    }
+                }
+                Ok(Event::Signal(_)) | Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+                    return End::Interrupted(signal);
+                }
+            }
+        }
+    }
+
     fn after_exit(&self, index: usize, status: std::io::Result<ExitStatus>) -> Option<End> {
         use std::os::unix::process::ExitStatusExt;
         let failed = |code: u8, reason: String| Some(End::Failed { index, code, reason });
@@ -119,10 +164,13 @@ impl Supervisor {
             Err(error) => return failed(1, format!("cannot be waited for: {error}")),
         };
         match (status.code(), status.signal()) {
-            (Some(0), _) if self.roles[index].kind == RoleKind::Trainer => {
+            (Some(code), _)
+                if self.roles[index].kind == RoleKind::Trainer && [0, i32::from(RESUMABLE)].contains(&code) =>
+            {
                 let trainer_left =
                     self.roles.iter().zip(&self.alive).any(|(role, alive)| role.kind == RoleKind::Trainer && *alive);
-                (!trainer_left).then_some(End::AllDone)
+                let end = if code == 0 { End::AllDone } else { End::Saved };
+                (!trainer_left).then_some(end)
             }
             (Some(0), _) => failed(1, "stopped before the trainers were done".to_owned()),
             (Some(code), _) => failed(u8::try_from(code).unwrap_or(1), format!("exited with code {code}")),
@@ -133,8 +181,8 @@ impl Supervisor {
 
     /// SIGTERM to every group, SIGKILL to those still there after the grace or at a second signal.
     fn stop_all(&mut self) {
-        self.signal_all(Signal::TERM);
-        let deadline = Instant::now() + self.grace;
+        self.signal(Signal::TERM, |_| true);
+        let deadline = Instant::now() + self.patience.grace;
         while self.alive.contains(&true) {
             match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(Event::Exited { index, .. }) => self.alive[index] = false,
@@ -142,11 +190,11 @@ impl Supervisor {
             }
         }
         // Also the groups of roles that are gone: what they started must not stay either.
-        self.signal_all(Signal::KILL);
+        self.signal(Signal::KILL, |_| true);
     }
 
-    fn signal_all(&self, signal: Signal) {
-        for (role, &pid) in self.roles.iter().zip(&self.pids) {
+    fn signal(&self, signal: Signal, whom: impl Fn(&Role) -> bool) {
+        for (role, &pid) in self.roles.iter().zip(&self.pids).filter(|(role, _)| whom(role)) {
             match kill_process_group(pid, signal) {
                 Ok(()) | Err(rustix::io::Errno::SRCH) => {}
                 Err(error) => eprintln!("cannot signal {role}: {error}"),

@@ -12,6 +12,7 @@ mod jinja;
 pub mod manifest;
 mod nearest;
 pub mod objective;
+pub mod optimizer;
 pub mod packing;
 pub mod partition;
 pub mod prompt;

@@ -7,6 +7,10 @@
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
+/// Shards begin at multiples of so many elements, whatever the world size: what is computed block by block, such as
+/// moments in 8 bits, comes out the same.
+pub const SHARD_BLOCK: usize = 256;
+
 /// One parameter under its Hugging Face name.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ParamSpec {
@@ -39,10 +43,10 @@ impl UnitSpec {
         self.params.iter().map(ParamSpec::numel).sum()
     }
 
-    /// Elements of the flat buffer: padded so that `world_size` ranks hold equal shards.
+    /// Elements of the flat buffer: padded so that `world_size` ranks hold equal shards of whole [`SHARD_BLOCK`]s.
     #[must_use]
     pub fn padded_numel(&self, world_size: usize) -> usize {
-        self.numel().next_multiple_of(world_size)
+        self.numel().next_multiple_of(world_size * SHARD_BLOCK)
     }
 }
 
@@ -133,8 +137,11 @@ mod tests {
 
     #[test]
     fn padding_makes_equal_shards() {
-        let unit = unit("u", &[&[5, 2], &[1]]);
-        assert_eq!((unit.numel(), unit.padded_numel(1), unit.padded_numel(3), unit.padded_numel(4)), (11, 11, 12, 12));
+        let unit = unit("u", &[&[50, 20], &[1]]);
+        assert_eq!(
+            (unit.numel(), unit.padded_numel(1), unit.padded_numel(3), unit.padded_numel(5)),
+            (1001, 1024, 1536, 1280)
+        );
     }
 
     #[test]

@@ -89,6 +89,11 @@ char* aha_linear(const at::Tensor* x, const at::Tensor* weight, const at::Tensor
 // Calls `body` with ranges that cover 0..end, at least `grain` long but the last, on libtorch's threads.
 void aha_parallel_for(int64_t end, int64_t grain, void (*body)(void*, int64_t, int64_t), void* data);
 
+// Exchanges what the storages of two tensors refer to, on one device: their views follow, their versions stay.
+char* aha_swap_memory(at::Tensor* a, at::Tensor* b);
+// Of the storage that a tensor is a view of; 0 while another one has it.
+size_t aha_memory_bytes(const at::Tensor* tensor);
+
 char* aha_fused_adamw(at::Tensor* param, at::Tensor* grad, at::Tensor* exp_avg, at::Tensor* exp_avg_sq, double step,
                       const AhaAdamW* options);
 

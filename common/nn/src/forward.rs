@@ -9,22 +9,23 @@ use crate::model_config::ModelConfig;
 use crate::rotary::RotaryTable;
 use crate::transformer::{Head, Layer, Ops};
 use crate::unit::{ModelWeights, Unit, Walk};
+use crate::weights::Weights;
+
+/// What it says of whole weights in errors that cannot happen.
+const ALONE: &str = "whole weights need no other rank";
 
 /// Hidden states after the final norm of every packed token, `[N, C]`.
-///
-/// # Errors
-/// If ranks share the weights and cannot reach each other.
-pub fn hidden_states(
-    config: &ModelConfig,
-    weights: &dyn ModelWeights,
-    batch: &PackedBatch,
-) -> Result<Tensor, CommError> {
+pub fn hidden_states(config: &ModelConfig, weights: &Weights, batch: &PackedBatch) -> Tensor {
     let mut walk = Walk::forward(config);
-    let x = layers(config, weights, batch, &mut walk)?;
-    let head = Head::new(walk.next(weights)?.params(), |weight| weight);
-    let hidden = tch::no_grad(|| batch.rms_norm(&x, &head.norm, config.rms_norm_eps));
-    walk.finish(weights)?;
-    Ok(hidden)
+    let x = layers(config, weights, batch, &mut walk).expect(ALONE);
+    let (_units, head, _) = head(weights, &mut walk).expect(ALONE);
+    tch::no_grad(|| batch.rms_norm(&x, &head.norm, config.rms_norm_eps))
+}
+
+/// The matrix of the head, `[V, C]`: its own, or the embedding where they are tied.
+pub fn head_matrix(config: &ModelConfig, weights: &Weights) -> Tensor {
+    let head = Head::new(weights.views(1 + config.num_layers), |weight| weight);
+    head.lm_head.map_or_else(|| weights.embedding(), |projection| projection.weight)
 }
 
 /// Log-probs of some packed tokens, and the entropies of the distributions that they are taken from.
@@ -33,7 +34,7 @@ pub fn hidden_states(
 /// - rows: `[M]`, packed rows that predict the tokens, `[M]`, both i64; returns `[M]` fp32 twice.
 ///
 /// # Errors
-/// As [`hidden_states`].
+/// If ranks share the weights and cannot reach each other.
 pub fn statistics(
     config: &ModelConfig,
     weights: &dyn ModelWeights,
@@ -43,7 +44,7 @@ pub fn statistics(
 ) -> Result<(Tensor, Tensor), CommError> {
     let mut walk = Walk::forward(config);
     let x = layers(config, weights, batch, &mut walk)?;
-    let (_units, head, matrix) = head(config, weights, &mut walk)?;
+    let (_units, head, matrix) = head(weights, &mut walk)?;
     let rows = x.index_select(0, rows); // [M, C]
     let hidden = tch::no_grad(|| batch.rms_norm(&rows, &head.norm, config.rms_norm_eps));
     Ok(token_statistics(&hidden, &matrix, tokens, temperature))
@@ -53,12 +54,8 @@ pub fn statistics(
 /// live.
 ///
 /// # Errors
-/// As [`hidden_states`].
-pub fn head(
-    config: &ModelConfig,
-    weights: &dyn ModelWeights,
-    walk: &mut Walk,
-) -> Result<(Vec<Unit>, Head<Tensor>, Tensor), CommError> {
+/// As [`statistics`].
+pub fn head(weights: &dyn ModelWeights, walk: &mut Walk) -> Result<(Vec<Unit>, Head<Tensor>, Tensor), CommError> {
     let mut units = vec![walk.next(weights)?];
     let head = Head::new(units[0].params(), |weight| weight);
     let matrix = match &head.lm_head {
@@ -68,7 +65,6 @@ pub fn head(
             units[1].params().remove(0)
         }
     };
-    debug_assert_eq!(head.lm_head.is_none(), config.tie_word_embeddings);
     Ok((units, head, matrix))
 }
 
@@ -102,6 +98,6 @@ pub fn score(config: &ModelConfig, weights: &dyn ModelWeights, tokens: &[u32]) -
     let rows = Tensor::arange(num_targets, (Kind::Int64, weights.device()));
     let targets = batch.tokens.narrow(0, 1, num_targets);
     let statistics = statistics(config, weights, &batch, (&rows, &targets), 1.0);
-    let (logprobs, _) = statistics.expect("whole weights need no other rank");
+    let (logprobs, _) = statistics.expect(ALONE);
     Vec::<f32>::try_from(logprobs.to_kind(Kind::Float)).expect("log-probs are a vector of floats")
 }

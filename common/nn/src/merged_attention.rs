@@ -101,7 +101,7 @@ impl PaddedBatch {
         if let Some(padding) = &self.padding {
             // Rows of a padded batch lie one after the other: it was gathered just now.
             let mut rows = batch_rows(&padded);
-            let _ = rows.index_fill_(0, padding, value);
+            drop(rows.index_fill_(0, padding, value));
         }
         padded
     }

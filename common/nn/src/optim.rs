@@ -86,7 +86,6 @@ pub fn fused_adamw(
 
 /// Sum of the squares of an fp32 tensor, in f64: a scalar on its device. Its order does not depend on the number of threads
 /// of a CPU.
-#[must_use]
 pub fn sum_of_squares(values: &Tensor) -> Tensor {
     if values.device() == Device::Cpu && values.kind() == Kind::Float {
         Tensor::from(training::sum_of_squares(f32_slice(values)))

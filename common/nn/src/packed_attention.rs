@@ -9,9 +9,11 @@
 use std::ops::Range;
 use std::rc::Rc;
 
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
+use crate::kernels::cpu::training;
 use crate::merged_attention;
+use crate::tensor_data::{f32_slice, f32_slice_mut, i64_slice};
 
 /// How many tokens a prompt has and each completion that follows it in the pack.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -168,8 +170,14 @@ fn is_identity(rows: &[i64], num_rows: usize) -> bool {
     rows.len() == num_rows && rows.iter().zip(0..).all(|(&row, index)| row == index)
 }
 
-/// Rows of `[R, C]`, as an embedding look-up: its backward on CPU is far faster than `index_select`'s.
+/// Rows of `[R, C]`.
 fn gather_rows(x: &Tensor, rows: &Tensor) -> Tensor {
+    if x.kind() == Kind::Float && x.device() == Device::Cpu && !x.requires_grad() {
+        let mut out = Tensor::empty([rows.size()[0], x.size()[1]], (Kind::Float, Device::Cpu));
+        training::gather_rows(f32_slice(&x.contiguous()), i64_slice(rows), f32_slice_mut(&mut out));
+        return out;
+    }
+    // An embedding's backward pass on the CPU is far faster than that of `index_select`.
     Tensor::embedding(x, rows, -1, false, false)
 }
 
@@ -190,8 +198,6 @@ fn similar_lengths(sequences: &[Vec<i64>]) -> Vec<Vec<usize>> {
 
 #[cfg(test)]
 mod tests {
-    use tch::Kind;
-
     use super::*;
 
     fn group(prompt: usize, completions: &[usize]) -> GroupLengths {
@@ -220,7 +226,7 @@ mod tests {
             block(prompt, length, prompt, length).copy_(&causal(length));
             for &own in &group.completions {
                 let own = own as i64;
-                let _ = block(start, own, prompt, length).fill_(0);
+                drop(block(start, own, prompt, length).fill_(0));
                 block(start, own, start, own).copy_(&causal(own));
                 start += own;
             }

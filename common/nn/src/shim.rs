@@ -159,6 +159,9 @@ unsafe extern "C" {
         data: *mut c_void,
     );
 
+    pub(crate) fn aha_swap_memory(a: *const C_tensor, b: *const C_tensor) -> *mut c_char;
+    pub(crate) fn aha_memory_bytes(tensor: *const C_tensor) -> usize;
+
     pub(crate) fn aha_fused_adamw(
         param: *const C_tensor,
         grad: *const C_tensor,

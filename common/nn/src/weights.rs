@@ -28,6 +28,16 @@ impl Weights {
         Self { manifest, flats }
     }
 
+    /// Takes over the flat tensors of all units.
+    ///
+    /// # Panics
+    /// If there are more or fewer than units.
+    #[must_use]
+    pub fn from_flats(manifest: Manifest, flats: Vec<Tensor>) -> Self {
+        assert_eq!(manifest.units.len(), flats.len(), "a flat tensor for every unit");
+        Self { manifest, flats }
+    }
+
     /// Random weights as transformers initialises them: normal matrices, zero biases, norms of one.
     ///
     /// The same seed gives the same weights whatever the world size.

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use xxhash_rust::xxh3::Xxh3;
 
 use super::{CheckpointError, FileRecord, PARTIAL};
+use crate::failpoint;
 
 const STEP: &str = "step-";
 const READ_BYTES: usize = 1 << 20;
@@ -44,6 +45,7 @@ pub(super) fn remove_partial(checkpoints: &Path) -> Result<(), CheckpointError> 
 
 /// Removes a folder if it is there.
 pub(super) fn remove(folder: &Path) -> Result<(), CheckpointError> {
+    failpoint::reached();
     match std::fs::remove_dir_all(folder) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(CheckpointError::unwritable(folder, error)),
         _ => Ok(()),
@@ -54,8 +56,12 @@ pub(super) fn remove(folder: &Path) -> Result<(), CheckpointError> {
 pub(super) fn remove_whole(folder: &Path) -> Result<(), CheckpointError> {
     let doomed = doomed(folder);
     remove(&doomed)?;
+    failpoint::reached();
     match std::fs::rename(folder, &doomed) {
-        Ok(()) => remove(&doomed),
+        Ok(()) => {
+            failpoint::reached();
+            remove(&doomed)
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(CheckpointError::unwritable(folder, error)),
     }

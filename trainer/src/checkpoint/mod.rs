@@ -18,7 +18,7 @@ use aha_core::manifest::Manifest;
 use aha_nn::comm::{CommError, ProcessGroup};
 use aha_nn::model_config::ModelConfig;
 use aha_nn::model_folder::ModelFolderError;
-use aha_nn::unit::ModelWeights;
+use aha_nn::unit::{ModelWeights, Walk};
 use serde::{Deserialize, Serialize};
 use tch::Kind;
 
@@ -104,23 +104,27 @@ pub fn save(run_dir: &RunDir, config: &RunConfig, learner: &Learner, step: u64) 
         model_config: learner.config(),
         weights: zero.weights(),
         lora: config.lora.is_on().then_some(&config.lora),
-        reference: learner.reference().filter(|_| config.train.sync_ref_model),
+        reference: learner.reference().filter(|_| config.train.sync_ref_model).map(|reference| reference as _),
         shards: &zero.state(),
     };
     snapshot.save(&run_dir.checkpoints(), config.train.save_total_limit, zero.group())
 }
 
 /// Writes a Hugging Face folder, with weights of type `kind` and the tokenizer of `base_model`; a folder of that name is
-/// replaced. For one rank alone.
+/// replaced. Rank 0 writes; all ranks call this together.
 ///
 /// # Errors
-/// Names the path and the reason; the folder is then as it was.
+/// On rank 0, names the path and the reason; the folder is then as it was. On the others, if they cannot do their part.
 pub fn save_model(
     folder: &Path,
     base_model: &Path,
     config: &ModelConfig,
     (weights, kind): (&dyn ModelWeights, Kind),
+    group: &ProcessGroup,
 ) -> Result<(), CheckpointError> {
+    if group.rank() > 0 {
+        return Ok(Walk::all(weights).finish(weights)?);
+    }
     write::model(folder, base_model, config, (weights, kind))
 }
 

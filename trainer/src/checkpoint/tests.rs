@@ -4,13 +4,13 @@ use std::collections::BTreeSet;
 use std::process::Command;
 
 use aha_nn::model_folder::load_weights;
+use aha_nn::weights::Weights;
 use serde_json::json;
 use tch::{Device, Tensor};
 
-use aha_nn::weights::Weights;
-
 use super::*;
 use crate::test_ranks::run_ranks;
+use crate::torch::parameters::Parameters;
 use crate::torch::zero::ShardState;
 
 /// What the seed of a reference policy's weights is more than the policy's.
@@ -104,7 +104,7 @@ fn shards(weights: &Weights, step: u64, group: &ProcessGroup) -> Vec<ShardState>
         let len = len.min(unit.numel().saturating_sub(offset));
         if len > 0 {
             let tensor = state(unit.numel(), step).narrow(0, offset as i64, len as i64);
-            shards.push(ShardState { unit_idx, offset, tensors: vec![("exp_avg", tensor)] });
+            shards.push(ShardState { unit_idx, name: "exp_avg", offset, tensor });
         }
     }
     shards
@@ -143,6 +143,41 @@ fn what_any_number_of_ranks_writes_one_rank_reads() {
         let read = |name: &str| std::fs::read_to_string(checkpoint.folder.join(name)).ok();
         assert_eq!(read("tokenizer.json").as_deref(), Some("{\"a\": 1}"));
         assert!(read("generation_config.json").is_some() && read("README.md").is_none());
+    }
+}
+
+#[test]
+fn shared_weights_are_written_as_if_one_rank_had_them_whole() {
+    let (shared, whole) = (Fixture::new(), Fixture::new());
+    let model = |fixture: &Fixture| fixture.folder.path().join("model");
+    run_ranks(3, |group| {
+        let (rank, group) = (group.rank(), std::sync::Arc::new(group));
+        let share = |seed| Parameters::of(3.into(), &group, shared.weights(seed, 3));
+        let (weights, reference) = (share(7), share(7 + REFERENCE));
+        let snapshot = Snapshot {
+            step: 7,
+            num_updates: 14,
+            seed: 42,
+            base_model: &shared.base(),
+            model_config: &shared.model,
+            weights: &weights,
+            lora: None,
+            reference: Some(&reference),
+            shards: &shards(&shared.weights(7, 3), 7, &group),
+        };
+        snapshot.save(&shared.checkpoints(), 2, &group).unwrap();
+        save_model(&model(&shared), &shared.base(), &shared.model, (&weights, Kind::Float), &group).unwrap();
+        assert_eq!((weights.most_gathered(), reference.most_gathered()), (2, 2), "rank {rank}");
+    });
+    run_ranks(3, |group| whole.save(7, 2, &group).unwrap());
+    save_model(&model(&whole), &whole.base(), &whole.model, (&whole.weights(7, 1), Kind::Float), &solo()).unwrap();
+    for file in [
+        "checkpoints/step-7/model.safetensors",
+        "checkpoints/step-7/trainer_state/reference/model.safetensors",
+        "model/model.safetensors",
+    ] {
+        let read = |fixture: &Fixture| std::fs::read(fixture.folder.path().join(file)).unwrap();
+        assert!(read(&shared) == read(&whole), "{file}");
     }
 }
 
@@ -239,6 +274,73 @@ fn one_rank_s_failure_is_everybody_s_and_leaves_nothing_behind() {
     assert_eq!(fixture.latest_step(), Some(1));
 }
 
+const KILLED_DIR: &str = "AHA_TEST_KILLED_DIR";
+
+/// A run writes step 2, it is damaged and written again, and step 1 goes: one kill -9 at every place that
+/// leaves a trace.
+#[cfg(unix)]
+#[test]
+fn the_newest_whole_checkpoint_loads_after_a_kill_anywhere() {
+    use std::os::unix::process::ExitStatusExt;
+    let mut steps_found = BTreeSet::new();
+    for kill_at in 1.. {
+        let fixture = Fixture::new();
+        fixture.save_alone(1, 1).unwrap();
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "checkpoint::tests::saving_until_it_is_killed", "--ignored", "--nocapture"])
+            .env(KILLED_DIR, fixture.folder.path())
+            .env(crate::failpoint::KILL_AT, kill_at.to_string())
+            .output()
+            .unwrap();
+        let finished = output.status.success();
+        assert!(finished || output.status.signal() == Some(9), "{}", String::from_utf8_lossy(&output.stdout));
+
+        let checkpoint = fixture.latest().unwrap().unwrap();
+        let step = checkpoint.state.step;
+        steps_found.insert((step, finished));
+        let weights = load_weights(&checkpoint.folder, &fixture.model, 1, Kind::Float, Device::Cpu).unwrap();
+        assert!(weights.embedding().equal(&fixture.weights(step, 1).embedding()), "killed at {kill_at}");
+        for FullState { unit_idx, tensor, .. } in checkpoint.optimizer(&fixture.model.manifest()).unwrap() {
+            let numel = weights.manifest.units[unit_idx].numel();
+            assert!(tensor.equal(&state(numel, step)), "killed at {kill_at}");
+        }
+        assert!(fixture.names().iter().all(|name| !name.starts_with(PARTIAL)), "killed at {kill_at}");
+        // A run that goes on can write the next one.
+        fixture.save_alone(3, 1).unwrap();
+        assert_eq!(fixture.names(), names(["step-3"]));
+        if finished {
+            assert!(kill_at > 30, "only {kill_at} places were reached");
+            break;
+        }
+    }
+    assert_eq!(steps_found, BTreeSet::from([(1, false), (2, false), (2, true)]));
+}
+
+#[test]
+#[ignore = "kills its process: run by the_newest_whole_checkpoint_loads_after_a_kill_anywhere"]
+fn saving_until_it_is_killed() {
+    let dir = PathBuf::from(std::env::var_os(KILLED_DIR).unwrap());
+    let scratch = Fixture::new();
+    for limit in [2, 1] {
+        let weights = scratch.weights(2, 1);
+        let snapshot = Snapshot {
+            step: 2,
+            num_updates: 4,
+            seed: 42,
+            base_model: &dir.join("base"),
+            model_config: &scratch.model,
+            weights: &weights,
+            lora: None,
+            reference: Some(&scratch.weights(2 + REFERENCE, 1)),
+            shards: &shards(&weights, 2, &solo()),
+        };
+        let folder = snapshot.save(&dir.join("checkpoints"), limit, &solo()).unwrap();
+        if limit == 2 {
+            std::fs::write(folder.join("config.json"), "").unwrap();
+        }
+    }
+}
+
 const FULL_DISK_DIR: &str = "AHA_TEST_FULL_DISK_DIR";
 
 /// A limit on the size of files stands for the full disk: it needs no privileges, and `write` fails in the same way.
@@ -285,7 +387,8 @@ fn saving_to_a_full_disk() {
     };
     let error = snapshot.save(&dir.join("checkpoints"), 1, &solo()).unwrap_err();
     println!("{error}");
-    let error = save_model(&dir.join("checkpoints/model"), &base, &scratch.model, (&weights, Kind::Float)).unwrap_err();
+    let weights = (&weights as &dyn ModelWeights, Kind::Float);
+    let error = save_model(&dir.join("checkpoints/model"), &base, &scratch.model, weights, &solo()).unwrap_err();
     println!("{error}");
 }
 
@@ -295,7 +398,7 @@ fn a_saved_model_is_a_model_folder_and_replaces_the_last() {
     let folder = fixture.folder.path().join("model");
     for seed in [1, 2] {
         let weights = fixture.weights(seed, 2);
-        save_model(&folder, &fixture.base(), &fixture.model, (&weights, Kind::Float)).unwrap();
+        save_model(&folder, &fixture.base(), &fixture.model, (&weights, Kind::Float), &solo()).unwrap();
         let read = load_weights(&folder, &fixture.model, 2, Kind::Float, Device::Cpu).unwrap();
         assert!(read.embedding().equal(&weights.embedding()));
     }

@@ -9,14 +9,13 @@ use aha_nn::comm::ProcessGroup;
 use aha_nn::lora::peft;
 use aha_nn::model_config::ModelConfig;
 use aha_nn::model_folder::save_weights_as;
-use aha_nn::unit::ModelWeights;
-use aha_nn::weights::Weights;
+use aha_nn::unit::{ModelWeights, Walk};
 use tch::Kind;
 
 use super::{CheckpointError, FileRecord, REFERENCE_DIR, STATE_DIR, STATE_FILE, State, folder, optimizer};
 use crate::agreement::agree;
-use crate::durable;
 use crate::torch::zero::ShardState;
+use crate::{durable, failpoint};
 
 /// What belongs to a model beside configuration and weights; taken over from the base model where it has them.
 const COMPANIONS: [&str; 10] = [
@@ -47,11 +46,11 @@ pub(super) struct Snapshot<'a> {
     pub(super) base_model: &'a Path,
     pub(super) model_config: &'a ModelConfig,
     /// What trains: the model, or adapters. Equal on all ranks; rank 0 writes them.
-    pub(super) weights: &'a Weights,
+    pub(super) weights: &'a dyn ModelWeights,
     /// What the adapters are.
     pub(super) lora: Option<&'a Lora>,
     /// The same for the reference policy, where it moves.
-    pub(super) reference: Option<&'a Weights>,
+    pub(super) reference: Option<&'a dyn ModelWeights>,
     pub(super) shards: &'a [ShardState],
 }
 
@@ -93,22 +92,26 @@ impl Snapshot<'_> {
         Ok(())
     }
 
-    /// Writes and syncs this rank's files.
+    /// Writes and syncs this rank's files. Where ranks share the weights, all of them gather all units, whatever fails.
     fn write_own(&self, partial: &Path, (rank, world_size): (usize, usize)) -> Result<Files, CheckpointError> {
         let mut names = Vec::new();
         if rank == 0 {
-            names.extend(match self.lora {
-                Some(lora) => write_adapter_files(partial, self.base_model, lora, self.weights)?,
+            let model = match self.lora {
+                Some(lora) => write_adapter_files(partial, self.base_model, lora, self.weights),
                 None => {
-                    let weights = (self.weights as &dyn ModelWeights, self.weights.kind());
-                    write_model_files(partial, self.base_model, self.model_config, weights)?
+                    let weights = (self.weights, self.weights.kind());
+                    write_model_files(partial, self.base_model, self.model_config, weights)
                 }
-            });
-            if let Some(reference) = self.reference {
-                names.extend(write_reference(partial, self.model_config, reference)?);
+            };
+            let reference = self.reference.map(|reference| write_reference(partial, self.model_config, reference));
+            names.extend(model?);
+            names.extend(reference.transpose()?.into_iter().flatten());
+        } else {
+            for weights in std::iter::once(self.weights).chain(self.reference) {
+                Walk::all(weights).finish(weights)?;
             }
         }
-        names.extend(optimizer::write(partial, (rank, world_size), &self.weights.manifest, self.shards)?);
+        names.extend(optimizer::write(partial, (rank, world_size), self.weights.manifest(), self.shards)?);
         let mut files = Files::new();
         for name in names {
             let path = partial.join(&name);
@@ -188,7 +191,9 @@ fn write_adapter_files(
 ) -> Result<Vec<String>, CheckpointError> {
     // Whoever loads it does not stand where this run does.
     let base = std::path::absolute(base_model).map_err(|error| CheckpointError::unwritable(partial, error))?;
+    failpoint::reached();
     peft::save(partial, &base, lora, adapters)?;
+    failpoint::reached();
     let mut names = peft::FILES.map(str::to_owned).to_vec();
     names.extend(copy_companions(partial, base_model)?);
     Ok(names)
@@ -200,6 +205,7 @@ fn copy_companions(partial: &Path, base_model: &Path) -> Result<Vec<String>, Che
     for name in COMPANIONS {
         let (from, to) = (base_model.join(name), partial.join(name));
         if from.is_file() {
+            failpoint::reached();
             std::fs::copy(&from, &to)
                 .map_err(|error| CheckpointError::unwritable(&to, format!("copying {}: {error}", from.display())))?;
             names.push(name.to_owned());
@@ -209,9 +215,16 @@ fn copy_companions(partial: &Path, base_model: &Path) -> Result<Vec<String>, Che
 }
 
 /// Returns the names of the files.
-fn write_reference(partial: &Path, config: &ModelConfig, weights: &Weights) -> Result<Vec<String>, CheckpointError> {
+fn write_reference(
+    partial: &Path,
+    config: &ModelConfig,
+    weights: &dyn ModelWeights,
+) -> Result<Vec<String>, CheckpointError> {
     let folder = partial.join(REFERENCE_DIR);
-    create(&folder)?;
+    if let Err(error) = create(&folder) {
+        Walk::all(weights).finish(weights)?;
+        return Err(error);
+    }
     write_weights(&folder, config, (weights, weights.kind()))?;
     durable::sync(&folder).map_err(|error| CheckpointError::unwritable(&folder, error))?;
     Ok(WEIGHTS.map(|name| format!("{REFERENCE_DIR}/{name}")).to_vec())
@@ -223,7 +236,9 @@ fn write_weights(
     config: &ModelConfig,
     (weights, kind): (&dyn ModelWeights, Kind),
 ) -> Result<(), CheckpointError> {
+    failpoint::reached();
     save_weights_as(kind, folder, config, weights)?;
+    failpoint::reached();
     let [config, weights] = WEIGHTS.map(|name| folder.join(name));
     // The weights come out readable by their owner alone; whoever may read the rest may read them.
     std::fs::metadata(config)
@@ -234,6 +249,7 @@ fn write_weights(
 /// An empty folder.
 fn create(path: &Path) -> Result<(), CheckpointError> {
     folder::remove(path)?;
+    failpoint::reached();
     std::fs::create_dir_all(path).map_err(|error| CheckpointError::unwritable(path, error))
 }
 

@@ -131,6 +131,10 @@ impl Palette {
         for (name, label) in plain {
             parts.extend(metrics.get(name).map(|value| format!("{label} {}", short(value))));
         }
+        if let Some(num_skipped) = metrics.get(names::SKIPPED_UPDATES).filter(|&count| count > 0.0) {
+            let text = format!("{num_skipped:.0} UPDATE(S) SKIPPED: gradients not finite");
+            parts.push(self.paint(&text, Style::new().red().bold()));
+        }
         parts.extend(time_part(metrics).map(|part| self.paint(&part, Style::new().dimmed())));
         parts.extend(metrics.get(names::TOKENS_PER_SECOND).map(|rate| format!("{rate:.0} tok/s")));
         parts.join("  ") + "\n"

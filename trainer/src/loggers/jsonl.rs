@@ -55,7 +55,7 @@ impl MetricsFile {
         self.file.write_all(&line).at(&self.path, "append to")
     }
 
-    pub(super) fn sync(self) -> Result<(), LoggerError> {
+    pub(super) fn sync(&self) -> Result<(), LoggerError> {
         self.file.sync_all().at(&self.path, "sync")
     }
 }

@@ -99,6 +99,11 @@ impl Loggers {
         self.console.evaluation(step, accuracy, num_prompts)
     }
 
+    /// The metrics of the steps so far are on disk when this returns: no checkpoint is ahead of them.
+    pub fn sync(&self) -> Result<(), LoggerError> {
+        self.metrics.sync()
+    }
+
     /// Everything is on disk when this returns.
     pub fn finish(self) -> Result<(), LoggerError> {
         self.console.finish();

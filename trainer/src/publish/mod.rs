@@ -17,10 +17,10 @@ use std::time::{Duration, Instant};
 
 use aha_core::config::{PushBackend, RunConfig};
 use aha_core::ids::PolicyVersion;
-use aha_core::manifest::Bucket;
+use aha_core::manifest::{Bucket, UnitSpec};
 use aha_nn::comm::{CommError, ProcessGroup, Store};
 use aha_nn::tensor_data;
-use aha_nn::unit::{ModelWeights, Unit};
+use aha_nn::unit::{ModelWeights, Unit, Walk};
 use aha_proto::v1;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
@@ -166,7 +166,8 @@ impl Publisher {
     }
 
     /// Puts `weights` into all generators as `version`, and returns when every one of them serves it. All trainer ranks
-    /// call this with equal weights.
+    /// call this with equal weights. Where they share them, units are gathered twice: for their hashes, which the
+    /// generators get beforehand, and to be sent.
     ///
     /// # Errors
     /// On all ranks alike, within about `train.push_timeout_seconds`, naming the generators that failed. The group is of
@@ -192,9 +193,11 @@ impl Publisher {
 
     /// Rank 0's part: calls the generators while it broadcasts. A generator that fails ends the broadcasts of all.
     fn lead(&self, weights: &dyn ModelWeights, version: PolicyVersion) -> Result<Vec<u8>, Vec<String>> {
-        let hashes = unit_hashes(weights, self.scratch.kind()).map_err(|error| vec![error.to_string()])?;
-        let message =
-            v1::UpdateWeightsRequest { group: self.update_name.clone(), version: version.0, unit_hashes: hashes };
+        let message = v1::UpdateWeightsRequest {
+            group: self.update_name.clone(),
+            version: version.0,
+            unit_hashes: unit_hashes(weights, self.scratch.kind()).map_err(|error| vec![error.to_string()])?,
+        };
         let (clients, timeout) = (self.clients.clone(), self.timeout);
         let (group, store) = (Arc::clone(&self.update_group), self.store.clone());
         let give_up = move |reason: &str| {
@@ -228,6 +231,8 @@ impl Publisher {
     /// The part of the other trainers. An aborted connection to rank 0 does not end what one of them waits for from a
     /// generator, so they look for rank 0's note meanwhile.
     fn follow(&self, weights: &dyn ModelWeights) -> Result<(), CommError> {
+        // Rank 0 has them for their hashes.
+        Walk::all(weights).finish(weights)?;
         let (over, is_over) = sync_channel::<()>(0);
         let (group, store) = (&*self.update_group, &self.store);
         thread::scope(|scope| {
@@ -239,32 +244,31 @@ impl Publisher {
     }
 
     /// Every member issues these collectives in this order: it follows from manifest, bucket size and number of trainers,
-    /// which are equal on all of them.
+    /// which are equal on all of them. Where trainers share the weights, one that cannot send any more goes on gathering,
+    /// so that the others do not wait for it.
     fn broadcast(&self, weights: &dyn ModelWeights) -> Result<(), CommError> {
-        // A unit comes in several buckets, and may have been made to be read.
-        let mut unit: Option<(usize, Unit)> = None;
-        for bucket in &self.buckets {
-            let numel = bucket.numel as i64;
-            let own = if bucket.owner == self.update_group.rank() {
-                let held = match unit.take().filter(|(unit_idx, _)| *unit_idx == bucket.unit_idx) {
-                    Some(held) => held,
-                    None => (bucket.unit_idx, weights.unit(bucket.unit_idx)?),
-                };
-                Some(unit.insert(held).1.flat().narrow(0, bucket.offset as i64, numel))
-            } else {
-                None
-            };
-            let mut part = match own {
-                Some(own) if !self.is_staged => own,
-                own => {
-                    let mut scratch = self.scratch.narrow(0, 0, numel);
-                    own.iter().for_each(|own| scratch.copy_(own));
-                    scratch
-                }
-            };
-            self.update_group.broadcast(&mut part, bucket.owner)?;
+        let mut walk = Walk::all(weights);
+        let mut sent = Ok(());
+        for buckets in self.buckets.chunk_by(|a, b| a.unit_idx == b.unit_idx) {
+            let unit = walk.next(weights)?;
+            sent = sent.and_then(|()| buckets.iter().try_for_each(|bucket| self.broadcast_bucket(&unit, bucket)));
         }
-        Ok(())
+        sent
+    }
+
+    fn broadcast_bucket(&self, unit: &Unit, bucket: &Bucket) -> Result<(), CommError> {
+        let numel = bucket.numel as i64;
+        let is_own = bucket.owner == self.update_group.rank();
+        let own = is_own.then(|| unit.flat().narrow(0, bucket.offset as i64, numel));
+        let mut part = match own {
+            Some(own) if !self.is_staged => own,
+            own => {
+                let mut scratch = self.scratch.narrow(0, 0, numel);
+                own.iter().for_each(|own| scratch.copy_(own));
+                scratch
+            }
+        };
+        self.update_group.broadcast(&mut part, bucket.owner)
     }
 }
 
@@ -309,10 +313,12 @@ impl From<Disagreement<PublishError>> for PublishError {
 
 /// xxh3 of every unit's bytes as type `kind`, without padding.
 fn unit_hashes(weights: &dyn ModelWeights, kind: Kind) -> Result<Vec<u64>, CommError> {
-    let hash = |(unit_idx, numel)| {
-        let unit = weights.unit(unit_idx)?;
+    let mut walk = Walk::all(weights);
+    let hash = |unit: &UnitSpec| {
+        let numel = unit.numel() as i64;
+        let unit = walk.next(weights)?;
         let flat = unit.flat().narrow(0, 0, numel).to_kind(kind).to_device(Device::Cpu);
         Ok(xxh3_64(tensor_data::bytes(&flat)))
     };
-    weights.manifest().units.iter().map(|unit| unit.numel() as i64).enumerate().map(hash).collect()
+    weights.manifest().units.iter().map(hash).collect()
 }

@@ -11,6 +11,7 @@ use tonic::Status;
 use super::*;
 use crate::test_generator::{TestGenerator, Update};
 use crate::test_ranks::run_ranks;
+use crate::torch::parameters::Parameters;
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -106,6 +107,46 @@ fn adapters_arrive_merged_into_their_base() {
         });
         assert_eq!(generators[0].serving(), (4, bytes(&expect)));
     }
+}
+
+#[test]
+fn shared_weights_are_pushed_as_if_each_had_them_whole() {
+    for num_trainers in [2, 3] {
+        let generators = generators([Update::Take]);
+        run_ranks(num_trainers, |trainers| {
+            let runtime = runtime();
+            let client = runtime.block_on(Client::connect(&generators[0].address, TIMEOUT)).unwrap();
+            let trainers = Arc::new(trainers);
+            let shared = Parameters::of(3.into(), &trainers, weights(1, num_trainers));
+            let limits = Limits { timeout: TIMEOUT, bucket_bytes: 1000, backend: PushBackend::Auto };
+            let publisher = Publisher::join_within(limits, &trainers, &shared, &[client], runtime);
+            publisher.unwrap().publish(&shared, PolicyVersion(4)).unwrap();
+            assert_eq!(shared.most_gathered(), 2);
+        });
+        assert_eq!(generators[0].serving(), (4, bytes(&weights(1, num_trainers))));
+    }
+}
+
+#[test]
+fn a_generator_that_fails_ends_the_push_of_shared_weights_on_all_ranks() {
+    let refusal = Update::Refuse(Status::failed_precondition("no room"));
+    let generators = generators([Update::Take, refusal]);
+    let started = Instant::now();
+    let messages = run_ranks(2, |trainers| {
+        let runtime = runtime();
+        let connecting = generators.iter().map(|generator| Client::connect(&generator.address, TIMEOUT));
+        let clients = runtime.block_on(try_join_all(connecting)).unwrap();
+        let trainers = Arc::new(trainers);
+        let shared = Parameters::of(3.into(), &trainers, weights(1, 2));
+        let limits = Limits { timeout: TIMEOUT, bucket_bytes: 1000, backend: PushBackend::Auto };
+        let mut publisher = Publisher::join_within(limits, &trainers, &shared, &clients, runtime).unwrap();
+        let message = publisher.publish(&shared, PolicyVersion(4)).unwrap_err().to_string();
+        // What the ranks share can still be put together: nobody left a gather out.
+        assert!(crate::test_ranks::flatten(&shared).numel() > 0);
+        message
+    });
+    assert!(messages[0].contains(&generators[1].address), "{messages:?}");
+    assert!(started.elapsed() < TIMEOUT, "{:?}", started.elapsed());
 }
 
 /// As from a GPU: the group's tensors are in host memory, and the weights are not.

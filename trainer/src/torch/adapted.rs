@@ -7,10 +7,10 @@ use aha_nn::comm::CommError;
 use aha_nn::lora::{self, AdapterSpec, Dropout, LoraOps};
 use aha_nn::model_config::ModelConfig;
 use aha_nn::transformer::Ops;
-use aha_nn::unit::ModelWeights;
+use aha_nn::unit::{ModelWeights, Unit, Walk};
 use tch::Tensor;
 
-use super::learner::{LayerTape, Learner, LearnerOptions, MicroBatch, StepError, StepOutput, defined, leaf};
+use super::learner::{Lap, LayerTape, Learner, LearnerOptions, MicroBatch, StepError, StepOutput, defined, leaf};
 use super::prompt_groups::{prompt_groups, tokens};
 
 /// A model that does not train, and what the adapters in training are to it.
@@ -48,18 +48,24 @@ impl Learner {
         &mut self,
         base: &FrozenBase,
         batch: &MicroBatch,
-        dropout: Option<&Dropout>,
+        (dropout, is_last): (Option<&Dropout>, bool),
         output: &mut StepOutput,
     ) -> Result<(), StepError> {
-        let (mut tapes, last) = self.pass(base, batch, dropout).forward()?;
-        let embedding = base.weights.unit(0)?.params().remove(0);
-        let mut d_output = Some(self.head(batch, &last, &embedding, output)?.input);
+        let mut lap = Lap::start();
+        let mut walk = Walk::forward_and_back(&self.config);
+        let (mut tapes, last) = self.pass(base, batch, dropout).forward(&mut walk)?;
+        output.times.forward += lap.take();
+        let mut d_output = Some(self.head(batch, &last, &mut walk, output)?.input);
+        output.times.head += lap.take();
         while let (Some(tape), Some(d_layer)) = (tapes.pop(), d_output.take()) {
             let layer_idx = tapes.len();
+            let unit = walk.next(&*base.weights)?;
             let grads;
-            (d_output, grads) = self.pass(base, batch, dropout).backward(tape, layer_idx, d_layer)?;
-            self.zero.accumulate(layer_idx, &grads)?;
+            (d_output, grads) = self.pass(base, batch, dropout).backward(&unit, (tape, layer_idx), d_layer)?;
+            drop(unit);
+            self.zero.accumulate(layer_idx, &grads, is_last)?;
         }
+        output.times.backward += lap.take();
         Ok(())
     }
 
@@ -89,17 +95,19 @@ struct AdaptedPass<'a> {
 
 impl AdaptedPass<'_> {
     /// Returns the layers' tapes, and the input leaf of the head, `[N, C]`.
-    fn forward(&self) -> Result<(Vec<LayerTape>, Tensor), CommError> {
-        let mut x = self.packed.embed(&self.base.weights.unit(0)?.params()[0]).detach(); // [N, C]
+    fn forward(&self, walk: &mut Walk) -> Result<(Vec<LayerTape>, Tensor), CommError> {
+        let embedding = walk.next(&*self.base.weights)?;
+        let mut x = self.packed.embed(&embedding.params()[0]).detach(); // [N, C]
+        drop(embedding);
         let mut tapes = Vec::with_capacity(self.config.num_layers);
         for layer_idx in 0..self.config.num_layers {
-            let adapters = self.adapters.unit(layer_idx)?;
+            let (unit, adapters) = (walk.next(&*self.base.weights)?, self.adapters.unit(layer_idx)?);
             let params = adapters.params().iter().map(leaf).collect();
             let mut tape = LayerTape { input: x, params, output: None };
             let output = if self.keeps_graphs {
-                self.layer(&tape, layer_idx)?
+                self.layer(&unit, &tape, layer_idx)
             } else {
-                tch::no_grad(|| self.layer(&tape, layer_idx))?
+                tch::no_grad(|| self.layer(&unit, &tape, layer_idx))
             };
             x = leaf(&output);
             tape.output = self.keeps_graphs.then_some(output);
@@ -111,15 +119,15 @@ impl AdaptedPass<'_> {
     /// Returns the gradients of a layer's input, unless it is the first, and of its adapters in manifest order.
     fn backward(
         &self,
-        mut tape: LayerTape,
-        layer_idx: usize,
+        unit: &Unit,
+        (mut tape, layer_idx): (LayerTape, usize),
         d_output: Tensor,
     ) -> Result<(Option<Tensor>, Vec<Tensor>), StepError> {
         // The tape's leaves have memory while the unit is there.
         let _adapters = self.adapters.unit(layer_idx)?;
         let output = match tape.output.take() {
             Some(output) => output,
-            None => self.layer(&tape, layer_idx)?,
+            None => self.layer(unit, &tape, layer_idx),
         };
         let mut inputs = tape.params;
         if layer_idx > 0 {
@@ -130,10 +138,10 @@ impl AdaptedPass<'_> {
         Ok((d_input, grads))
     }
 
-    fn layer(&self, tape: &LayerTape, layer_idx: usize) -> Result<Tensor, CommError> {
-        let base = self.base.weights.unit(1 + layer_idx)?;
-        let layer = lora::layer(self.config, &self.base.spec, base.params(), &tape.params);
+    /// `unit` is the layer's of the base.
+    fn layer(&self, unit: &Unit, tape: &LayerTape, layer_idx: usize) -> Tensor {
+        let layer = lora::layer(self.config, &self.base.spec, unit.params(), &tape.params);
         let ops = LoraOps { packed: self.packed, scale: self.base.spec.scale(), dropout: self.dropout, layer_idx };
-        Ok(layer.forward(&ops, self.config, layer_idx, tape.input.shallow_clone()))
+        layer.forward(&ops, self.config, layer_idx, tape.input.shallow_clone())
     }
 }

@@ -4,8 +4,12 @@
 //! reverse, asks autograd for one unit's gradients at a time, and hands them to [`Zero`], which reduces them while the
 //! next unit computes. The head is computed at positions that predict a completion token, in chunks whose gradient is
 //! taken at once, so that the logits of a batch never exist together.
+//!
+//! Where ranks share the weights, each pass is a [`Walk`] over the units, which are whole only while they are used. A graph
+//! that is kept refers to parameters whose memory comes back before its backward pass.
 
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 use aha_core::batch::TrainSequence;
 use aha_nn::autograd::{GradError, grad};
@@ -17,13 +21,13 @@ use aha_nn::lora::{self, Merged};
 use aha_nn::model_config::ModelConfig;
 use aha_nn::optim::AdamW;
 use aha_nn::rotary::RotaryTable;
-use aha_nn::transformer::{Head, Layer, Ops};
-use aha_nn::unit::ModelWeights;
-use aha_nn::weights::Weights;
+use aha_nn::transformer::{Layer, Ops};
+use aha_nn::unit::{ModelWeights, Unit, Walk};
 use tch::{Device, Kind, Tensor};
 
 use super::adapted::FrozenBase;
 use super::objective::{Loss, LossSums, Objective, Streams, Tokens};
+use super::parameters::Parameters;
 use super::prompt_groups;
 use super::targets::Targets;
 use super::zero::{Zero, ZeroError};
@@ -37,6 +41,8 @@ pub struct LearnerOptions {
     pub max_grad_norm: f64,
     /// Compute activations again in the backward pass instead of keeping them.
     pub gradient_checkpointing: bool,
+    /// Do so for every so many-th layer only; 1 is all.
+    pub gradient_checkpointing_interval: usize,
     /// Compute the prompt that sequences of a micro-batch have in common once.
     pub share_prompts: bool,
     /// Longest sequence.
@@ -51,7 +57,7 @@ pub struct Learner {
     pub(super) config: ModelConfig,
     pub(super) options: LearnerOptions,
     table: RotaryTable,
-    reference: Option<Weights>,
+    reference: Option<Parameters>,
     /// Where `zero` has adapters, the model that they belong to.
     base: Option<Rc<FrozenBase>>,
     pub(super) zero: Zero,
@@ -73,13 +79,31 @@ pub struct StepOutput {
     pub loss: f64,
     /// Norm of the gradients over all ranks, before clipping.
     pub grad_norm: f64,
-    /// The update was left out, because the gradients were not finite.
-    pub skipped: bool,
+    /// Updates that were left out, because the gradients were not finite.
+    pub num_skipped: u32,
     /// Log-probs of the completion tokens of every sequence, before the update.
     pub logprobs: Vec<Vec<f32>>,
     pub num_tokens: usize,
+    /// Tokens that the layers computed, prompts among them: a shared one counts once.
+    pub num_packed_tokens: usize,
     pub entropy_sum: f64,
     pub sums: LossSums,
+    pub times: StepTimes,
+}
+
+/// Where the time of a step went. On a GPU these are the host's times: it runs ahead until a result is read.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct StepTimes {
+    /// The reference policy's log-probs.
+    pub reference: Duration,
+    pub forward: Duration,
+    /// Head, loss and their gradients.
+    pub head: Duration,
+    /// Backward pass of the layers and the embedding, with the communication that overlaps it.
+    pub backward: Duration,
+    /// What was left of the gradients' communication, and their norm.
+    pub reduce: Duration,
+    pub optimizer: Duration,
 }
 
 /// What the current weights say of the completion tokens of every sequence; empty for those of other ranks.
@@ -107,6 +131,16 @@ pub(super) struct MicroBatch {
     streams: Streams,
 }
 
+/// What the forward pass leaves behind.
+struct Tapes {
+    /// The embedding's leaf, and its output.
+    embedding: Tensor,
+    embedded: Tensor,
+    layers: Vec<LayerTape>,
+    /// The input leaf of the head.
+    last: Tensor,
+}
+
 /// A layer's part of the graph: input leaf, parameter leaves, and the output unless it is to be recomputed.
 pub(super) struct LayerTape {
     pub(super) input: Tensor,
@@ -125,8 +159,8 @@ pub(super) struct HeadGradients {
 }
 
 impl Learner {
-    /// `reference` is the frozen policy of the KL penalty; the objective says whether it is needed.
-    pub fn new(config: ModelConfig, options: LearnerOptions, zero: Zero, reference: Option<Weights>) -> Self {
+    /// `reference` is the frozen policy of the KL penalty, sharded as the policy; the objective says whether it is needed.
+    pub fn new(config: ModelConfig, options: LearnerOptions, zero: Zero, reference: Option<Parameters>) -> Self {
         let table = RotaryTable::new(&config, options.max_length, zero.weights().device());
         Self { config, options, table, reference, base: None, zero }
     }
@@ -182,39 +216,49 @@ impl Learner {
     pub fn step(&mut self, batch: &LocalBatch<'_>, options: &AdamW) -> Result<StepOutput, StepError> {
         let mut output = StepOutput { logprobs: vec![Vec::new(); batch.sequences.len()], ..StepOutput::default() };
         for index in 0..batch.num_micro_batches {
+            let is_last = index + 1 == batch.num_micro_batches;
             match batch.micro_batches.get(index) {
-                Some(indices) => self.micro_batch(batch.sequences, indices, &mut output)?,
-                None => self.no_micro_batch()?,
+                Some(indices) => self.micro_batch(batch.sequences, indices, is_last, &mut output)?,
+                None => self.no_micro_batch(is_last)?,
             }
         }
+        let mut lap = Lap::start();
         output.grad_norm = self.zero.reduce_gradients()?;
-        output.skipped = !output.grad_norm.is_finite();
-        if output.skipped {
+        output.times.reduce += lap.take();
+        if !output.grad_norm.is_finite() {
+            output.num_skipped = 1;
             self.zero.zero_gradients();
         } else {
             // The constant is torch's, in clip_grad_norm_.
             let max_norm = self.options.max_grad_norm;
             let scale = if max_norm > 0.0 { (max_norm / (output.grad_norm + 1e-6)).min(1.0) } else { 1.0 };
             self.zero.update(scale, options)?;
+            output.times.optimizer += lap.take();
         }
         Ok(output)
     }
 
-    /// What the current weights say of a batch, without a step.
+    /// What the current weights say of a batch, without a step. All ranks call this together.
     ///
     /// # Errors
-    /// If ranks share weights and cannot reach each other.
+    /// If a collective fails.
     pub fn statistics(&self, batch: &LocalBatch<'_>) -> Result<Statistics, CommError> {
         let empty = || vec![Vec::new(); batch.sequences.len()];
         let mut statistics = Statistics { logprobs: empty(), entropies: empty() };
-        for indices in batch.micro_batches {
+        for index in 0..batch.num_micro_batches {
+            let Some(indices) = batch.micro_batches.get(index) else {
+                if self.base.is_none() {
+                    Walk::forward(&self.config).finish(self.zero.weights())?;
+                }
+                continue;
+            };
             let (packed, targets) = self.pack(batch.sequences, indices);
-            let places = (&targets.rows, &targets.tokens);
             let (logprobs, entropies) = match &self.base {
                 Some(base) => {
+                    let places = (&targets.rows, &targets.tokens);
                     lora::statistics(&self.config, &self.merged(base), &packed, places, self.options.temperature)?
                 }
-                None => forward::statistics(&self.config, self.model(), &packed, places, self.options.temperature)?,
+                None => self.frozen_statistics(self.zero.weights(), &packed, &targets)?,
             };
             targets.scatter(&logprobs, &mut statistics.logprobs);
             targets.scatter(&entropies, &mut statistics.entropies);
@@ -222,39 +266,46 @@ impl Learner {
         Ok(statistics)
     }
 
-    pub fn reference(&self) -> Option<&Weights> {
+    pub fn reference(&self) -> Option<&Parameters> {
         self.reference.as_ref()
     }
 
     /// Moves the reference policy towards the policy: `alpha * policy + (1 - alpha) * reference`. Nothing happens
     /// without one.
-    pub fn sync_reference(&mut self, alpha: f64) {
-        let Some(reference) = &self.reference else { return };
-        for unit_idx in 0..reference.num_units() {
-            for (mut theirs, ours) in reference.views(unit_idx).into_iter().zip(self.zero.weights().views(unit_idx)) {
-                tch::no_grad(|| theirs.copy_(&(&theirs * (1.0 - alpha) + ours * alpha)));
-            }
-        }
+    ///
+    /// # Errors
+    /// If a collective fails.
+    pub fn sync_reference(&mut self, alpha: f64) -> Result<(), CommError> {
+        self.reference.as_ref().map_or(Ok(()), |reference| reference.mix(self.zero.weights(), alpha))
     }
 
     fn micro_batch(
         &mut self,
         sequences: &[TrainSequence],
         indices: &[usize],
+        is_last: bool,
         output: &mut StepOutput,
     ) -> Result<(), StepError> {
         let (packed, targets) = self.pack(sequences, indices);
+        output.num_packed_tokens += packed.tokens.numel();
         let mut streams = targets.streams(sequences);
+        let mut lap = Lap::start();
         streams.reference_logprobs = self.reference_logprobs(&packed, &targets)?;
+        output.times.reference += lap.take();
         let batch = MicroBatch { packed, targets, streams };
         if let Some(base) = self.base.clone() {
             let dropout = base.dropout(sequences, indices, (&self.options, self.zero.num_updates()));
-            return self.adapted(&base, &batch, dropout.as_ref(), output);
+            return self.adapted(&base, &batch, (dropout.as_ref(), is_last), output);
         }
 
-        let (embedding, embedded, tapes, last) = self.forward(&batch.packed);
-        let head = self.head(&batch, &last, &embedding, output)?;
-        self.backward(&batch.packed, (embedding, embedded), tapes, head)
+        let mut walk = Walk::forward_and_back(&self.config);
+        let tapes = self.forward(&batch.packed, &mut walk)?;
+        output.times.forward += lap.take();
+        let head = self.head(&batch, &tapes.last, &mut walk, output)?;
+        output.times.head += lap.take();
+        self.backward(&batch.packed, tapes, head, (&mut walk, is_last))?;
+        output.times.backward += lap.take();
+        Ok(())
     }
 
     /// Of the tokens of a micro-batch, `[M]`; `None` where the objective has no reference policy.
@@ -265,15 +316,33 @@ impl Learner {
             (None, Some(reference)) => reference,
             (None, None) => return Ok(None),
         };
-        let places = (&targets.rows, &targets.tokens);
-        Ok(Some(forward::statistics(&self.config, weights, packed, places, self.options.temperature)?.0))
+        Ok(Some(self.frozen_statistics(weights, packed, targets)?.0))
     }
 
     /// Issues the collectives of a micro-batch with nothing to add.
-    fn no_micro_batch(&mut self) -> Result<(), StepError> {
-        for unit_idx in (0..self.zero.weights().num_units()).rev() {
-            self.zero.accumulate(unit_idx, &[])?;
+    fn no_micro_batch(&mut self, is_last: bool) -> Result<(), StepError> {
+        if self.base.is_some() {
+            // The base is whole on every rank.
+            for layer_idx in (0..self.config.num_layers).rev() {
+                self.zero.accumulate(layer_idx, &[], is_last)?;
+            }
+            return Ok(());
         }
+        if let Some(reference) = &self.reference {
+            Walk::forward(&self.config).finish(reference)?;
+        }
+        let mut walk = Walk::forward_and_back(&self.config);
+        for _ in 0..=self.config.num_layers {
+            walk.next(self.zero.weights())?;
+        }
+        drop(forward::head(self.zero.weights(), &mut walk)?);
+        let head = 1 + self.config.num_layers;
+        self.zero.accumulate(head, &[], is_last)?;
+        for unit_idx in (1..head).rev() {
+            walk.next(self.zero.weights())?;
+            self.zero.accumulate(unit_idx, &[], is_last)?;
+        }
+        self.zero.accumulate(0, &[], is_last)?;
         Ok(())
     }
 
@@ -285,26 +354,40 @@ impl Learner {
         (packed, Targets::new(sequences, &groups, weights.device()))
     }
 
-    /// Returns the embedding leaf, its output, the layers' tapes, and the input leaf of the head.
-    fn forward(&self, packed: &PackedBatch) -> (Tensor, Tensor, Vec<LayerTape>, Tensor) {
+    /// Log-probs and entropies, `[M]` each.
+    fn frozen_statistics(
+        &self,
+        weights: &dyn ModelWeights,
+        packed: &PackedBatch,
+        targets: &Targets,
+    ) -> Result<(Tensor, Tensor), CommError> {
+        let what = (&targets.rows, &targets.tokens);
+        forward::statistics(&self.config, weights, packed, what, self.options.temperature)
+    }
+
+    fn forward(&self, packed: &PackedBatch, walk: &mut Walk) -> Result<Tapes, CommError> {
         let weights = self.zero.weights();
-        let embedding = leaf(&weights.embedding());
+        let unit = walk.next(weights)?;
+        let embedding = leaf(&unit.params()[0]);
         let embedded = packed.embed(&embedding); // [N, C]
+        drop(unit);
         let mut x = leaf(&embedded);
-        let mut tapes = Vec::with_capacity(self.config.num_layers);
+        let mut layers = Vec::with_capacity(self.config.num_layers);
         for layer_idx in 0..self.config.num_layers {
-            let params: Vec<Tensor> = weights.views(1 + layer_idx).iter().map(leaf).collect();
+            let unit = walk.next(weights)?;
+            let params = unit.params().iter().map(leaf).collect();
             let mut tape = LayerTape { input: x, params, output: None };
-            let output = if self.options.gradient_checkpointing {
+            let is_recomputed = self.options.recomputes(layer_idx);
+            let output = if is_recomputed {
                 tch::no_grad(|| self.layer(&tape, packed, layer_idx))
             } else {
                 self.layer(&tape, packed, layer_idx)
             };
             x = leaf(&output);
-            tape.output = (!self.options.gradient_checkpointing).then_some(output);
-            tapes.push(tape);
+            tape.output = (!is_recomputed).then_some(output);
+            layers.push(tape);
         }
-        (embedding, embedded, tapes, x)
+        Ok(Tapes { embedding, embedded, layers, last: x })
     }
 
     fn layer(&self, tape: &LayerTape, packed: &PackedBatch, layer_idx: usize) -> Tensor {
@@ -318,15 +401,13 @@ impl Learner {
         &self,
         batch: &MicroBatch,
         x: &Tensor,
-        embedding: &Tensor,
+        walk: &mut Walk,
         output: &mut StepOutput,
     ) -> Result<HeadGradients, StepError> {
         let MicroBatch { packed, targets, streams } = batch;
         let is_frozen = self.base.is_some();
-        let unit = self.model().unit(1 + self.config.num_layers)?;
-        let head = Head::new(unit.params(), |weight| weight);
-        let norm = leaf(&head.norm);
-        let matrix = leaf(head.lm_head.as_ref().map_or(embedding, |projection| &projection.weight)); // [V, C]
+        let (_units, head, matrix) = forward::head(self.model(), walk)?;
+        let (norm, matrix) = (leaf(&head.norm), matrix.detach());
         let rows = Tensor::embedding(x, &targets.rows, -1, false, false); // [M, C]
         let hidden = packed.rms_norm(&rows, &norm, self.config.rms_norm_eps); // [M, C]
 
@@ -394,19 +475,22 @@ impl Learner {
     fn backward(
         &mut self,
         packed: &PackedBatch,
-        (embedding, embedded): (Tensor, Tensor),
-        tapes: Vec<LayerTape>,
+        tapes: Tapes,
         head: HeadGradients,
+        (walk, is_last): (&mut Walk, bool),
     ) -> Result<(), StepError> {
-        self.zero.accumulate(1 + self.config.num_layers, &head.params)?;
+        let Tapes { embedding, embedded, layers, .. } = tapes;
+        self.zero.accumulate(1 + self.config.num_layers, &head.params, is_last)?;
         let mut d_output = head.input;
-        for (layer_idx, mut tape) in tapes.into_iter().enumerate().rev() {
+        for (layer_idx, mut tape) in layers.into_iter().enumerate().rev() {
+            let unit: Unit = walk.next(self.zero.weights())?;
             let output = tape.output.take().unwrap_or_else(|| self.layer(&tape, packed, layer_idx));
             let mut inputs = vec![tape.input];
             inputs.extend(tape.params);
             let mut grads = defined(grad(&[output], &inputs, &[Some(d_output)], false)?);
+            drop(unit);
             d_output = grads.remove(0);
-            self.zero.accumulate(1 + layer_idx, &grads)?;
+            self.zero.accumulate(1 + layer_idx, &grads, is_last)?;
         }
         let d_embedding = match head.embedding {
             // Adds rows one by one, in order, instead of whole matrices.
@@ -416,8 +500,15 @@ impl Learner {
                 tied.map_or_else(|| d_embedding.shallow_clone(), |tied| &d_embedding + tied)
             }
         };
-        self.zero.accumulate(0, &[d_embedding])?;
+        self.zero.accumulate(0, &[d_embedding], is_last)?;
         Ok(())
+    }
+}
+
+impl LearnerOptions {
+    /// Whether a layer's activations are computed again in the backward pass.
+    fn recomputes(&self, layer_idx: usize) -> bool {
+        self.gradient_checkpointing && layer_idx.is_multiple_of(self.gradient_checkpointing_interval)
     }
 }
 
@@ -426,15 +517,55 @@ impl StepOutput {
     pub fn add_update(&mut self, other: &Self) {
         self.loss += other.loss;
         self.grad_norm += other.grad_norm;
-        self.skipped |= other.skipped;
+        self.num_skipped += other.num_skipped;
         self.num_tokens += other.num_tokens;
+        self.num_packed_tokens += other.num_packed_tokens;
         self.entropy_sum += other.entropy_sum;
         self.sums.add(&other.sums);
+        self.times.add(&other.times);
     }
 
     fn add(&mut self, loss: &Loss) {
         self.loss += loss.loss.double_value(&[]);
         self.sums.add(&loss.sums);
+    }
+}
+
+impl StepTimes {
+    fn add(&mut self, other: &Self) {
+        self.reference += other.reference;
+        self.forward += other.forward;
+        self.head += other.head;
+        self.backward += other.backward;
+        self.reduce += other.reduce;
+        self.optimizer += other.optimizer;
+    }
+
+    /// Name of the metric and value of each.
+    pub fn named(&self) -> [(&'static str, Duration); 6] {
+        [
+            ("time/reference", self.reference),
+            ("time/forward", self.forward),
+            ("time/head", self.head),
+            ("time/backward", self.backward),
+            ("time/reduce", self.reduce),
+            ("time/optimizer", self.optimizer),
+        ]
+    }
+}
+
+/// Time since the last look.
+pub(super) struct Lap(Instant);
+
+impl Lap {
+    pub(super) fn start() -> Self {
+        Self(Instant::now())
+    }
+
+    pub(super) fn take(&mut self) -> Duration {
+        let elapsed = self.0.elapsed();
+        self.0 += elapsed;
+        elapsed
     }
 }
 

@@ -7,7 +7,10 @@ mod adapted_tests;
 mod golden_tests;
 pub mod learner;
 pub mod objective;
+pub mod optimizer;
+pub mod parameters;
 mod prompt_groups;
+mod range;
 mod targets;
 #[cfg(test)]
 mod tests;

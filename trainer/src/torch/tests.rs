@@ -1,12 +1,15 @@
 //! The step against plain autograd, and sharded against whole. `AHA_TEST_DEVICE=cuda` puts the learner that is alone onto
 //! a GPU; what it is compared with stays on the CPU.
 
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use aha_core::batch::{LossType, TrainSequence};
 use aha_core::config::Train;
+use aha_core::manifest::UnitSpec;
 use aha_core::objective::{ImportanceSamplingLevel, RolloutImportanceSamplingMode};
+use aha_core::optimizer::{OptimizerKind, OptimizerOptions};
 use aha_core::random::derive_seed;
 use aha_nn::autograd_ops::PackedBatch;
 use aha_nn::comm::{Address, Backend, GroupSpec, ProcessGroup, Store};
@@ -14,13 +17,16 @@ use aha_nn::model_config::ModelConfig;
 use aha_nn::optim::AdamW;
 use aha_nn::rotary::RotaryTable;
 use aha_nn::transformer::{Head, Layer, Ops};
+use aha_nn::unit::ModelWeights;
 use aha_nn::weights::Weights;
 use tch::{Device, Kind, Tensor};
 
 use super::learner::{Learner, LearnerOptions, LocalBatch, StepOutput};
 use super::objective::{Objective, PolicyObjective, Tokens};
+use super::parameters::{Parameters, Sharding};
 use super::targets::Targets;
-use super::zero::{FullState, Zero};
+use super::zero::{FullState, ShardState, Zero};
+use crate::test_ranks::{flatten, run_ranks};
 use crate::training_batch::Plan;
 
 pub(super) const ADAMW: AdamW = AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1 };
@@ -80,6 +86,7 @@ pub(super) fn options(objective: Objective, checkpointing: bool) -> LearnerOptio
         temperature: 0.8,
         max_grad_norm: 0.5,
         gradient_checkpointing: checkpointing,
+        gradient_checkpointing_interval: 1,
         share_prompts: true,
         max_length: 32,
         logit_rows: 7,
@@ -88,7 +95,7 @@ pub(super) fn options(objective: Objective, checkpointing: bool) -> LearnerOptio
 
 fn learner(model: &ModelConfig, objective: Objective, zero: Zero, checkpointing: bool) -> Learner {
     let reference = Weights::random(model, 99, 1, Kind::Float, zero.weights().device());
-    let reference = objective.needs_reference().then_some(reference);
+    let reference = objective.needs_reference().then_some(reference.into());
     Learner::new(model.clone(), options(objective, checkpointing), zero, reference)
 }
 
@@ -100,14 +107,35 @@ fn train(
     with_old: bool,
     checkpointing: bool,
 ) -> (Learner, Vec<StepOutput>) {
-    let (rank, size) = (group.rank(), group.size());
-    let weights = Weights::random(model, 5, size, Kind::Float, group.device());
-    let mut learner = learner(model, policy(0.05), Zero::new(stage, group, weights), checkpointing);
-    let sequences = sequences(3, with_old);
+    let options = options(policy(0.05), checkpointing);
+    train_sharded(model, stage.into(), group, options, &sequences(3, with_old))
+}
+
+/// Three steps on `sequences`, the reference policy sharded as the policy.
+fn train_sharded(
+    model: &ModelConfig,
+    sharding: Sharding,
+    group: ProcessGroup,
+    options: LearnerOptions,
+    sequences: &[TrainSequence],
+) -> (Learner, Vec<StepOutput>) {
+    let (size, group) = (group.size(), Arc::new(group));
+    let weights = |seed| {
+        let weights = Weights::random(model, seed, size, Kind::Float, group.device());
+        Parameters::of(sharding, &group, weights)
+    };
+    let zero = Zero::with(sharding, Arc::clone(&group), weights(5), &OptimizerOptions::default()).unwrap();
+    let reference = options.objective.needs_reference().then(|| weights(99));
+    train_zero(Learner::new(model.clone(), options, zero, reference), sequences)
+}
+
+/// Three steps on `sequences`.
+fn train_zero(mut learner: Learner, sequences: &[TrainSequence]) -> (Learner, Vec<StepOutput>) {
+    let (rank, size) = (learner.zero().group().rank(), learner.zero().group().size());
     let all: Vec<usize> = (0..sequences.len()).collect();
     let settings = Train { micro_batch_tokens: 20, ..Train::default() };
-    let plan = Plan::new(&sequences, &all, &settings, (rank, size)).unwrap();
-    let outputs = (0..3).map(|_| learner.step(&plan.of(&sequences), &ADAMW).unwrap()).collect();
+    let plan = Plan::new(sequences, &all, &settings, (rank, size)).unwrap();
+    let outputs = (0..3).map(|_| learner.step(&plan.of(sequences), &ADAMW).unwrap()).collect();
     (learner, outputs)
 }
 
@@ -115,11 +143,11 @@ fn alone(model: &ModelConfig, checkpointing: bool) -> (Learner, Vec<StepOutput>)
     train(model, 0, ProcessGroup::solo("test", device()), true, checkpointing)
 }
 
-/// All parameters one after the other, on the CPU.
-pub(super) fn flatten(weights: &Weights) -> Tensor {
-    let views: Vec<Tensor> =
-        (0..weights.num_units()).flat_map(|unit_idx| weights.views(unit_idx)).map(|view| view.reshape([-1])).collect();
-    Tensor::cat(&views, 0).to_device(Device::Cpu)
+/// A copy that shares no memory.
+fn copy(weights: &Parameters) -> Weights {
+    let units = 0..weights.manifest().units.len();
+    let flats = units.map(|unit_idx| weights.unit(unit_idx).unwrap().flat().copy()).collect();
+    Weights::from_flats(weights.manifest().clone(), flats)
 }
 
 pub(super) fn largest_difference(a: &Tensor, b: &Tensor) -> f64 {
@@ -234,9 +262,42 @@ fn the_step_equals_whole_graph_autograd() {
 #[test]
 fn recomputing_activations_changes_nothing() {
     let model = config("qwen3", true);
-    let ((kept, a), (recomputed, b)) = (alone(&model, false), alone(&model, true));
-    assert!(flatten(kept.zero().weights()).equal(&flatten(recomputed.zero().weights())));
-    assert_eq!(a[2].grad_norm, b[2].grad_norm);
+    let (kept, a) = alone(&model, false);
+    for interval in 1..=3 {
+        for (stage, size) in [(0, 1), (2, 2), (3, 2)] {
+            let shared = model.clone();
+            let results = on_ranks(size, move |group| {
+                let options =
+                    LearnerOptions { gradient_checkpointing_interval: interval, ..options(policy(0.05), true) };
+                let (learner, outputs) = train_sharded(&shared, stage.into(), group, options, &sequences(3, true));
+                (flatten(learner.zero().weights()), outputs[2].grad_norm)
+            });
+            for (weights, grad_norm) in results {
+                if size == 1 {
+                    assert!(flatten(kept.zero().weights()).equal(&weights));
+                    assert_eq!(a[2].grad_norm, grad_norm);
+                }
+                assert!(largest_difference(&weights, &flatten(kept.zero().weights())) < 1e-5);
+            }
+        }
+    }
+}
+
+#[test]
+fn chunks_of_logits_change_nothing() {
+    let model = config("qwen2", true);
+    let run = |logit_rows: i64| {
+        let options = LearnerOptions { logit_rows, ..options(policy(0.05), false) };
+        let group = ProcessGroup::solo("test", device());
+        let (learner, outputs) = train_sharded(&model, 0.into(), group, options, &sequences(3, true));
+        (flatten(learner.zero().weights()), outputs)
+    };
+    let (whole, a) = run(1000);
+    for logit_rows in [1, 3] {
+        let (chunked, b) = run(logit_rows);
+        assert!(largest_difference(&whole, &chunked) < 1e-5);
+        assert!((a[0].grad_norm - b[0].grad_norm).abs() < 1e-5 * a[0].grad_norm);
+    }
 }
 
 #[test]
@@ -249,8 +310,9 @@ fn sharing_prompts_changes_nothing() {
         let zero = Zero::new(0, ProcessGroup::solo("test", device()), weights);
         let reference = Weights::random(&model, 99, 1, Kind::Float, device());
         let options = LearnerOptions { share_prompts, ..options(policy(0.05), false) };
-        let mut learner = Learner::new(model.clone(), options, zero, Some(reference));
-        let batch = LocalBatch { sequences: &sequences, micro_batches: &[all.clone()], num_micro_batches: 1 };
+        let mut learner = Learner::new(model.clone(), options, zero, Some(reference.into()));
+        let batch =
+            LocalBatch { sequences: &sequences, micro_batches: std::slice::from_ref(&all), num_micro_batches: 1 };
         let logprobs = learner.statistics(&batch).unwrap().logprobs;
         (logprobs, learner.step(&batch, &ADAMW).unwrap())
     };
@@ -279,27 +341,184 @@ fn a_policy_that_has_not_moved_has_ratio_one() {
     assert!(outputs[0].grad_norm > 0.0);
 }
 
+/// Everything that a stage may keep in the CPU's memory.
+fn offloaded(stage: u8) -> Sharding {
+    Sharding { stage, offload_optimizer: true, offload_params: stage == 3 }
+}
+
 #[test]
 fn every_stage_and_world_size_trains_alike() {
-    let model = config("qwen2", true);
-    let (whole, outputs) = alone(&model, false);
-    let expected = flatten(whole.zero().weights());
-    for size in [1, 2, 3] {
-        for stage in [0, 1, 2] {
-            let model = model.clone();
-            let results = on_ranks(size, move |group| {
-                let (learner, outputs) = train(&model, stage, group, true, false);
-                let loss: f64 = outputs[2].loss;
-                (flatten(learner.zero().weights()), loss, outputs[2].grad_norm)
-            });
-            for (weights, _, grad_norm) in &results {
-                let difference = largest_difference(weights, &expected);
-                assert!(difference < 1e-5, "{size} ranks, stage {stage}: weights differ by {difference}");
-                assert!((grad_norm - outputs[2].grad_norm).abs() < 1e-5 * grad_norm);
+    for (family, tied) in [("qwen2", true), ("qwen3", false)] {
+        let model = config(family, tied);
+        let steps = |learner: &mut Learner, plan: &LocalBatch<'_>| -> Vec<StepOutput> {
+            (0..2).map(|_| learner.step(plan, &ADAMW).unwrap()).collect()
+        };
+        let five = move |model: &ModelConfig, sharding: Sharding, group: ProcessGroup| {
+            let (sequences, ranks) = (sequences(3, true), (group.rank(), group.size()));
+            let (mut learner, _) = train_sharded(model, sharding, group, options(policy(0.05), false), &sequences);
+            let all: Vec<usize> = (0..sequences.len()).collect();
+            let settings = Train { micro_batch_tokens: 20, ..Train::default() };
+            let plan = Plan::new(&sequences, &all, &settings, ranks).unwrap();
+            // The policy's own log-probs, through the other kind of pass; of all ranks' sequences together.
+            let statistics = learner.statistics(&plan.of(&sequences)).unwrap();
+            let sum: f32 = statistics.logprobs.iter().flatten().sum();
+            let outputs = steps(&mut learner, &plan.of(&sequences));
+            (flatten(learner.zero().weights()), outputs[1].loss, outputs[1].grad_norm, f64::from(sum))
+        };
+        let (expected, loss, norm, sum) = five(&model, 0.into(), ProcessGroup::solo("test", device()));
+        for size in 1..=4 {
+            for sharding in (0..=3).flat_map(|stage| [Sharding::from(stage), offloaded(stage)]) {
+                let model = model.clone();
+                let results = on_ranks(size, move |group| five(&model, sharding, group));
+                let case = format!("{family}, {size} ranks, {sharding:?}");
+                for (weights, _, grad_norm, _) in &results {
+                    let difference = largest_difference(weights, &expected);
+                    assert!(difference < 1e-5, "{case}: weights differ by {difference}");
+                    assert!((grad_norm - norm).abs() < 1e-5 * norm, "{case}: {grad_norm} is not {norm}");
+                }
+                let total: f64 = results.iter().map(|(_, loss, ..)| loss).sum();
+                assert!((total - loss).abs() < 1e-5, "{case}: {total} is not {loss}");
+                let total: f64 = results.iter().map(|(.., sum)| sum).sum();
+                assert!((total - sum).abs() < 1e-3, "{case}: {total} is not {sum}");
             }
-            let loss: f64 = results.iter().map(|(_, loss, _)| loss).sum();
-            assert!((loss - outputs[2].loss).abs() < 1e-5, "{size} ranks, stage {stage}: {loss}");
         }
+    }
+}
+
+#[test]
+fn keeping_the_optimizer_elsewhere_changes_no_bit() {
+    let model = config("qwen3", true);
+    let run = move |sharding: Sharding| {
+        let model = model.clone();
+        let results = on_ranks(2, move |group| {
+            let options = options(policy(0.05), true);
+            flatten(train_sharded(&model, sharding, group, options, &sequences(3, true)).0.zero().weights())
+        });
+        results.into_iter().next().unwrap()
+    };
+    for stage in 1..=3 {
+        assert!(run(stage.into()).equal(&run(offloaded(stage))), "stage {stage}");
+    }
+}
+
+#[test]
+fn a_rank_holds_what_its_stage_promises() {
+    let model = config("qwen2", false);
+    let size = 4;
+    let units = model.manifest().units;
+    let padded: usize = units.iter().map(|unit| unit.padded_numel(size)).sum();
+    let updated = |rank: usize, is_shared: bool| -> usize {
+        let of_unit = |unit: &UnitSpec| {
+            let len = unit.padded_numel(size) / size;
+            if is_shared { unit.numel().saturating_sub(rank * len).min(len) } else { unit.numel() }
+        };
+        units.iter().map(of_unit).sum()
+    };
+    for stage in 0..=3 {
+        for sharding in [Sharding::from(stage), offloaded(stage)] {
+            let model = model.clone();
+            let held = on_ranks(size, move |group| {
+                let options = options(policy(0.0), false);
+                let (learner, _) = train_sharded(&model, sharding, group, options, &sequences(3, true));
+                (learner.zero().held_bytes(), learner.zero().weights().most_gathered())
+            });
+            let share = |is_shared: bool| if is_shared { padded / size } else { padded };
+            for (rank, (held, most_gathered)) in held.into_iter().enumerate() {
+                assert_eq!(held.weights, 4 * share(stage == 3), "weights in {sharding:?}");
+                assert_eq!(held.gradients, 4 * share(stage >= 2), "gradients in {sharding:?}");
+                // There is no state of padding.
+                assert_eq!(held.optimizer, 2 * 4 * updated(rank, stage >= 1), "optimizer in {sharding:?}");
+                // The one that is computed, and the next.
+                assert_eq!(most_gathered, if stage == 3 { 2 } else { 0 });
+            }
+        }
+    }
+}
+
+/// Gradients of one split differ from those of another in their last bits. Muon takes that into bf16, and 8 bits into a
+/// neighbouring value: updates differ then by a small part of themselves.
+#[test]
+fn every_optimizer_trains_alike_on_every_stage_and_world_size() {
+    let raw = serde_json::json!({"model_type": "qwen2", "vocab_size": 150, "hidden_size": 32, "intermediate_size": 130,
+        "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": false,
+        "initializer_range": 0.3});
+    let model = ModelConfig::from_json(raw.as_object().unwrap().clone()).unwrap();
+    let initial = flatten(&Weights::random(&model, 5, 1, Kind::Float, Device::Cpu));
+    for (kind, tolerance) in [(OptimizerKind::Adamw8bit, 0.02), (OptimizerKind::Muon, 0.02)] {
+        let work = |stage: u8, group: ProcessGroup| {
+            let learner = learner(&model, policy(0.0), zero_with(&model, kind, stage, group), false);
+            flatten(train_zero(learner, &sequences(3, true)).0.zero().weights())
+        };
+        let expected = work(0, ProcessGroup::solo("test", Device::Cpu));
+        check_state_is_taken_back(&model, kind);
+        let norm = |difference: Tensor| difference.square().sum(Kind::Double).double_value(&[]).sqrt();
+        let moved = norm(&expected - &initial);
+        for (size, stage) in [(1, 2), (2, 0), (2, 1), (2, 2), (2, 3), (3, 0), (3, 1), (3, 2), (3, 3)] {
+            let results = run_ranks(size, |group| work(stage, group));
+            for weights in &results {
+                assert!(weights.equal(&results[0]), "{kind:?}, {size} ranks, stage {stage}: ranks differ");
+            }
+            let difference = norm(&results[0] - &expected);
+            let place = format!("{kind:?}, {size} ranks, stage {stage}");
+            assert!(difference < tolerance * moved, "{place}: weights differ by {difference} of {moved}");
+        }
+    }
+}
+
+fn zero_with(model: &ModelConfig, kind: OptimizerKind, stage: u8, group: ProcessGroup) -> Zero {
+    let (sharding, group) = (Sharding::from(stage), Arc::new(group));
+    let weights = Weights::random(model, 5, group.size(), Kind::Float, group.device());
+    let weights = Parameters::of(sharding, &group, weights);
+    let options = OptimizerOptions { kind, ..OptimizerOptions::default() };
+    Zero::with(sharding, group, weights, &options).unwrap()
+}
+
+/// What one writes another of the same optimizer takes, and one of another optimizer refuses.
+#[track_caller]
+fn check_state_is_taken_back(model: &ModelConfig, kind: OptimizerKind) {
+    let zero = |kind| zero_with(model, kind, 2, ProcessGroup::solo("test", Device::Cpu));
+    let states = |zero: &Zero| -> Vec<FullState> {
+        let full = |shard: ShardState| FullState {
+            unit_idx: shard.unit_idx,
+            name: shard.name.to_owned(),
+            tensor: shard.tensor.copy(),
+        };
+        zero.state().into_iter().map(full).collect()
+    };
+    let (trained, _) = train_zero(learner(model, policy(0.0), zero(kind), false), &sequences(3, true));
+    let written = states(trained.zero());
+    let mut fresh = zero(kind);
+    fresh.load_state(3, &written).unwrap();
+    for (found, expect) in states(&fresh).iter().zip(&written) {
+        assert!(found.tensor.equal(&expect.tensor), "{kind:?}: {} of unit {}", found.name, found.unit_idx);
+    }
+    let error = zero(OptimizerKind::Adamw).load_state(3, &written).unwrap_err().to_string();
+    assert!(error.contains("exp_avg for unit") && error.contains("another train.optimizer"), "{error}");
+}
+
+#[test]
+fn an_update_whose_gradients_are_not_finite_on_one_rank_is_left_out_on_all() {
+    let model = config("qwen2", true);
+    for stage in [0, 1, 2, 3] {
+        let results = run_ranks(2, |group| {
+            let (rank, size) = (group.rank(), group.size());
+            let weights = Weights::random(&model, 5, size, Kind::Float, group.device());
+            let before = flatten(&weights);
+            let mut learner = learner(&model, policy(0.05), Zero::new(stage, group, weights), false);
+            let mut sequences = sequences(3, true);
+            let all: Vec<usize> = (0..sequences.len()).collect();
+            let settings = Train { micro_batch_tokens: 20, ..Train::default() };
+            let plan = Plan::new(&sequences, &all, &settings, (rank, size)).unwrap();
+            let good = sequences[0].advantages[0];
+            sequences[0].advantages[0] = f32::NAN;
+            let skipped = learner.step(&plan.of(&sequences), &ADAMW).unwrap().num_skipped;
+            let unmoved = flatten(learner.zero().weights()).equal(&before);
+            let num_updates = learner.zero().num_updates();
+            sequences[0].advantages[0] = good;
+            let taken = learner.step(&plan.of(&sequences), &ADAMW).unwrap();
+            (skipped, unmoved, num_updates, taken.num_skipped, taken.grad_norm.is_finite())
+        });
+        assert_eq!(results, [(1, true, 0, 0, true); 2], "stage {stage}");
     }
 }
 
@@ -309,20 +528,16 @@ fn optimizer_state_moves_between_world_sizes() {
     let shared = model.clone();
     let shards = on_ranks(3, move |group| {
         let (learner, _) = train(&shared, 2, group, true, false);
-        let state: Vec<_> =
-            learner.zero().state().into_iter().map(|shard| (shard.unit_idx, shard.offset, shard.tensors)).collect();
-        (flatten(learner.zero().weights()), state)
+        (flatten(learner.zero().weights()), learner.zero().state())
     });
     let (alone, _) = alone(&model, false);
     let mut states: Vec<FullState> = Vec::new();
-    for (unit_idx, unit) in alone.zero().weights().manifest.units.iter().enumerate() {
+    for (unit_idx, unit) in alone.zero().weights().manifest().units.iter().enumerate() {
         for name in ["exp_avg", "exp_avg_sq"] {
             let tensor = Tensor::zeros([unit.numel() as i64], (Kind::Float, Device::Cpu));
-            for (_, shard) in &shards {
-                for (_, offset, tensors) in shard.iter().filter(|(index, ..)| *index == unit_idx) {
-                    let (_, part) = tensors.iter().find(|(known, _)| *known == name).unwrap();
-                    tensor.narrow(0, *offset as i64, part.size()[0]).copy_(part);
-                }
+            let parts = shards.iter().flat_map(|(_, shards)| shards);
+            for part in parts.filter(|part| part.unit_idx == unit_idx && part.name == name) {
+                tensor.narrow(0, part.offset as i64, part.tensor.size()[0]).copy_(&part.tensor);
             }
             states.push(FullState { unit_idx, name: name.to_owned(), tensor });
         }
@@ -335,7 +550,12 @@ fn optimizer_state_moves_between_world_sizes() {
         learner.step(&batch, &ADAMW).unwrap();
         flatten(learner.zero().weights())
     };
-    let mut zero = Zero::new(1, ProcessGroup::solo("restored", device()), alone.zero().weights().copy());
+    let mut zero = Zero::new(1, ProcessGroup::solo("restored", device()), copy(alone.zero().weights()));
+    let tensor = states[0].tensor.shallow_clone();
+    states[0].tensor = tensor.narrow(0, 0, 9);
+    let error = zero.load_state(3, &states).unwrap_err().to_string();
+    assert!(error.contains("9 elements of exp_avg for unit embedding"), "{error}");
+    states[0].tensor = tensor;
     zero.load_state(3, &states).unwrap();
     let restored = learner(&model, policy(0.05), zero, false);
     assert!(largest_difference(&fourth(restored), &fourth(alone)) < 1e-5);
@@ -347,11 +567,11 @@ fn the_reference_moves_towards_the_policy() {
     let (mut learner, _) = alone(&model, false);
     let before = flatten(learner.reference().unwrap());
     let policy = flatten(learner.zero().weights());
-    learner.sync_reference(0.6);
+    learner.sync_reference(0.6).unwrap();
     let expect = &before * 0.4 + &policy * 0.6;
     assert!(largest_difference(&flatten(learner.reference().unwrap()), &expect) < 1e-6);
     assert!(flatten(learner.zero().weights()).equal(&policy), "the policy must not move");
-    learner.sync_reference(1.0);
+    learner.sync_reference(1.0).unwrap();
     assert!(largest_difference(&flatten(learner.reference().unwrap()), &policy) < 1e-6);
 }
 

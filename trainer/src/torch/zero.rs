@@ -1,16 +1,25 @@
 //! Optimizer state, gradients and their communication, sharded over ranks as in ZeRO (arXiv 1910.02054).
 //!
 //! Every unit of the model is one flat buffer that the world size divides. Stage 0 keeps everything on every rank,
-//! stage 1 shards the optimizer's state, stage 2 the gradients as well: a unit's gradient is reduce-scattered while the
-//! backward pass of the next one computes. All ranks call these methods in the same order, unit for unit, whatever
-//! their own data: that is what keeps the collectives matched.
+//! stage 1 shards the optimizer's state, stage 2 the gradients as well, stage 3 the weights as well. A unit's gradient is
+//! reduced while the backward pass of the next one computes: in stages 2 and 3 with every micro-batch, before them with
+//! the last of a step. All ranks call these methods in the same order, unit for unit, whatever their own data: that is
+//! what keeps the collectives matched. What the optimizer keeps, and how it updates, is in `optimizer`.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
+use aha_core::optimizer::OptimizerOptions;
 use aha_nn::comm::{CommError, ProcessGroup, ReduceOp, Work};
-use aha_nn::optim::{AdamW, AdamWError, fused_adamw, sum_of_squares};
+use aha_nn::optim::{AdamW, sum_of_squares};
+use aha_nn::storage::memory_bytes;
+use aha_nn::unit::ModelWeights;
 use aha_nn::weights::Weights;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
+
+use super::optimizer::{OptimizerError, ShardOptimizer, StateTensor, Update};
+use super::parameters::{Parameters, Sharding};
+use super::range::Range;
 
 /// Reductions in flight while the backward pass goes on; each holds one unit's gradient.
 const MAX_PENDING: usize = 2;
@@ -18,11 +27,12 @@ const MAX_PENDING: usize = 2;
 /// The weights of one rank with what is needed to update them.
 #[derive(Debug)]
 pub struct Zero {
-    stage: u8,
-    group: ProcessGroup,
-    weights: Weights,
+    sharding: Sharding,
+    group: Arc<ProcessGroup>,
+    weights: Parameters,
     units: Vec<UnitState>,
     pending: VecDeque<Pending>,
+    stage: Option<HostStage>,
     /// Updates so far.
     num_updates: u64,
 }
@@ -30,48 +40,55 @@ pub struct Zero {
 /// What one rank holds of one unit beside its weights.
 #[derive(Debug)]
 struct UnitState {
-    /// Sum of the gradients of this step: `[padded]` in stages 0 and 1, the shard in stage 2. fp32.
+    /// Sum of the gradients of this step: `[padded]` in stages 0 and 1, the shard in stages 2 and 3. fp32.
     grad: Tensor,
-    /// `[owned]`, fp32.
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    /// fp32 copy of the owned weights, where the weights themselves are not fp32.
-    master: Option<Tensor>,
+    optimizer: ShardOptimizer,
     /// Elements of the unit that this rank updates.
     owned: Range,
-    /// Ranges within the owned elements that weight decay applies to: matrices, not norms and biases.
-    decayed: Vec<Range>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Range {
-    start: i64,
-    len: i64,
-}
-
+/// A reduction on its way.
 #[derive(Debug)]
 struct Pending {
     unit_idx: usize,
     work: Work,
-    shard: Tensor,
+    /// What becomes the gradient, or is added to it; none where it is reduced in place.
+    shard: Option<Tensor>,
 }
 
-/// One rank's part of the optimizer's state of one unit, without padding.
+/// The CPU's side of an update whose state is there: room for one unit's owned elements, pinned where the device is a GPU.
+#[derive(Debug)]
+struct HostStage {
+    grad: Tensor,
+    weights: Tensor,
+}
+
+/// Memory that a rank holds between steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeldBytes {
+    pub weights: usize,
+    pub gradients: usize,
+    pub optimizer: usize,
+}
+
+/// One rank's part of one tensor of the optimizer's state of one unit, without padding.
 #[derive(Debug)]
 pub struct ShardState {
     pub unit_idx: usize,
-    /// Where the part starts in the unit.
+    /// As the optimizer calls it, or `master`.
+    pub name: &'static str,
+    /// Where the part starts in the whole tensor.
     pub offset: usize,
-    /// `exp_avg`, `exp_avg_sq` and, where weights are not fp32, `master`: each `[n]`, fp32, on the CPU.
-    pub tensors: Vec<(&'static str, Tensor)>,
+    /// `[n]`, on the CPU.
+    pub tensor: Tensor,
 }
 
-/// The optimizer's state of one unit, put together again.
+/// One tensor of the optimizer's state of one unit, put together again.
 #[derive(Debug)]
 pub struct FullState {
     pub unit_idx: usize,
     pub name: String,
-    /// `[numel]`, fp32, without padding.
+    /// Flat, without padding.
     pub tensor: Tensor,
 }
 
@@ -80,20 +97,44 @@ pub enum ZeroError {
     #[error(transparent)]
     Comm(#[from] CommError),
     #[error(transparent)]
-    AdamW(#[from] AdamWError),
-    #[error("the checkpoint has no {name} for unit {unit}")]
+    Optimizer(#[from] OptimizerError),
+    #[error("the checkpoint has no {name} for unit {unit}: it was written under another train.optimizer")]
     MissingState { name: &'static str, unit: String },
+    #[error(
+        "the checkpoint has {found} elements of {name} for unit {unit}, and {expected} are due: it was written under another train.optimizer, or is not whole"
+    )]
+    UnevenState { name: &'static str, unit: String, found: usize, expected: i64 },
 }
 
 impl Zero {
-    /// Takes over `weights`, which are equal on all ranks and padded for the size of `group`.
-    pub fn new(stage: u8, group: ProcessGroup, weights: Weights) -> Self {
-        let units =
-            (0..weights.num_units()).map(|unit_idx| UnitState::new(stage, &group, &weights, unit_idx)).collect();
-        Self { stage, group, weights, units, pending: VecDeque::new(), num_updates: 0 }
+    /// Takes over `weights`, which are equal on all ranks and padded for the size of `group`, with AdamW.
+    pub fn new(sharding: impl Into<Sharding>, group: ProcessGroup, weights: Weights) -> Self {
+        let (sharding, group) = (sharding.into(), Arc::new(group));
+        let weights = Parameters::of(sharding, &group, weights);
+        Self::with(sharding, group, weights, &OptimizerOptions::default()).expect("weights at hand wait for no rank")
     }
 
-    pub fn weights(&self) -> &Weights {
+    /// As [`Zero::new`], for weights that are sharded as `sharding` says already, and any optimizer.
+    ///
+    /// # Errors
+    /// If ranks cannot reach each other.
+    pub fn with(
+        sharding: Sharding,
+        group: Arc<ProcessGroup>,
+        weights: Parameters,
+        optimizer: &OptimizerOptions,
+    ) -> Result<Self, ZeroError> {
+        let units: Vec<UnitState> = (0..weights.manifest().units.len())
+            .map(|unit_idx| UnitState::new((sharding, optimizer), &group, &weights, unit_idx))
+            .collect::<Result<_, _>>()?;
+        let stage = sharding.offload_optimizer.then(|| {
+            let longest = units.iter().map(|unit| unit.owned.len).max().unwrap_or(0);
+            HostStage::new(longest, weights.kind(), weights.device())
+        });
+        Ok(Self { sharding, group, weights, units, pending: VecDeque::new(), stage, num_updates: 0 })
+    }
+
+    pub fn weights(&self) -> &Parameters {
         &self.weights
     }
 
@@ -106,17 +147,34 @@ impl Zero {
         self.num_updates
     }
 
+    /// What this rank holds between steps.
+    #[must_use]
+    pub fn held_bytes(&self) -> HeldBytes {
+        HeldBytes {
+            weights: self.weights.num_bytes(),
+            gradients: self.units.iter().map(|unit| memory_bytes(&unit.grad)).sum(),
+            optimizer: self.units.iter().map(|unit| unit.optimizer.num_bytes()).sum(),
+        }
+    }
+
     /// Adds to the gradient of a unit; `grads` are those of its parameters, in manifest order, or none from a rank that
-    /// has no data left.
-    pub fn accumulate(&mut self, unit_idx: usize, grads: &[Tensor]) -> Result<(), ZeroError> {
-        if self.stage < 2 || self.group.size() == 1 {
+    /// has no data left. `is_last` with what is the last of the step for this unit, on all ranks alike.
+    pub fn accumulate(&mut self, unit_idx: usize, grads: &[Tensor], is_last: bool) -> Result<(), ZeroError> {
+        if self.group.size() == 1 {
             self.units[unit_idx].add(grads);
             return Ok(());
         }
-        let flat = self.flat_gradient(unit_idx, grads);
-        let mut shard = self.units[unit_idx].grad.empty_like();
-        let work = self.group.reduce_scatter_async(&flat, &mut shard, ReduceOp::Sum)?;
-        self.pending.push_back(Pending { unit_idx, work, shard });
+        let flat = match self.sharding.stage {
+            0 | 1 => {
+                self.units[unit_idx].add(grads);
+                if !is_last {
+                    return Ok(());
+                }
+                self.units[unit_idx].grad.shallow_clone()
+            }
+            _ => self.flat_gradient(unit_idx, grads),
+        };
+        self.reduce(unit_idx, flat)?;
         while self.pending.len() > MAX_PENDING {
             self.finish_oldest()?;
         }
@@ -128,40 +186,38 @@ impl Zero {
         while !self.pending.is_empty() {
             self.finish_oldest()?;
         }
-        for unit in &mut self.units {
-            match self.stage {
-                0 => self.group.all_reduce(&mut unit.grad, ReduceOp::Sum)?,
-                1 => {
-                    let mut shard = unit.exp_avg.empty_like();
-                    self.group.reduce_scatter(&unit.grad, &mut shard, ReduceOp::Sum)?;
-                    unit.grad = shard;
-                }
-                _ => {}
-            }
-        }
         // One sum of squares a unit, added in a fixed order in f64, so that the norm does not depend on the stage.
         let squares: Vec<Tensor> = self.units.iter().map(|unit| sum_of_squares(&unit.grad)).collect();
         let mut total = Tensor::stack(&squares, 0).sum(Kind::Double).view([1]);
-        if self.stage > 0 {
+        if self.sharding.stage > 0 {
             self.group.all_reduce(&mut total, ReduceOp::Sum)?;
         }
         Ok(total.double_value(&[0]).sqrt())
     }
 
-    /// Scales the gradients by `scale`, updates the owned weights, and gathers everyone's. Gradients are zero after.
+    /// Scales the gradients by `scale`, updates the owned weights, and gathers everyone's, which whoever uses a unit next
+    /// waits for. Gradients are zero after.
     pub fn update(&mut self, scale: f64, options: &AdamW) -> Result<(), ZeroError> {
         self.num_updates += 1;
-        let mut gathers = Vec::new();
+        let group = (self.sharding.stage > 0).then_some(&*self.group);
+        let update = Update { scale, step: self.num_updates, options, group };
         for (unit_idx, unit) in self.units.iter_mut().enumerate() {
-            let mut owned = unit.owned.of(self.weights.flat(unit_idx));
-            unit.update(&mut owned, scale, self.num_updates, options)?;
-            if self.stage > 0 {
-                let mut flat = self.weights.flat(unit_idx).shallow_clone();
-                gathers.push(self.group.all_gather_async(&owned.copy(), &mut flat)?);
+            let mut owned = self.weights.owned(unit_idx, unit.owned)?;
+            let mut grad = unit.grad.narrow(0, 0, unit.owned.len);
+            match &mut self.stage {
+                Some(stage) => stage.update(&mut unit.optimizer, &mut owned, &grad, &update)?,
+                None => {
+                    // The same memory, unless weights are kept on the CPU and their state is not.
+                    let mut beside = owned.to_device(grad.device());
+                    unit.optimizer.update(&mut beside, &mut grad, &update)?;
+                    if beside.device() != owned.device() {
+                        tch::no_grad(|| owned.copy_(&beside));
+                    }
+                }
             }
-        }
-        for gather in gathers {
-            gather.wait()?;
+            if self.sharding.stage > 0 {
+                self.weights.gather(unit_idx, &owned, &self.group)?;
+            }
         }
         self.zero_gradients();
         Ok(())
@@ -169,9 +225,11 @@ impl Zero {
 
     /// Drops the gradients of the step.
     pub fn zero_gradients(&mut self) {
-        for (unit_idx, unit) in self.units.iter_mut().enumerate() {
-            if self.stage == 1 {
-                unit.grad = self.weights.flat(unit_idx).zeros_like().to_kind(Kind::Float);
+        for (unit, spec) in self.units.iter_mut().zip(&self.weights.manifest().units) {
+            let len = unit.grad.size()[0];
+            let padded = spec.padded_numel(self.group.size()) as i64;
+            if self.sharding.stage < 2 && len < padded {
+                unit.grad = Tensor::zeros([padded], (Kind::Float, unit.grad.device()));
             } else {
                 unit.grad = unit.grad.zero_();
             }
@@ -180,17 +238,16 @@ impl Zero {
 
     /// What this rank contributes to a checkpoint. In stage 0 all ranks hold the same, and rank 0 speaks for them.
     pub fn state(&self) -> Vec<ShardState> {
-        if self.stage == 0 && self.group.rank() > 0 {
+        if self.sharding.stage == 0 && self.group.rank() > 0 {
             return Vec::new();
         }
         let mut shards = Vec::new();
         for (unit_idx, unit) in self.units.iter().enumerate() {
-            let numel = self.weights.manifest.units[unit_idx].numel() as i64;
-            let len = unit.owned.len.min(numel - unit.owned.start);
-            if len > 0 {
-                let tensors =
-                    unit.named().map(|(name, tensor)| (name, tensor.narrow(0, 0, len).to_device(tch::Device::Cpu)));
-                shards.push(ShardState { unit_idx, offset: unit.owned.start as usize, tensors: tensors.collect() });
+            for StateTensor { name, tensor, offset, .. } in unit.optimizer.tensors() {
+                if tensor.numel() > 0 {
+                    let tensor = tensor.to_device(tch::Device::Cpu);
+                    shards.push(ShardState { unit_idx, name, offset: offset as usize, tensor });
+                }
             }
         }
         shards
@@ -199,27 +256,26 @@ impl Zero {
     /// Takes the optimizer's state back, from a run of any world size and stage.
     ///
     /// # Errors
-    /// If a unit's moments are not there. A missing master is made from the weights.
+    /// If a unit's state is not there, or not whole. A missing master is made from the weights.
     pub fn load_state(&mut self, num_updates: u64, states: &[FullState]) -> Result<(), ZeroError> {
         for (unit_idx, unit) in self.units.iter_mut().enumerate() {
-            for (name, mut tensor) in unit.named() {
-                let found = states.iter().find(|state| state.unit_idx == unit_idx && state.name == name);
-                let numel = self.weights.manifest.units[unit_idx].numel() as i64;
-                let len = unit.owned.len.min(numel - unit.owned.start);
-                match found {
-                    Some(state) if len > 0 => {
-                        let source = state.tensor.narrow(0, unit.owned.start, len);
-                        tch::no_grad(|| tensor.narrow(0, 0, len).copy_(&source));
+            let unit_name = || self.weights.manifest().units[unit_idx].name.clone();
+            for StateTensor { name, mut tensor, offset, whole_len } in unit.optimizer.tensors() {
+                match states.iter().find(|state| state.unit_idx == unit_idx && state.name == name) {
+                    Some(state) if state.tensor.size() == [whole_len] => {
+                        let source = state.tensor.narrow(0, offset, tensor.numel() as i64);
+                        tch::no_grad(|| tensor.copy_(&source));
                     }
-                    Some(_) => {}
+                    Some(state) => {
+                        let found = state.tensor.numel();
+                        return Err(ZeroError::UnevenState { name, unit: unit_name(), found, expected: whole_len });
+                    }
+                    // Nobody writes what has no elements.
+                    None if whole_len == 0 => {}
                     None if name == "master" => {
-                        let owned = unit.owned.of(self.weights.flat(unit_idx));
-                        tch::no_grad(|| tensor.copy_(&owned));
+                        unit.optimizer.reset_master(&self.weights.owned(unit_idx, unit.owned)?);
                     }
-                    None => {
-                        let unit = self.weights.manifest.units[unit_idx].name.clone();
-                        return Err(ZeroError::MissingState { name, unit });
-                    }
+                    None => return Err(ZeroError::MissingState { name, unit: unit_name() }),
                 }
             }
         }
@@ -227,25 +283,40 @@ impl Zero {
         Ok(())
     }
 
+    /// Begins to sum `flat`, `[padded]`, over ranks.
+    fn reduce(&mut self, unit_idx: usize, mut flat: Tensor) -> Result<(), ZeroError> {
+        let (work, shard) = if self.sharding.stage == 0 {
+            (self.group.all_reduce_async(&mut flat, ReduceOp::Sum)?, None)
+        } else {
+            let mut shard = Tensor::empty([self.units[unit_idx].owned.len], (Kind::Float, flat.device()));
+            (self.group.reduce_scatter_async(&flat, &mut shard, ReduceOp::Sum)?, Some(shard))
+        };
+        self.pending.push_back(Pending { unit_idx, work, shard });
+        Ok(())
+    }
+
     fn finish_oldest(&mut self) -> Result<(), ZeroError> {
-        if let Some(Pending { unit_idx, work, shard }) = self.pending.pop_front() {
-            work.wait()?;
-            let grad = &mut self.units[unit_idx].grad;
-            *grad += shard;
+        let Some(Pending { unit_idx, work, shard }) = self.pending.pop_front() else { return Ok(()) };
+        work.wait()?;
+        let grad = &mut self.units[unit_idx].grad;
+        match shard {
+            Some(shard) if self.sharding.stage == 1 => *grad = shard,
+            Some(shard) => *grad += shard,
+            None => {}
         }
         Ok(())
     }
 
     /// The gradients of a unit's parameters as one padded fp32 tensor.
     fn flat_gradient(&self, unit_idx: usize, grads: &[Tensor]) -> Tensor {
-        let flat = self.weights.flat(unit_idx);
-        let padded = flat.size()[0];
-        let options = (Kind::Float, flat.device());
+        let unit = &self.weights.manifest().units[unit_idx];
+        let padded = unit.padded_numel(self.group.size()) as i64;
+        let options = (Kind::Float, self.weights.device());
         if grads.is_empty() {
             return Tensor::zeros([padded], options);
         }
         let mut parts: Vec<Tensor> = grads.iter().map(|grad| grad.to_kind(Kind::Float).reshape([-1])).collect();
-        let padding = padded - self.weights.manifest.units[unit_idx].numel() as i64;
+        let padding = padded - unit.numel() as i64;
         if padding > 0 {
             parts.push(Tensor::zeros([padding], options));
         }
@@ -254,25 +325,21 @@ impl Zero {
 }
 
 impl UnitState {
-    fn new(stage: u8, group: &ProcessGroup, weights: &Weights, unit_idx: usize) -> Self {
-        let flat = weights.flat(unit_idx);
-        let padded = flat.size()[0];
-        let owned = if stage == 0 {
-            Range { start: 0, len: padded }
-        } else {
-            let len = padded / group.size() as i64;
-            Range { start: group.rank() as i64 * len, len }
-        };
-        let zeros = |len: i64| Tensor::zeros([len], (Kind::Float, flat.device()));
-        let master = (weights.kind() != Kind::Float).then(|| owned.of(flat).to_kind(Kind::Float));
-        Self {
-            grad: zeros(if stage == 2 { owned.len } else { padded }),
-            exp_avg: zeros(owned.len),
-            exp_avg_sq: zeros(owned.len),
-            master,
-            owned,
-            decayed: decayed(weights, unit_idx, owned),
-        }
+    fn new(
+        (sharding, optimizer): (Sharding, &OptimizerOptions),
+        group: &ProcessGroup,
+        weights: &Parameters,
+        unit_idx: usize,
+    ) -> Result<Self, CommError> {
+        let unit = &weights.manifest().units[unit_idx];
+        let padded = unit.padded_numel(group.size()) as i64;
+        let owned = sharding.owned(padded, (group.rank(), group.size()));
+        let grad_len = if sharding.stage < 2 { padded } else { owned.len };
+        let grad = Tensor::zeros([grad_len], (Kind::Float, weights.device()));
+        let state_device = if sharding.offload_optimizer { Device::Cpu } else { weights.device() };
+        let owned_weights = weights.owned(unit_idx, owned)?.to_device(state_device);
+        let optimizer = ShardOptimizer::new(unit, owned, &owned_weights, optimizer);
+        Ok(Self { grad, optimizer, owned })
     }
 
     /// Adds the gradients of the parameters in place, without a flat copy of them.
@@ -285,53 +352,33 @@ impl UnitState {
             offset += numel;
         }
     }
+}
 
-    /// Updates the owned weights, `[owned]`, in place.
-    fn update(&mut self, weights: &mut Tensor, scale: f64, step: u64, options: &AdamW) -> Result<(), ZeroError> {
-        let mut grad = self.grad.narrow(0, 0, self.owned.len);
-        if scale != 1.0 {
-            grad *= scale;
-        }
-        let target = self.master.as_mut().unwrap_or(weights);
-        if options.weight_decay > 0.0 {
-            for range in &self.decayed {
-                let mut part = range.of(target);
-                part *= 1.0 - options.lr * options.weight_decay;
-            }
-        }
-        let options = AdamW { weight_decay: 0.0, ..*options };
-        fused_adamw(target, &grad, (&mut self.exp_avg, &mut self.exp_avg_sq), step, &options)?;
-        if let Some(master) = &self.master {
-            tch::no_grad(|| weights.copy_(master));
-        }
+impl HostStage {
+    fn new(len: i64, kind: Kind, device: Device) -> Self {
+        let buffer = |kind: Kind| {
+            let buffer = Tensor::zeros([len], (kind, Device::Cpu));
+            if device.is_cuda() { buffer.pin_memory(device) } else { buffer }
+        };
+        Self { grad: buffer(Kind::Float), weights: buffer(kind) }
+    }
+
+    /// Updates `owned` by way of the CPU.
+    fn update(
+        &mut self,
+        optimizer: &mut ShardOptimizer,
+        owned: &mut Tensor,
+        grad: &Tensor,
+        update: &Update<'_>,
+    ) -> Result<(), OptimizerError> {
+        let len = grad.size()[0];
+        let [mut host_grad, mut host_weights] = [&self.grad, &self.weights].map(|buffer| buffer.narrow(0, 0, len));
+        tch::no_grad(|| {
+            host_grad.copy_(grad);
+            host_weights.copy_(owned);
+        });
+        optimizer.update(&mut host_weights, &mut host_grad, update)?;
+        tch::no_grad(|| owned.copy_(&host_weights));
         Ok(())
     }
-
-    fn named(&self) -> impl Iterator<Item = (&'static str, Tensor)> {
-        let mut named =
-            vec![("exp_avg", self.exp_avg.shallow_clone()), ("exp_avg_sq", self.exp_avg_sq.shallow_clone())];
-        named.extend(self.master.as_ref().map(|master| ("master", master.shallow_clone())));
-        named.into_iter()
-    }
-}
-
-impl Range {
-    fn of(self, flat: &Tensor) -> Tensor {
-        flat.narrow(0, self.start, self.len)
-    }
-}
-
-/// The parts of `owned` that lie in matrices, relative to its start. transformers decays the same parameters.
-fn decayed(weights: &Weights, unit_idx: usize, owned: Range) -> Vec<Range> {
-    let mut offset = 0;
-    let mut ranges = Vec::new();
-    for param in &weights.manifest.units[unit_idx].params {
-        let end = offset + param.numel() as i64;
-        let (start, stop) = (offset.max(owned.start), end.min(owned.start + owned.len));
-        if param.shape.len() == 2 && start < stop {
-            ranges.push(Range { start: start - owned.start, len: stop - start });
-        }
-        offset = end;
-    }
-    ranges
 }

@@ -5,9 +5,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::Arc;
 
-use aha_core::config::{RewardSpec, RunConfig};
+use aha_core::config::{DataSource, RewardSpec, RunConfig};
+use aha_core::random::sampling_uniform;
+use aha_core::rollout::Group;
 use aha_trainer::publish::Publisher;
-use aha_trainer::rollouts::GeneratorPool;
+use aha_trainer::rollouts::{GeneratorPool, RolloutError, RolloutRequest, Rollouts};
+use aha_trainer::stop::StopRequest;
 use aha_trainer::world::World;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -20,6 +23,8 @@ const USER: &str = "Using the numbers {{ nums }}, create an equation that equals
                     <think> </think> tags and the answer in <answer> </answer> tags.";
 
 /// Seconds of a GRPO step: rollout, reward, exchange, forward and backward, update, weight push.
+///
+/// Every completion has all its tokens, and rewards are drawn at random, so that every one of them has a gradient.
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Example:\n  aha bench step --model models/smollm2-135m --prompts 4 --group 8 --new-tokens 128 --steps 3"
@@ -42,6 +47,18 @@ pub(super) struct Args {
     /// KL penalty; above 0 a reference model is computed as well
     #[arg(long, default_value_t = 0.001)]
     beta: f32,
+    /// Prompts from the column `question` of a .jsonl file, instead of Countdown puzzles
+    #[arg(long)]
+    questions: Option<PathBuf>,
+    /// Most tokens of a micro-batch
+    #[arg(long, default_value_t = 2048)]
+    micro_batch_tokens: usize,
+    /// Compute every completion's prompt anew
+    #[arg(long)]
+    no_share_prompts: bool,
+    /// Threads of the trainer and, in its turn, of the generator; 0 takes all cores
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -57,11 +74,11 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let generator = GeneratorProcess::start(&path, &address)?;
 
     let runtime = Arc::new(network_runtime()?);
-    aha_trainer::run::run(&config, &World::single(), |session| {
+    aha_trainer::run::run(&config, &World::single(), &StopRequest::default(), |session| {
         let pool = GeneratorPool::connect(&config, Arc::clone(&runtime))?;
         let weights = session.learner.policy();
         let publisher = Publisher::join(session.group(), &*weights, &config, &pool.clients(), runtime)?;
-        Ok((pool, publisher))
+        Ok((Measured(pool), publisher))
     })?;
 
     let metrics = std::fs::read_to_string(config.run_dir().join("metrics.jsonl"))?;
@@ -69,16 +86,21 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let median = |name: &str| {
         let mut values: Vec<f64> = steps.iter().filter_map(|step| step[name].as_f64()).collect();
         values.sort_by(f64::total_cmp);
-        values.get(values.len() / 2).copied()
+        let middle = values.len() / 2;
+        let before = if values.len().is_multiple_of(2) { middle.saturating_sub(1) } else { middle };
+        Some((values.get(before)? + values.get(middle)?) / 2.0)
     };
     let own = aha_nn::runtime::memory().map_or(0, |memory| memory.peak_rss);
-    let result = json!({
+    let mut result = json!({
         "seconds_per_step": median("step_time"),
-        "generate_seconds": median("time/generate"),
-        "train_seconds": median("time/train"),
         "push_seconds": median("weights/push_seconds"),
+        "packed_tokens": median("num_packed_tokens"),
+        "trainer_peak_rss_bytes": own,
         "peak_rss_bytes": own + generator.peak_rss(),
     });
+    for name in ["generate", "exchange", "train", "reference", "forward", "head", "backward", "reduce", "optimizer"] {
+        result[format!("{name}_seconds")] = json!(median(&format!("time/{name}")));
+    }
     if args.json {
         println!("{result}");
     } else {
@@ -87,25 +109,50 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The run that is measured: every completion has all its tokens, and nothing is evaluated or kept.
+/// Completions that end at their longest whatever they say, and rewards that say nothing.
+struct Measured(GeneratorPool);
+
+impl Rollouts for Measured {
+    fn roll_out(&mut self, request: &RolloutRequest) -> Result<Vec<Group>, RolloutError> {
+        let mut request = request.clone();
+        request.sampling.ignore_eos = true;
+        let mut groups = self.0.roll_out(&request)?;
+        for completion in groups.iter_mut().flat_map(|group| &mut group.completions) {
+            for reward in &mut completion.rewards {
+                reward.score = sampling_uniform(request.seed ^ completion.prompt_id.0, completion.sample_index, 0);
+            }
+        }
+        Ok(groups)
+    }
+}
+
+/// The run that is measured; nothing is evaluated or kept.
 fn config(args: &Args, folder: &Path, address: &str) -> Result<RunConfig> {
     let mut config = RunConfig::default();
     config.run.name = "bench-step".to_owned();
     config.run.output_dir = folder.to_owned();
     config.model.path = std::path::absolute(&args.model)?;
-    config.data.countdown.numbers = 3;
-    config.data.countdown.size = 1000;
+    if let Some(questions) = &args.questions {
+        config.data.source = DataSource::File;
+        config.data.path = Some(std::path::absolute(questions)?);
+        config.data.prompt.user = "{{ question }}".to_owned();
+    } else {
+        config.data.countdown.numbers = 3;
+        config.data.countdown.size = 1000;
+        config.data.prompt.user = USER.to_owned();
+    }
     config.data.prompt.system = Some(SYSTEM.to_owned());
-    config.data.prompt.user = USER.to_owned();
-    config.rewards =
-        ["format", "equation"].map(|function| RewardSpec { function: function.to_owned(), weight: 1.0 }).to_vec();
+    config.rewards = vec![RewardSpec { function: "format".to_owned(), weight: 1.0 }];
     config.rollout.num_generations = args.group;
     config.rollout.generation_batch_size = args.group * args.prompts;
     config.rollout.max_completion_length = args.new_tokens;
-    config.rollout.min_completion_length = args.new_tokens;
     config.train.max_steps = args.steps;
     config.train.save_steps = args.steps;
     config.train.beta = args.beta;
+    config.train.micro_batch_tokens = args.micro_batch_tokens;
+    config.train.share_prompts = !args.no_share_prompts;
+    config.train.threads = args.threads;
+    config.generator.threads = args.threads;
     config.generator.addresses = vec![address.to_owned()];
     config.logging.num_completions_to_print = 0;
     let problems = config.problems();

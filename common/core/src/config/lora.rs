@@ -176,6 +176,18 @@ impl RunConfig {
                  to 0 to train the whole model"
                     .to_owned()
             });
+            problems.unless(self.train.zero_stage < 3, || {
+                format!(
+                    "train.zero_stage: {} shards the weights that train, which are small where lora.r is over 0, and the \
+                     frozen base is whole on every rank all the same; set train.zero_stage to 2, or lora.r to 0",
+                    self.train.zero_stage
+                )
+            });
+            problems.unless(!self.train.offload_params, || {
+                "train.offload_params: offloads the weights that train, which are small where lora.r is over 0; set it to \
+                 false and train.zero_stage to 2, or lora.r to 0"
+                    .to_owned()
+            });
         } else {
             problems.unless(lora.adapter.is_none(), || "lora.adapter: has no effect while lora.r is 0".to_owned());
             problems.unless(lora.quantization == BaseQuantization::None, || {
@@ -241,6 +253,12 @@ mod tests {
         let mut moving = config(json!({"r": 4}));
         (moving.train.sync_ref_model, moving.train.beta) = (true, 0.1);
         check(&moving, &["train.sync_ref_model: ", "frozen base"]);
+        let mut sharded = config(json!({"r": 4}));
+        (sharded.train.zero_stage, sharded.train.offload_params) = (3, true);
+        check(&sharded, &["train.zero_stage: 3", "lora.r", "set train.zero_stage to 2"]);
+        check(&sharded, &["train.offload_params: ", "lora.r", "train.zero_stage to 2"]);
+        sharded.lora.r = 0;
+        assert_eq!(sharded.problems(), RunConfig::default().problems());
         let fits = config(json!({"r": 4, "quantization": "nf4", "adapter": "x"})).problems();
         assert!(!fits.iter().any(|problem| problem.starts_with("lora.")), "{fits:?}");
     }

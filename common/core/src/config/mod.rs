@@ -281,6 +281,9 @@ pub struct Launch {
     /// Trainer ranks; 0 takes one for each GPU but the generators', or 1 on a CPU.
     pub trainers: usize,
     pub generators: usize,
+    /// After Ctrl-C or SIGTERM, trainers may take so long to finish their step and to write a checkpoint. A second signal
+    /// ends them at once.
+    pub save_seconds: f64,
     /// A role that has not stopped this long after SIGTERM is killed.
     pub grace_seconds: f64,
 }
@@ -414,6 +417,6 @@ impl Default for Logging {
 
 impl Default for Launch {
     fn default() -> Self {
-        Self { trainers: 0, generators: 1, grace_seconds: 10.0 }
+        Self { trainers: 0, generators: 1, save_seconds: 300.0, grace_seconds: 10.0 }
     }
 }

@@ -6,6 +6,7 @@ use super::PushBackend;
 use crate::advantage::{AdvantageEstimator, AdvantageOptions, MultiObjectiveAggregation, ScaleRewards};
 use crate::batch::LossType;
 use crate::objective::{ImportanceSamplingLevel, KlEstimator, RolloutImportanceSamplingMode};
+use crate::optimizer::{MuonAdjustLr, MuonOptions, OptimizerKind, OptimizerOptions};
 use crate::schedule::LrSchedulerType;
 
 /// The optimizer's side of a step.
@@ -21,10 +22,16 @@ pub struct Train {
     pub warmup_ratio: f64,
     /// Wins over `warmup_ratio` where it is not 0.
     pub warmup_steps: u64,
+    pub optimizer: OptimizerKind,
+    /// Taken off matrices, not off norms and biases.
     pub weight_decay: f64,
     pub adam_beta1: f64,
     pub adam_beta2: f64,
     pub adam_epsilon: f64,
+    /// What `muon`'s learning rate is multiplied by for the shape of a matrix.
+    pub muon_adjust_lr: MuonAdjustLr,
+    /// Peak learning rate of the matrices of layers under `muon`; null is `learning_rate`. Both follow one schedule.
+    pub muon_learning_rate: Option<f64>,
     /// Gradients are scaled to this global norm where they exceed it; 0 leaves them.
     pub max_grad_norm: f64,
 
@@ -103,17 +110,29 @@ pub struct Train {
     /// this is its `steps_per_generation / gradient_accumulation_steps`.
     pub steps_per_generation: usize,
 
-    /// 0 replicates everything, 1 shards optimizer state, 2 gradients as well.
+    /// 0 replicates everything, 1 shards optimizer state, 2 gradients as well, 3 weights as well, which are then gathered
+    /// layer by layer as they are used.
     pub zero_stage: u8,
+    /// Keep the optimizer's state in the CPU's memory and update the weights there.
+    pub offload_optimizer: bool,
+    /// Keep the shards of the weights in the CPU's memory; for `zero_stage: 3`.
+    pub offload_params: bool,
+    /// Steps in a row whose gradients may be NaN or infinite; their updates are left out. One more ends the run.
+    pub max_skipped_steps: u64,
     /// Most tokens of a micro-batch; gradients accumulate over as many as the step needs.
     pub micro_batch_tokens: usize,
     /// Compute a prompt once for the completions of a micro-batch that follow it, not once for each.
     pub share_prompts: bool,
     /// Keep only the inputs of layers and compute their activations again in the backward pass.
     pub gradient_checkpointing: bool,
+    /// Do so for every so many-th layer only: 1 is all of them, 2 every other one.
+    pub gradient_checkpointing_interval: usize,
     pub save_steps: u64,
     /// Checkpoints kept; 0 keeps all.
     pub save_total_limit: usize,
+    /// Wall time of a process: before a step that might not end in time, a checkpoint is written and the run stops, to
+    /// go on when it is started again. Null is no limit.
+    pub max_wall_clock_seconds: Option<f64>,
     /// A collective that takes longer fails, naming its group and rank.
     pub collective_timeout_seconds: f64,
     /// A weight push that takes longer fails, naming whom it waited for.
@@ -132,10 +151,13 @@ impl Default for Train {
             min_lr_rate: 0.1,
             warmup_ratio: 0.0,
             warmup_steps: 0,
+            optimizer: OptimizerKind::Adamw,
             weight_decay: 0.0,
             adam_beta1: 0.9,
             adam_beta2: 0.999,
             adam_epsilon: 1e-8,
+            muon_adjust_lr: MuonAdjustLr::MatchRmsAdamw,
+            muon_learning_rate: None,
             max_grad_norm: 1.0,
             loss_type: LossType::Dapo,
             bnpo_batch_size: 0,
@@ -174,11 +196,16 @@ impl Default for Train {
             num_iterations: 1,
             steps_per_generation: 1,
             zero_stage: 2,
+            offload_optimizer: false,
+            offload_params: false,
+            max_skipped_steps: 10,
             micro_batch_tokens: 8192,
             share_prompts: true,
             gradient_checkpointing: false,
+            gradient_checkpointing_interval: 1,
             save_steps: 50,
             save_total_limit: 2,
+            max_wall_clock_seconds: None,
             collective_timeout_seconds: 600.0,
             push_timeout_seconds: 300.0,
             push_backend: PushBackend::Auto,
@@ -196,6 +223,12 @@ impl Train {
         } else {
             (self.max_steps as f64 * self.warmup_ratio).ceil() as u64
         }
+    }
+
+    #[must_use]
+    pub fn optimizer_options(&self) -> OptimizerOptions {
+        let lr_ratio = self.muon_learning_rate.map_or(1.0, |rate| rate / self.learning_rate);
+        OptimizerOptions { kind: self.optimizer, muon: MuonOptions { adjust_lr: self.muon_adjust_lr, lr_ratio } }
     }
 
     #[must_use]

@@ -5,6 +5,8 @@ use super::{RunConfig, Train};
 use crate::advantage::{AdvantageEstimator, MultiObjectiveAggregation, ScaleRewards};
 use crate::batch::LossType;
 use crate::objective::{ImportanceSamplingLevel, KlEstimator};
+use crate::optimizer::OptimizerKind;
+use crate::schedule::LrSchedulerType;
 
 impl RunConfig {
     pub(super) fn check_train(&self, problems: &mut Problems) {
@@ -56,8 +58,7 @@ impl RunConfig {
 
 impl Train {
     fn check_optimizer(&self, problems: &mut Problems) {
-        problems
-            .unless(self.zero_stage <= 2, || format!("train.zero_stage: must be 0, 1 or 2, got {}", self.zero_stage));
+        self.check_memory(problems);
         problems.unless(self.max_steps > 0, || "train.max_steps: must be at least 1".to_owned());
         problems.unless(self.num_iterations > 0, || "train.num_iterations: must be at least 1".to_owned());
         problems.unless(self.save_steps > 0, || "train.save_steps: must be at least 1".to_owned());
@@ -76,9 +77,50 @@ impl Train {
         ] {
             problems.share(key, value);
         }
+        let has_warmup = self.lr_scheduler_type != LrSchedulerType::Constant || self.num_warmup_steps() == 0;
+        problems.unless(has_warmup, || {
+            format!(
+                "train.lr_scheduler_type: constant has no warm-up, got one of {} steps; take constant_with_warmup",
+                self.num_warmup_steps()
+            )
+        });
         problems.positive("train.adam_epsilon", self.adam_epsilon);
+        if let Some(rate) = self.muon_learning_rate {
+            problems.at_least_0("muon_learning_rate", rate);
+            problems.unless(self.optimizer == OptimizerKind::Muon, || {
+                format!("train.muon_learning_rate: {rate} has no effect on optimizer {:?}", self.optimizer)
+            });
+            problems.unless(self.learning_rate > 0.0, || {
+                "train.learning_rate: must be over 0 beside train.muon_learning_rate, since both follow one schedule"
+                    .to_owned()
+            });
+        }
+        if let Some(seconds) = self.max_wall_clock_seconds {
+            problems.positive("train.max_wall_clock_seconds", seconds);
+        }
         problems.positive("train.collective_timeout_seconds", self.collective_timeout_seconds);
         problems.positive("train.push_timeout_seconds", self.push_timeout_seconds);
+    }
+
+    /// What ranks share out, keep elsewhere, or compute again.
+    fn check_memory(&self, problems: &mut Problems) {
+        problems.unless(self.zero_stage <= 3, || {
+            format!("train.zero_stage: must be 0, 1, 2 or 3, got {}", self.zero_stage)
+        });
+        problems.unless(!self.offload_optimizer || self.optimizer != OptimizerKind::Muon, || {
+            "train.offload_optimizer: muon makes its updates from whole matrices on the device; use adamw or adamw_8bit"
+                .to_owned()
+        });
+        problems.unless(!self.offload_params || self.zero_stage == 3, || {
+            format!("train.offload_params: needs train.zero_stage 3, got {}", self.zero_stage)
+        });
+        let interval = self.gradient_checkpointing_interval;
+        problems.unless(interval > 0, || "train.gradient_checkpointing_interval: must be at least 1".to_owned());
+        problems.unless(self.gradient_checkpointing || interval == 1, || {
+            format!(
+                "train.gradient_checkpointing_interval: {interval} has no effect without train.gradient_checkpointing"
+            )
+        });
     }
 
     /// The ratio's level and its clipping.
@@ -238,7 +280,9 @@ mod tests {
             // The upper clip range follows epsilon where it is not set.
             check(json!({key: 1.5, "epsilon_high": 0.2}), &[&format!("train.{key}: "), "[0, 1]", "1.5"]);
         }
-        for key in ["sapo_temperature_pos", "sapo_temperature_neg", "off_policy_mask_threshold"] {
+        for key in
+            ["sapo_temperature_pos", "sapo_temperature_neg", "off_policy_mask_threshold", "max_wall_clock_seconds"]
+        {
             check(json!({key: 0.0}), &[&format!("train.{key}: "), "over 0", "got 0"]);
         }
         for key in ["num_iterations", "ref_model_sync_steps"] {
@@ -247,6 +291,22 @@ mod tests {
         for key in ["rollout_importance_sampling_clip_min", "rollout_importance_sampling_clip_max"] {
             check(json!({key: -1.0}), &[&format!("train.{key}: "), ">= 0", "-1"]);
         }
+    }
+
+    #[test]
+    fn options_of_memory_fit_each_other() {
+        check(json!({"zero_stage": 4}), &["train.zero_stage: ", "0, 1, 2 or 3", "got 4"]);
+        check(json!({"offload_optimizer": true, "optimizer": "muon"}), &["train.offload_optimizer: ", "muon"]);
+        check(json!({"offload_params": true}), &["train.offload_params: ", "zero_stage 3", "got 2"]);
+        assert!(problems(json!({"offload_params": true, "offload_optimizer": true, "zero_stage": 3})).is_empty());
+        check(
+            json!({"gradient_checkpointing": true, "gradient_checkpointing_interval": 0}),
+            &["train.gradient_checkpointing_interval: ", "at least 1"],
+        );
+        check(
+            json!({"gradient_checkpointing_interval": 2}),
+            &["train.gradient_checkpointing_interval: 2", "gradient_checkpointing"],
+        );
     }
 
     #[test]
@@ -312,6 +372,28 @@ mod tests {
             &["train.bnpo_batch_size: 5", "32"],
         );
         check(json!({"soft_punish_cache": 513}), &["train.soft_punish_cache: 513", "512"]);
+    }
+
+    #[test]
+    fn a_warm_up_needs_a_schedule_that_has_one() {
+        for warmup in [json!({"warmup_steps": 7}), json!({"warmup_ratio": 0.065})] {
+            let mut train = warmup.clone();
+            train["lr_scheduler_type"] = json!("constant");
+            check(train, &["train.lr_scheduler_type: constant", "7 steps", "constant_with_warmup"]);
+            let mut train = warmup;
+            train["lr_scheduler_type"] = json!("constant_with_warmup");
+            assert!(problems(train).is_empty());
+        }
+    }
+
+    #[test]
+    fn muon_s_learning_rate_goes_with_muon_and_a_schedule() {
+        check(json!({"muon_learning_rate": 0.02}), &["train.muon_learning_rate: 0.02", "Adamw"]);
+        check(
+            json!({"muon_learning_rate": 0.02, "optimizer": "muon", "learning_rate": 0.0}),
+            &["train.learning_rate: ", "over 0"],
+        );
+        assert!(problems(json!({"muon_learning_rate": 0.02, "optimizer": "muon"})).is_empty());
     }
 
     #[test]

@@ -50,7 +50,7 @@ pub fn statistics(
         let layer = layer(config, model.spec, base.params(), &adapters.params());
         x = tch::no_grad(|| layer.forward(&ops, config, layer_idx, x));
     }
-    let (_units, head, matrix) = head(config, model.base, &mut walk)?;
+    let (_units, head, matrix) = head(model.base, &mut walk)?;
     let rows = x.index_select(0, rows); // [M, C]
     let hidden = tch::no_grad(|| packed.rms_norm(&rows, &head.norm, config.rms_norm_eps));
     Ok(token_statistics(&hidden, &matrix, tokens, temperature))

@@ -8,6 +8,7 @@ mod attention;
 mod dropout;
 mod norm;
 mod rope;
+mod rows;
 mod softmax;
 mod squares;
 
@@ -16,6 +17,7 @@ pub use attention::merge_attention;
 pub use dropout::dropout_mask;
 pub use norm::{rms_norm, rms_norm_backward};
 pub use rope::{Turn, rope_in_place};
+pub use rows::gather_rows;
 pub use softmax::{TargetSummary, summarise_targets, target_logprobs_backward};
 pub use squares::sum_of_squares;
 

@@ -38,10 +38,11 @@ pub fn rms_norm_backward(x: &[f32], weight: &[f32], scales: &[f32], d_out: &[f32
         for block in range {
             // SAFETY: each block, and its rows, is written by one thread.
             let d_weight = unsafe { blocks.row(block) };
-            for i in block * BLOCK_ROWS..x.num_rows().min((block + 1) * BLOCK_ROWS) {
+            let rows = block * BLOCK_ROWS..x.num_rows().min((block + 1) * BLOCK_ROWS);
+            for (i, &scale) in rows.clone().zip(&scales[rows]) {
                 // SAFETY: as above.
                 let d_x = unsafe { d_x.row(i) };
-                isa.run(Backward { x: x.row(i), weight, scale: scales[i], d_out: d_out.row(i), d_x, d_weight });
+                isa.run(Backward { x: x.row(i), weight, scale, d_out: d_out.row(i), d_x, d_weight });
             }
         }
     });

@@ -1,0 +1,146 @@
+//! `aha plan`: bytes of every process before any is taken.
+
+use std::process::ExitCode;
+
+use aha_core::config::{DeviceKind, Dtype, RunConfig};
+use aha_nn::model_config::ModelConfig;
+use aha_trainer::memory_plan::{self, Plan, Setting, TrainerPlan};
+use anyhow::{Result, ensure};
+use serde_json::{Value, json};
+use tch::{Device, Kind};
+
+use super::ConfigArgs;
+
+const GIB: f64 = (1_u64 << 30) as f64;
+
+/// Predict the memory of trainer ranks and generators, without loading anything.
+///
+/// Runs that train adapters (lora.r over 0) are refused: there are no formulas for them.
+///
+/// What libtorch takes for itself is not counted: about 0.2 GiB of a process, and more on a GPU.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  aha plan configs/countdown-tiny.yaml --world-size 4 --device-memory 80")]
+pub(crate) struct Args {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Trainer ranks
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    world_size: usize,
+    /// Memory of a device in GiB: tells whether each process fits one of its own
+    #[arg(long, value_name = "GIB")]
+    device_memory: Option<f64>,
+    /// Print one JSON object, in bytes
+    #[arg(long)]
+    json: bool,
+}
+
+/// A process and what it takes of one memory.
+struct Row {
+    process: String,
+    plan: Plan,
+    /// Of the device, not of a host beside it.
+    is_on_device: bool,
+}
+
+pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    ensure!(args.world_size > 0, "--world-size: must be at least 1");
+    let config = args.config.load()?;
+    check(&config)?;
+    let model = ModelConfig::load(&config.model.path)?;
+    let rows = rows(&config, &model, args.world_size);
+    if args.json {
+        println!("{}", to_json(&rows));
+        return Ok(ExitCode::SUCCESS);
+    }
+    for row in &rows {
+        print!("{}", table(row));
+    }
+    let fits = |row: &&Row, memory: f64| row.plan.total() as f64 <= memory * GIB;
+    if let Some(memory) = args.device_memory {
+        for row in rows.iter().filter(|row| row.is_on_device) {
+            let share = 100.0 * row.plan.total() as f64 / (memory * GIB);
+            let verdict = if fits(&row, memory) { "fits" } else { "does not fit" };
+            println!("{} {verdict} {memory} GiB: {share:.0} % of it", row.process);
+        }
+        if !rows.iter().filter(|row| row.is_on_device).all(|row| fits(&row, memory)) {
+            return Ok(ExitCode::FAILURE);
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The formulas are of a whole model in training.
+fn check(config: &RunConfig) -> Result<()> {
+    ensure!(
+        !config.lora.is_on(),
+        "lora.r: {} trains adapters beside a frozen base, for which aha plan has no formulas; --set lora.r=0 \
+         --set lora.quantization=none plans the whole model in training, which takes more",
+        config.lora.r
+    );
+    Ok(())
+}
+
+fn rows(config: &RunConfig, model: &ModelConfig, world_size: usize) -> Vec<Row> {
+    // A plan for GPUs is made on machines without one: only `cpu` is not planned for a GPU, and `auto` where there is none.
+    let device = match config.model.device {
+        DeviceKind::Cuda => Device::Cuda(0),
+        DeviceKind::Auto if tch::Cuda::is_available() => Device::Cuda(0),
+        DeviceKind::Cpu | DeviceKind::Auto => Device::Cpu,
+    };
+    let kind = match (config.model.dtype, device) {
+        (Dtype::Float32, _) | (Dtype::Auto, Device::Cpu) => Kind::Float,
+        (Dtype::Bfloat16, _) | (Dtype::Auto, _) => Kind::BFloat16,
+    };
+    let (num_tokens, num_targets) = memory_plan::largest_micro_batch(config, world_size);
+    let train = &config.train;
+    let setting = Setting { model, train, kind, device, world_size, num_tokens, num_targets };
+    let TrainerPlan { device: on_device, host } = memory_plan::trainer(&setting);
+    let trainer = format!("trainer rank of {world_size}, {num_tokens} tokens at a time");
+    let mut rows = vec![Row { process: trainer, plan: on_device, is_on_device: true }];
+    if host.total() > 0 {
+        rows.push(Row { process: "trainer rank, on the CPU".to_owned(), plan: host, is_on_device: false });
+    }
+    let kind = if device == Device::Cpu { Kind::Float } else { kind };
+    let plan = memory_plan::generator(config, model, kind);
+    rows.push(Row { process: "generator".to_owned(), plan, is_on_device: true });
+    rows
+}
+
+fn table(row: &Row) -> String {
+    let line = |name: &str, bytes: usize| format!("  {name:<20} {:>9.2} GiB\n", bytes as f64 / GIB);
+    let terms: String = row.plan.terms.iter().map(|(name, bytes)| line(name, *bytes)).collect();
+    format!("{}\n{terms}{}", row.process, line("total", row.plan.total()))
+}
+
+fn to_json(rows: &[Row]) -> Value {
+    let row = |row: &Row| {
+        let terms: serde_json::Map<String, Value> =
+            row.plan.terms.iter().map(|(name, bytes)| ((*name).to_owned(), json!(bytes))).collect();
+        json!({"process": row.process, "on_device": row.is_on_device, "bytes": terms, "total": row.plan.total()})
+    };
+    rows.iter().map(row).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn adapters_are_not_planned_for_as_if_the_model_trained() {
+        let mut config = RunConfig::default();
+        assert!(check(&config).is_ok());
+        config.lora.r = 8;
+        let error = check(&config).unwrap_err().to_string();
+        assert!(error.starts_with("lora.r: 8 ") && error.contains("--set lora.r=0"), "{error}");
+    }
+
+    #[test]
+    fn the_columns_of_a_table_are_aligned() {
+        let terms = vec![("weights", 3 << 30), ("temporary buffers", 1 << 29)];
+        let row = Row { process: "trainer rank".to_owned(), plan: Plan { terms }, is_on_device: true };
+        let expect = "trainer rank\n  weights                   3.00 GiB\n  temporary buffers         0.50 GiB\n  \
+                      total                     3.50 GiB\n";
+        assert_eq!(table(&row), expect);
+        assert_eq!(to_json(&[row])[0]["bytes"]["weights"], json!(3_u64 << 30));
+    }
+}
