@@ -74,7 +74,7 @@ fn check(config: &RunConfig) -> Result<()> {
     ensure!(
         !config.lora.is_on(),
         "lora.r: {} trains adapters beside a frozen base, for which aha plan has no formulas; --set lora.r=0 \
-         --set lora.quantization=none plans the whole model in training, which takes more",
+         --set lora.quantization=none plans the whole model in training",
         config.lora.r
     );
     Ok(())
