@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
-use commands::{bench, generate, generator, plan, reward, score, sft, trainer};
+use commands::{bench, export, generate, generator, plan, reward, score, sft, trainer};
 
 /// Makes language models reason by reinforcement learning: trainer ranks, generators, and the tools around them.
 #[derive(Debug, Parser)]
@@ -27,6 +27,7 @@ enum Command {
     Trainer(trainer::Args),
     Generator(generator::Args),
     Sft(sft::Args),
+    Export(export::Args),
     Generate(generate::Args),
     Score(score::Args),
     Plan(plan::Args),
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
         Command::Trainer(args) => trainer::run(&args),
         Command::Generator(args) => generator::run(&args),
         Command::Sft(args) => sft::run(&args),
+        Command::Export(args) => export::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Score(args) => score::run(&args),
         Command::Plan(args) => plan::run(&args),

@@ -80,4 +80,5 @@ def main():
         print(name, "margin", round(margin, 4), "distinct greedy tokens", len(set(record["greedy"])), "mean", float(logprobs.mean()))
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,11 @@
 
 use std::path::Path;
 
+use aha_nn::model_config::ModelConfig;
+use aha_nn::model_folder::save_weights;
+use aha_nn::weights::Weights;
 use serde_json::{Value, json};
+use tch::{Device, Kind};
 
 use crate::golden::copy_tokenizer;
 
@@ -23,6 +27,17 @@ pub fn write(folder: &Path) {
     std::fs::write(model.join("config.json"), config.to_string()).expect("a writable folder");
     copy_tokenizer(&model);
     std::fs::write(folder.join("run.yaml"), recipe().to_string()).expect("a writable folder");
+}
+
+/// Writes random weights into `model/`, for runs with `model.random_init` off.
+///
+/// # Panics
+/// If the folder cannot be written.
+pub fn write_base(folder: &Path) {
+    let model = folder.join("model");
+    let config = ModelConfig::load(&model).expect("a model folder");
+    let weights = Weights::random(&config, 1, 1, Kind::Float, Device::Cpu);
+    save_weights(&model, &config, &weights).expect("a writable folder");
 }
 
 /// The recipe; JSON is YAML.

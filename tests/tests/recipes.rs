@@ -21,6 +21,7 @@ fn every_recipe_is_valid() {
         "qwen2.5-0.5b-countdown",
         "qwen2.5-1.5b-countdown",
         "qwen2.5-3b-countdown",
+        "qwen2.5-3b-countdown-lora",
     ] {
         assert!(names.iter().any(|name| name == expected), "{expected} is missing among {names:?}");
     }

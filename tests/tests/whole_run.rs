@@ -77,6 +77,7 @@ fn interrupted_and_resumed(overrides: &[&str]) -> tempfile::TempDir {
     let interrupted = tempfile::tempdir().unwrap();
     let folder = interrupted.path().canonicalize().unwrap();
     small_run::write(&folder);
+    small_run::write_base(&folder);
     let mut child = Command::new(aha())
         .args(["launch", "run.yaml"])
         .args(overrides.iter().flat_map(|text| ["--set", text]))
@@ -176,6 +177,30 @@ fn a_run_with_every_option_of_the_loss_is_repeatable_and_resumes() {
     assert!(numbers("kl")[MAX_STEPS as usize - 1] > 0.0);
     assert!(whole.path().join("runs/small/checkpoints/step-6/trainer_state/reference/model.safetensors").is_file());
     assert_eq!(metrics(interrupted_and_resumed(&EVERY_OPTION).path()), steps);
+}
+
+/// Adapters on a quantised base, with randomness of their own.
+const ADAPTERS: [&str; 9] = [
+    "model.random_init=false",
+    "lora.r=4",
+    "lora.lora_dropout=0.1",
+    "lora.quantization=nf4",
+    "train.beta=0.05",
+    "train.entropy_coef=0.05",
+    "train.soft_punish_cache=23",
+    "train.num_iterations=2",
+    "train.learning_rate=1e-2",
+];
+
+#[test]
+fn a_run_of_adapters_is_repeatable_and_resumes() {
+    let whole = tempfile::tempdir().unwrap();
+    small_run::write(whole.path());
+    small_run::write_base(whole.path());
+    launch(whole.path(), &ADAPTERS);
+    let steps = metrics(whole.path());
+    assert!(steps[MAX_STEPS as usize - 1]["kl"].as_f64().unwrap() > 1e-4);
+    assert_eq!(metrics(interrupted_and_resumed(&ADAPTERS).path()), steps);
 }
 
 fn check_run_folder(run: &Path) {

@@ -1,6 +1,7 @@
 //! The trainer: rollouts, GRPO steps on sharded weights, the push to the generators.
 #![forbid(unsafe_code)]
 
+mod adapters;
 mod agreement;
 pub mod checkpoint;
 pub mod clients;
@@ -8,6 +9,7 @@ mod durable;
 mod entropy;
 pub mod evaluate;
 pub mod exchange;
+pub mod export;
 mod failpoint;
 pub mod loggers;
 pub mod memory_plan;

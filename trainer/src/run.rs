@@ -50,7 +50,7 @@ pub fn run<R: Rollouts>(
     let mut session = Session::start(config, world, objective, stop)?;
     let (mut rollouts, mut publisher) = connect(&session)?;
     let rollouts = &mut rollouts;
-    publisher.publish(session.learner.zero().weights(), PolicyVersion(session.step))?;
+    publisher.publish(&*session.learner.policy(), PolicyVersion(session.step))?;
     let first_step = session.step;
     evaluate_if_due(&mut session, rollouts, first_step)?;
     for step in first_step..config.train.max_steps {
@@ -90,7 +90,7 @@ fn train_step(session: &mut Session, rollouts: &mut dyn Rollouts, publisher: &mu
     let adamw = session.adamw(step);
     let output = optimize(&mut session.learner, &config.train, &mut batch, &adamw)?;
     clock.lap("time/train");
-    let push = publisher.publish(session.learner.zero().weights(), PolicyVersion(step + 1))?;
+    let push = publisher.publish(&*session.learner.policy(), PolicyVersion(step + 1))?;
     clock.lap("weights/push_seconds");
 
     let logprobs: Vec<&[f32]> =

@@ -14,10 +14,12 @@ use aha_nn::model_config::ModelConfig;
 use aha_nn::model_folder::{check_weights, load_units};
 use aha_nn::optim::AdamW;
 use aha_nn::runtime;
+use aha_nn::unit::ModelWeights;
 use aha_nn::weights::Weights;
 use anyhow::{Context, Result};
 use tch::{Device, Kind};
 
+use crate::adapters;
 use crate::checkpoint::{self, Checkpoint};
 use crate::loggers::{LoggerOptions, Loggers};
 use crate::prompts::PromptSource;
@@ -69,30 +71,14 @@ impl Session {
         // Before anything is written: a run that cannot begin leaves no folder.
         if !config.model.random_init && !RunDir::exists(config) {
             check_weights(&config.model.path, &model_config)?;
+            adapters::check(config, &model_config)?;
         }
         let (group, store) = join(config, world, device)?;
         let run_dir = RunDir::open(config, &group)?;
         let checkpoint = checkpoint::latest(&run_dir, &group)?;
         let group = Arc::new(group);
-        let builder = || {
-            let kind = kind(config.model.dtype, device);
-            ParametersBuilder::new(sharding(&config.train), &group, model_config.manifest(), kind)
-        };
-        let weights = initial_weights(config, &model_config, checkpoint.as_ref(), builder())?;
-        let reference = if objective.needs_reference() {
-            Some(reference_weights(config, &model_config, checkpoint.as_ref(), builder())?)
-        } else {
-            None
-        };
+        let learner = learner((config, objective), &model_config, checkpoint.as_ref(), &group)?;
         let step = checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.state.step);
-        let optimizer = config.train.optimizer_options();
-        let mut zero = Zero::with(sharding(&config.train), Arc::clone(&group), weights, &optimizer)?;
-        if let Some(checkpoint) = &checkpoint {
-            zero.load_state(checkpoint.state.num_updates, &checkpoint.optimizer()?)?;
-            tracing::info!("going on from {}", checkpoint.folder.display());
-        }
-        let options = learner_options(config, objective, model_config.vocab_size);
-        let learner = Learner::new(model_config, options, zero, reference);
         let loggers = if world.rank == 0 { Some(loggers(config, &run_dir, step)?) } else { None };
         Ok(Self {
             config: config.clone(),
@@ -188,7 +174,8 @@ impl Session {
     pub fn save_model(&self) -> Result<std::path::PathBuf> {
         let folder = self.run_dir.model();
         let base = &self.config.model.path;
-        checkpoint::save_model(&folder, base, self.learner.config(), (self.learner.zero().weights(), self.group()))?;
+        let weights = (&*self.learner.policy(), self.learner.kind());
+        checkpoint::save_model(&folder, base, self.learner.config(), weights, self.group())?;
         self.group().barrier()?;
         Ok(folder)
     }
@@ -226,6 +213,43 @@ fn join(config: &RunConfig, world: &World, device: Device) -> Result<(ProcessGro
     Ok((ProcessGroup::new(backend, &store, &spec)?, Some(store)))
 }
 
+/// The policy, fresh or as a checkpoint left it.
+fn learner(
+    (config, objective): (&RunConfig, Objective),
+    model_config: &ModelConfig,
+    checkpoint: Option<&Checkpoint>,
+    group: &Arc<ProcessGroup>,
+) -> Result<Learner> {
+    let (kind, device) = (kind(config.model.dtype, group.device()), group.device());
+    let sharding = sharding(&config.train);
+    let builder = || ParametersBuilder::new(sharding, group, model_config.manifest(), kind);
+    let weights = if config.lora.is_on() {
+        let folder = checkpoint.map(|checkpoint| checkpoint.folder.as_path());
+        let adapters = adapters::initial(config, model_config, folder, (group.size(), device))?;
+        Parameters::of(sharding, group, adapters)
+    } else {
+        initial_weights(config, model_config, checkpoint, builder())?
+    };
+    let mut zero = Zero::with(sharding, Arc::clone(group), weights, &config.train.optimizer_options())?;
+    if let Some(checkpoint) = checkpoint {
+        let state = checkpoint.optimizer(zero.weights().manifest())?;
+        zero.load_state(checkpoint.state.num_updates, &state)?;
+        tracing::info!("going on from {}", checkpoint.folder.display());
+    }
+    let options = learner_options(config, objective, model_config.vocab_size);
+    let model_config = model_config.clone();
+    if config.lora.is_on() {
+        let base = adapters::base(config, &model_config, (kind, device))?;
+        return Ok(Learner::of_adapters(model_config, options, zero, base));
+    }
+    let reference = if objective.needs_reference() {
+        Some(reference_weights(config, &model_config, checkpoint, builder())?)
+    } else {
+        None
+    };
+    Ok(Learner::new(model_config, options, zero, reference))
+}
+
 /// What ranks share out.
 fn sharding(train: &Train) -> Sharding {
     Sharding {
@@ -235,6 +259,7 @@ fn sharding(train: &Train) -> Sharding {
     }
 }
 
+/// Type of the weights in the forward and backward pass.
 fn kind(dtype: Dtype, device: Device) -> Kind {
     match (dtype, device) {
         (Dtype::Float32, _) | (Dtype::Auto, Device::Cpu) => Kind::Float,

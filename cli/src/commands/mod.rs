@@ -10,6 +10,7 @@ use tch::{Device, Kind};
 use tokio::runtime::Runtime;
 
 pub(crate) mod bench;
+pub(crate) mod export;
 pub(crate) mod generate;
 pub(crate) mod generator;
 pub(crate) mod plan;
@@ -94,6 +95,15 @@ enum DtypeName {
     Bfloat16,
 }
 
+impl From<DtypeName> for Kind {
+    fn from(dtype: DtypeName) -> Self {
+        match dtype {
+            DtypeName::Float32 => Self::Float,
+            DtypeName::Bfloat16 => Self::BFloat16,
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum LoadFormat {
     /// The folder's files
@@ -114,8 +124,9 @@ impl Placement {
 
     fn kind(self) -> Result<Kind> {
         Ok(match (self.dtype, self.device()?) {
-            (Some(DtypeName::Float32), _) | (None, Device::Cpu) => Kind::Float,
-            (Some(DtypeName::Bfloat16), _) | (None, _) => Kind::BFloat16,
+            (Some(dtype), _) => dtype.into(),
+            (None, Device::Cpu) => Kind::Float,
+            (None, _) => Kind::BFloat16,
         })
     }
 

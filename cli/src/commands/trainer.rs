@@ -38,8 +38,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let runtime = Arc::new(network_runtime()?);
     let outcome = run::run(&config, &world, &stop_on_signals()?, |session| {
         let pool = GeneratorPool::connect(&config, Arc::clone(&runtime))?;
-        let weights = session.learner.zero().weights();
-        let publisher = Publisher::join(session.group(), weights, &config, &pool.clients(), runtime)?;
+        let weights = session.learner.policy();
+        let publisher = Publisher::join(session.group(), &*weights, &config, &pool.clients(), runtime)?;
         Ok((pool, publisher))
     })?;
     Ok(match outcome {

@@ -91,7 +91,7 @@ fn layers(
 /// # Shapes
 /// - tokens: `[T]`, at least 1; returns `[T - 1]`.
 #[must_use]
-pub fn score(config: &ModelConfig, weights: &Weights, tokens: &[u32]) -> Vec<f32> {
+pub fn score(config: &ModelConfig, weights: &dyn ModelWeights, tokens: &[u32]) -> Vec<f32> {
     let table = RotaryTable::new(config, tokens.len(), weights.device());
     let batch = PackedBatch::new(&[tokens], &table, weights.kind());
     let num_targets = tokens.len() as i64 - 1;

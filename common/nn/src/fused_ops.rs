@@ -16,16 +16,18 @@ use crate::transformer::Projection;
 pub(crate) fn linear<const P: usize>(x: &Tensor, projections: [&Projection<Tensor>; P]) -> [Tensor; P] {
     let outputs = projections.map(|projection| product(x, &projection.weight, projection.bias.as_ref(), None));
     let mut inputs = vec![x];
-    inputs.extend(projections.iter().flat_map(|projection| params(projection)));
-    let has_bias = projections.map(|projection| projection.bias.is_some());
+    inputs.extend(projections.iter().flat_map(|projection| self::params(projection)));
+    let params = projections.map(Params::new);
     let weights = projections.map(|projection| projection.weight.detach());
-    let x = x.detach();
+    let (x_is_wanted, x) = (x.requires_grad(), x.detach());
     differentiable(&inputs, outputs, move |grads| {
         let mut d_x = None;
         let mut d_params = Vec::new();
-        for ((d_out, weight), has_bias) in grads.into_iter().zip(&weights).zip(has_bias) {
-            d_x = d_out.as_ref().map(|d_out| product(d_out, &weight.tr(), None, d_x.as_ref())).or(d_x);
-            d_params.extend(param_grads(d_out.as_ref(), &x, has_bias));
+        for ((d_out, weight), params) in grads.into_iter().zip(&weights).zip(params) {
+            if x_is_wanted {
+                d_x = d_out.as_ref().map(|d_out| product(d_out, &weight.tr(), None, d_x.as_ref())).or(d_x);
+            }
+            d_params.extend(params.grads(d_out.as_ref(), &x));
         }
         std::iter::once(d_x).chain(d_params).collect()
     })
@@ -38,13 +40,13 @@ pub(crate) fn linear<const P: usize>(x: &Tensor, projections: [&Projection<Tenso
 pub(crate) fn add_linear(residual: &Tensor, x: &Tensor, projection: &Projection<Tensor>) -> Tensor {
     let output = product(x, &projection.weight, projection.bias.as_ref(), Some(residual));
     let mut inputs = vec![residual, x];
-    inputs.extend(params(projection));
-    let has_bias = projection.bias.is_some();
-    let (weight, x) = (projection.weight.detach(), x.detach());
+    inputs.extend(self::params(projection));
+    let params = Params::new(projection);
+    let (weight, x_is_wanted, x) = (projection.weight.detach(), x.requires_grad(), x.detach());
     let [output] = differentiable(&inputs, [output], move |mut grads| {
         let d_out = grads.remove(0);
-        let d_x = d_out.as_ref().map(|d_out| product(d_out, &weight.tr(), None, None));
-        let d_params = param_grads(d_out.as_ref(), &x, has_bias);
+        let d_x = d_out.as_ref().filter(|_| x_is_wanted).map(|d_out| product(d_out, &weight.tr(), None, None));
+        let d_params = params.grads(d_out.as_ref(), &x);
         [d_out, d_x].into_iter().chain(d_params).collect()
     });
     output
@@ -116,13 +118,33 @@ fn params(projection: &Projection<Tensor>) -> impl Iterator<Item = &Tensor> {
     std::iter::once(&projection.weight).chain(&projection.bias)
 }
 
-/// Gradients of the weight and, where there is one, the bias of a projection of `x`.
-fn param_grads(d_out: Option<&Tensor>, x: &Tensor, has_bias: bool) -> Vec<Option<Tensor>> {
-    let mut grads = vec![d_out.map(|d_out| product(&d_out.tr(), &x.tr(), None, None))];
-    if has_bias {
-        grads.push(d_out.map(|d_out| d_out.sum_dim_intlist(0, false, Kind::Float)));
+/// What a projection's parameters want of the backward pass. Frozen ones want nothing.
+#[derive(Clone, Copy)]
+struct Params {
+    weight_is_wanted: bool,
+    has_bias: bool,
+    bias_is_wanted: bool,
+}
+
+impl Params {
+    fn new(projection: &Projection<Tensor>) -> Self {
+        Self {
+            weight_is_wanted: projection.weight.requires_grad(),
+            has_bias: projection.bias.is_some(),
+            bias_is_wanted: projection.bias.as_ref().is_some_and(Tensor::requires_grad),
+        }
     }
-    grads
+
+    /// Gradients of the weight and, where there is one, the bias of a projection of `x`.
+    fn grads(self, d_out: Option<&Tensor>, x: &Tensor) -> Vec<Option<Tensor>> {
+        let weight = d_out.filter(|_| self.weight_is_wanted);
+        let mut grads = vec![weight.map(|d_out| product(&d_out.tr(), &x.tr(), None, None))];
+        if self.has_bias {
+            let bias = d_out.filter(|_| self.bias_is_wanted);
+            grads.push(bias.map(|d_out| d_out.sum_dim_intlist(0, false, Kind::Float)));
+        }
+        grads
+    }
 }
 
 fn only<const N: usize>(grads: Vec<Option<Tensor>>) -> [Option<Tensor>; N] {

@@ -10,6 +10,7 @@ mod fused_ops;
 pub mod gpu;
 pub mod kernels;
 pub mod logprob;
+pub mod lora;
 mod merged_attention;
 pub mod model_config;
 pub mod model_folder;

@@ -70,6 +70,29 @@ impl TargetLogprobs {
         d_entropies: Option<&Tensor>,
         d_head: Option<Tensor>,
     ) -> (Tensor, Tensor) {
+        let (hidden, head) = (self.hidden.shallow_clone(), self.head.shallow_clone());
+        let d_logits = self.logits_backward(d_logprobs, d_entropies); // [M, V]
+        if hidden.device() == Device::Cpu && hidden.kind() == Kind::Float {
+            let d_head = linear(&d_logits.tr(), &hidden.tr(), None, d_head.as_ref());
+            return (linear(&d_logits, &head.tr(), None, None), d_head);
+        }
+        let d_chunk = d_logits.tr().matmul(&hidden);
+        let d_head = d_head.map_or_else(|| d_chunk.shallow_clone(), |sum| sum + &d_chunk);
+        (d_logits.matmul(&head), d_head)
+    }
+
+    /// As [`TargetLogprobs::backward`] where the head is frozen: the gradients of the hidden states alone, `[M, C]`.
+    pub fn backward_frozen(self, d_logprobs: &Tensor, d_entropies: Option<&Tensor>) -> Tensor {
+        let head = self.head.shallow_clone();
+        let d_logits = self.logits_backward(d_logprobs, d_entropies); // [M, V]
+        if head.device() == Device::Cpu && head.kind() == Kind::Float {
+            return linear(&d_logits, &head.tr(), None, None);
+        }
+        d_logits.matmul(&head)
+    }
+
+    /// The gradients of the logits, `[M, V]`, in the type of the hidden states.
+    fn logits_backward(self, d_logprobs: &Tensor, d_entropies: Option<&Tensor>) -> Tensor {
         match self.kept {
             Kept::Logits(mut logits, summaries) => {
                 let d_entropies = d_entropies.map_or_else(|| d_logprobs.zeros_like(), Tensor::contiguous);
@@ -80,8 +103,7 @@ impl TargetLogprobs {
                     (f32_slice(&d_logprobs.contiguous()), f32_slice(&d_entropies)),
                     self.temperature as f32,
                 );
-                let d_head = linear(&logits.tr(), &self.hidden.tr(), None, d_head.as_ref());
-                (linear(&logits, &self.head.tr(), None, None), d_head)
+                logits
             }
             Kept::LogSoftmax(mut all) => {
                 let d_logprobs = d_logprobs.unsqueeze(1);
@@ -91,10 +113,7 @@ impl TargetLogprobs {
                 ); // [M, V] or [M, 1]
                 let d_logits = all.exp_().neg_() * weights;
                 let d_logits = d_logits.scatter_add(1, &self.targets.unsqueeze(1), &d_logprobs) / self.temperature;
-                let d_logits = d_logits.to_kind(self.hidden.kind());
-                let d_chunk = d_logits.tr().matmul(&self.hidden);
-                let d_head = d_head.map_or_else(|| d_chunk.shallow_clone(), |sum| sum + &d_chunk);
-                (d_logits.matmul(&self.head), d_head)
+                d_logits.to_kind(self.hidden.kind())
             }
         }
     }

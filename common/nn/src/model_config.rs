@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use aha_core::manifest::{Manifest, ParamSpec, UnitSpec};
 use serde_json::{Map, Value};
+use tch::Kind;
 
 /// A family of decoder models whose layers differ only in biases and norms.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -139,6 +140,13 @@ impl ModelConfig {
         raw.insert(key.to_owned(), dtype.into());
         raw.insert("use_cache".to_owned(), true.into());
         Value::Object(raw)
+    }
+
+    /// Type of the weights that the file lies beside, as far as it says: bf16, or else fp32, which holds fp16 too.
+    #[must_use]
+    pub fn stored_kind(&self) -> Kind {
+        let dtype = self.raw.get("torch_dtype").or_else(|| self.raw.get("dtype")).and_then(Value::as_str);
+        if dtype == Some("bfloat16") { Kind::BFloat16 } else { Kind::Float }
     }
 
     /// Query heads that share a key-value head.

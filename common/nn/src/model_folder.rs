@@ -88,32 +88,60 @@ pub fn load_units(
 /// # Errors
 /// If a file cannot be written whole, or ranks that share the weights cannot reach each other.
 pub fn save_weights(folder: &Path, config: &ModelConfig, weights: &dyn ModelWeights) -> Result<(), ModelFolderError> {
-    let path = folder.join(SINGLE_FILE);
+    save_weights_as(weights.kind(), folder, config, weights)
+}
+
+/// As [`save_weights`], converted to `kind`: fp32 or bf16.
+///
+/// # Errors
+/// As [`save_weights`].
+pub fn save_weights_as(
+    kind: Kind,
+    folder: &Path,
+    config: &ModelConfig,
+    weights: &dyn ModelWeights,
+) -> Result<(), ModelFolderError> {
+    save_tensors(&folder.join(SINGLE_FILE), kind, weights, &[])?;
+    let path = folder.join("config.json");
+    let dtype = if kind == Kind::BFloat16 { "bfloat16" } else { "float32" };
+    let text = format!("{:#}\n", config.to_json(dtype));
+    std::fs::write(&path, text).map_err(|error| ModelFolderError::Unwritable { path, reason: error.to_string() })
+}
+
+/// Writes all parameters, converted to `kind`, to one file, one unit at a time, with `metadata` in its head.
+pub(crate) fn save_tensors(
+    path: &Path,
+    kind: Kind,
+    weights: &dyn ModelWeights,
+    metadata: &[(&str, &str)],
+) -> Result<(), ModelFolderError> {
     let mut walk = Walk::all(weights);
-    let mut file = create_tensor_file(&path, weights);
+    let mut file = create_tensor_file(path, kind, weights.manifest(), metadata);
     for _ in &weights.manifest().units {
         let unit = walk.next(weights)?;
-        file = file.and_then(|mut file| write_unit(&mut file, &unit).map(|()| file));
+        file = file.and_then(|mut file| write_unit(&mut file, &unit, kind).map(|()| file));
     }
-    let unwritable =
-        |path: PathBuf| |error: io::Error| ModelFolderError::Unwritable { path, reason: error.to_string() };
-    file.and_then(|mut file| file.flush()).map_err(unwritable(path))?;
-    let path = folder.join("config.json");
-    let dtype = if weights.kind() == Kind::BFloat16 { "bfloat16" } else { "float32" };
-    let text = format!("{:#}\n", config.to_json(dtype));
-    std::fs::write(&path, text).map_err(unwritable(path.clone()))
+    file.and_then(|mut file| file.flush())
+        .map_err(|error| ModelFolderError::Unwritable { path: path.to_owned(), reason: error.to_string() })
 }
 
 /// Begins a safetensors file: the length of its head, and the head, which says where the tensors will be. They follow in
 /// the order of the manifest.
-fn create_tensor_file(path: &Path, weights: &dyn ModelWeights) -> io::Result<BufWriter<File>> {
-    let dtype = if weights.kind() == Kind::BFloat16 { "BF16" } else { "F32" };
+fn create_tensor_file(
+    path: &Path,
+    kind: Kind,
+    manifest: &Manifest,
+    metadata: &[(&str, &str)],
+) -> io::Result<BufWriter<File>> {
+    let dtype = if kind == Kind::BFloat16 { "BF16" } else { "F32" };
     let mut head = serde_json::Map::new();
-    head.insert("__metadata__".to_owned(), json!({"format": "pt"}));
+    // transformers and PEFT look for the format.
+    let metadata: BTreeMap<_, _> = [("format", "pt")].iter().chain(metadata).copied().collect();
+    head.insert("__metadata__".to_owned(), json!(metadata));
     let mut end = 0;
-    for param in weights.manifest().params() {
+    for param in manifest.params() {
         let start = end;
-        end += param.numel() * weights.kind().elt_size_in_bytes();
+        end += param.numel() * kind.elt_size_in_bytes();
         let entry = json!({"dtype": dtype, "shape": param.shape, "data_offsets": [start, end]});
         head.insert(param.name.clone(), entry);
     }
@@ -126,9 +154,10 @@ fn create_tensor_file(path: &Path, weights: &dyn ModelWeights) -> io::Result<Buf
     Ok(file)
 }
 
-fn write_unit(file: &mut impl Write, unit: &Unit) -> io::Result<()> {
+fn write_unit(file: &mut impl Write, unit: &Unit, kind: Kind) -> io::Result<()> {
     for param in unit.params() {
-        file.write_all(tensor_data::bytes(&param.detach().to_device(Device::Cpu).contiguous()))?;
+        let param = param.detach().to_kind(kind).to_device(Device::Cpu).contiguous();
+        file.write_all(tensor_data::bytes(&param))?;
     }
     Ok(())
 }
@@ -164,19 +193,19 @@ fn tensor_files(folder: &Path) -> Result<BTreeMap<String, PathBuf>, ModelFolderE
         .collect()
 }
 
-fn map(path: &Path) -> Result<Mmap, ModelFolderError> {
+pub(crate) fn map(path: &Path) -> Result<Mmap, ModelFolderError> {
     let file = File::open(path).map_err(|error| unreadable(path, error))?;
     // SAFETY: the map is read once, here in this module, and dropped; a file that another process truncates
     // meanwhile would fault, which is how every reader of mapped weights behaves.
     unsafe { Mmap::map(&file) }.map_err(|error| unreadable(path, error))
 }
 
-fn unreadable(path: &Path, reason: impl ToString) -> ModelFolderError {
+pub(crate) fn unreadable(path: &Path, reason: impl ToString) -> ModelFolderError {
     ModelFolderError::Unreadable { path: path.to_owned(), reason: reason.to_string() }
 }
 
 /// A tensor of a file, of the shape and of a type that it must have.
-struct StoredTensor<'a> {
+pub(crate) struct StoredTensor<'a> {
     path: &'a Path,
     name: &'a str,
     view: TensorView<'a>,
@@ -184,7 +213,7 @@ struct StoredTensor<'a> {
 }
 
 impl<'a> StoredTensor<'a> {
-    fn new(path: &'a Path, spec: &'a ParamSpec, view: TensorView<'a>) -> Result<Self, ModelFolderError> {
+    pub(crate) fn new(path: &'a Path, spec: &'a ParamSpec, view: TensorView<'a>) -> Result<Self, ModelFolderError> {
         let shape = &spec.shape;
         if view.shape() != shape {
             let problem = format!("has shape {:?}, but config.json makes it {shape:?}", view.shape());
@@ -202,7 +231,7 @@ impl<'a> StoredTensor<'a> {
         Ok(Self { path, name: &spec.name, view, kind })
     }
 
-    fn to_tensor(&self) -> Result<Tensor, ModelFolderError> {
+    pub(crate) fn to_tensor(&self) -> Result<Tensor, ModelFolderError> {
         let sizes: Vec<i64> = self.view.shape().iter().map(|&size| size as i64).collect();
         Tensor::f_from_data_size(self.view.data(), &sizes, self.kind)
             .map_err(|error| bad_tensor(self.path, self.name, error.to_string()))
@@ -240,7 +269,7 @@ fn visit_units(
     Ok(())
 }
 
-fn bad_tensor(path: &Path, name: &str, problem: String) -> ModelFolderError {
+pub(crate) fn bad_tensor(path: &Path, name: &str, problem: String) -> ModelFolderError {
     ModelFolderError::BadTensor { path: path.to_owned(), name: name.to_owned(), problem }
 }
 

@@ -38,6 +38,28 @@ pub trait ModelWeights: Debug {
     }
 }
 
+impl<T: ModelWeights + ?Sized> ModelWeights for &T {
+    fn manifest(&self) -> &Manifest {
+        (**self).manifest()
+    }
+
+    fn kind(&self) -> Kind {
+        (**self).kind()
+    }
+
+    fn device(&self) -> Device {
+        (**self).device()
+    }
+
+    fn unit(&self, unit_idx: usize) -> Result<Unit, CommError> {
+        (**self).unit(unit_idx)
+    }
+
+    fn prefetch(&self, unit_idx: usize) -> Result<(), CommError> {
+        (**self).prefetch(unit_idx)
+    }
+}
+
 /// The parameters of one unit.
 #[derive(Debug)]
 pub struct Unit {

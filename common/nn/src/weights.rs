@@ -144,33 +144,48 @@ pub fn split(flat: &Tensor, manifest: &Manifest, unit_idx: usize) -> Vec<Tensor>
         .collect()
 }
 
-/// Normal numbers by Box and Muller from counter-based uniforms, so that threads can share the work.
-fn normal_values(numel: usize, std: f64, seed: u64) -> Vec<f32> {
+/// Normal numbers by Box and Muller.
+pub(crate) fn normal_values(numel: usize, std: f64, seed: u64) -> Vec<f32> {
+    random_values(numel, seed, |words| {
+        let mut values = [0.0; 4];
+        for (pair, values) in words.chunks_exact(2).zip(values.chunks_mut(2)) {
+            let radius = std * (-2.0 * uniform(pair[0]).ln()).sqrt();
+            let (sin, cos) = (std::f64::consts::TAU * uniform(pair[1])).sin_cos();
+            values.iter_mut().zip([cos, sin]).for_each(|(value, part)| *value = (radius * part) as f32);
+        }
+        values
+    })
+}
+
+/// Numbers spread evenly from `-bound` to `bound`.
+pub(crate) fn uniform_values(numel: usize, bound: f64, seed: u64) -> Vec<f32> {
+    random_values(numel, seed, |words| words.map(|word| (bound * (2.0 * uniform(word) - 1.0)) as f32))
+}
+
+/// In (0, 1).
+fn uniform(word: u32) -> f64 {
+    (f64::from(word) + 0.5) / (f64::from(u32::MAX) + 1.0)
+}
+
+/// Four numbers from each value of a counter, so that threads can share the work.
+fn random_values(numel: usize, seed: u64, draw: impl Fn([u32; 4]) -> [f32; 4] + Copy + Send) -> Vec<f32> {
     /// Fewer are not worth a thread.
     const LEAST_PER_THREAD: usize = 1 << 16;
+    let key = [seed as u32, (seed >> 32) as u32];
     let num_threads = std::thread::available_parallelism().map_or(1, usize::from);
     let per_thread = numel.div_ceil(num_threads).next_multiple_of(4).max(LEAST_PER_THREAD);
     let mut values = vec![0.0; numel];
     std::thread::scope(|scope| {
         for (piece_idx, piece) in values.chunks_mut(per_thread).enumerate() {
-            scope.spawn(move || fill_normal(piece, piece_idx * per_thread / 4, std, seed));
+            scope.spawn(move || {
+                for (values, counter) in piece.chunks_mut(4).zip(piece_idx * per_thread / 4..) {
+                    let words = aha_core::random::philox([counter as u32, (counter >> 32) as u32, 0, 1], key);
+                    values.iter_mut().zip(draw(words)).for_each(|(value, drawn)| *value = drawn);
+                }
+            });
         }
     });
     values
-}
-
-/// Four numbers from each value of the counter.
-fn fill_normal(values: &mut [f32], first_counter: usize, std: f64, seed: u64) {
-    let key = [seed as u32, (seed >> 32) as u32];
-    for (values, counter) in values.chunks_mut(4).zip(first_counter..) {
-        let words = aha_core::random::philox([counter as u32, (counter >> 32) as u32, 0, 1], key);
-        for (pair, values) in words.chunks_exact(2).zip(values.chunks_mut(2)) {
-            let uniform = |word: u32| (f64::from(word) + 0.5) / (f64::from(u32::MAX) + 1.0);
-            let radius = std * (-2.0 * uniform(pair[0]).ln()).sqrt();
-            let (sin, cos) = (std::f64::consts::TAU * uniform(pair[1])).sin_cos();
-            values.iter_mut().zip([cos, sin]).for_each(|(value, part)| *value = (radius * part) as f32);
-        }
-    }
 }
 
 #[cfg(test)]

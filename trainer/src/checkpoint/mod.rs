@@ -1,4 +1,5 @@
-//! Checkpoints: `checkpoints/step-N`, a Hugging Face folder with the optimizer's state beside it.
+//! Checkpoints: `checkpoints/step-N`, a Hugging Face folder, or PEFT's where adapters trained, with the optimizer's state
+//! beside it.
 //!
 //! A checkpoint is whole or absent. It is written under a hidden name, synced, and renamed by rank 0 once every rank has
 //! written its part; `trainer_state/state.json` has the hash of every file, and one that does not match is not used.
@@ -13,11 +14,13 @@ use std::path::{Path, PathBuf};
 
 use aha_core::config::RunConfig;
 use aha_core::ids::PolicyVersion;
+use aha_core::manifest::Manifest;
 use aha_nn::comm::{CommError, ProcessGroup};
-use aha_nn::model_config::{ModelConfig, ModelConfigError};
+use aha_nn::model_config::ModelConfig;
 use aha_nn::model_folder::ModelFolderError;
 use aha_nn::unit::{ModelWeights, Walk};
 use serde::{Deserialize, Serialize};
+use tch::Kind;
 
 use crate::agreement::Disagreement;
 use crate::run_dir::RunDir;
@@ -36,7 +39,7 @@ const STATE_FILE: &str = "trainer_state/state.json";
 /// A checkpoint that is whole.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Checkpoint {
-    /// Loads as a model folder.
+    /// Loads as a model folder, or with PEFT where adapters trained.
     pub folder: PathBuf,
     pub state: State,
 }
@@ -83,8 +86,6 @@ pub enum CheckpointError {
     #[error(transparent)]
     ModelFolder(#[from] ModelFolderError),
     #[error(transparent)]
-    ModelConfig(#[from] ModelConfigError),
-    #[error(transparent)]
     Comm(#[from] CommError),
 }
 
@@ -102,14 +103,15 @@ pub fn save(run_dir: &RunDir, config: &RunConfig, learner: &Learner, step: u64) 
         base_model: &config.model.path,
         model_config: learner.config(),
         weights: zero.weights(),
+        lora: config.lora.is_on().then_some(&config.lora),
         reference: learner.reference().filter(|_| config.train.sync_ref_model).map(|reference| reference as _),
         shards: &zero.state(),
     };
     snapshot.save(&run_dir.checkpoints(), config.train.save_total_limit, zero.group())
 }
 
-/// Writes a Hugging Face folder, with the tokenizer of `base_model`; a folder of that name is replaced. Rank 0 writes; all
-/// ranks call this together.
+/// Writes a Hugging Face folder, with weights of type `kind` and the tokenizer of `base_model`; a folder of that name is
+/// replaced. Rank 0 writes; all ranks call this together.
 ///
 /// # Errors
 /// On rank 0, names the path and the reason; the folder is then as it was. On the others, if they cannot do their part.
@@ -117,12 +119,23 @@ pub fn save_model(
     folder: &Path,
     base_model: &Path,
     config: &ModelConfig,
-    (weights, group): (&dyn ModelWeights, &ProcessGroup),
+    (weights, kind): (&dyn ModelWeights, Kind),
+    group: &ProcessGroup,
 ) -> Result<(), CheckpointError> {
     if group.rank() > 0 {
         return Ok(Walk::all(weights).finish(weights)?);
     }
-    write::model(folder, base_model, config, weights)
+    write::model(folder, base_model, config, (weights, kind))
+}
+
+/// The newest whole checkpoint of a run, for reading alone: nothing is removed.
+///
+/// # Errors
+/// If there is none, or none that is whole.
+pub fn newest(checkpoints: &Path) -> Result<Checkpoint, CheckpointError> {
+    let none = || CheckpointError::unreadable(checkpoints, "there is no checkpoint");
+    let state = read::newest(checkpoints)?.ok_or_else(none)?;
+    Ok(Checkpoint { folder: folder::of_step(checkpoints, state.step), state })
 }
 
 /// The newest whole checkpoint of a run, the same on all ranks; `None` where there is no checkpoint at all. Rank 0 reads
@@ -142,13 +155,12 @@ impl Checkpoint {
         written.then(|| self.folder.join(REFERENCE_DIR))
     }
 
-    /// The optimizer's state of every unit, put together from the files of all ranks that wrote it.
+    /// The optimizer's state of every unit of what trains, put together from the files of all ranks that wrote it.
     ///
     /// # Errors
     /// Names the file that cannot be read, or the unit whose state is not complete.
-    pub fn optimizer(&self) -> Result<Vec<FullState>, CheckpointError> {
-        let manifest = ModelConfig::load(&self.folder)?.manifest();
-        optimizer::read(&self.folder, self.state.files.keys(), &manifest)
+    pub fn optimizer(&self, manifest: &Manifest) -> Result<Vec<FullState>, CheckpointError> {
+        optimizer::read(&self.folder, self.state.files.keys(), manifest)
     }
 }
 

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use aha_nn::comm::ProcessGroup;
+use aha_nn::lora::peft;
 
 use super::{Checkpoint, CheckpointError, STATE_FILE, State, folder};
 use crate::agreement::agree;
@@ -22,6 +23,10 @@ pub(super) fn latest(checkpoints: &Path, group: &ProcessGroup) -> Result<Option<
 
 fn find(checkpoints: &Path) -> Result<Option<State>, CheckpointError> {
     folder::remove_partial(checkpoints)?;
+    newest(checkpoints)
+}
+
+pub(super) fn newest(checkpoints: &Path) -> Result<Option<State>, CheckpointError> {
     let mut problems = Vec::new();
     for step in folder::steps(checkpoints)?.into_iter().rev() {
         let folder = folder::of_step(checkpoints, step);
@@ -48,7 +53,9 @@ pub(super) fn verify(checkpoint: &Path, step: u64) -> Result<State, CheckpointEr
     if state.step != step {
         return damaged(STATE_FILE, format!("belongs to step {}", state.step));
     }
-    if let Some(file) = REQUIRED.iter().find(|file| !state.files.contains_key(**file)) {
+    let is_adapter = peft::FILES.iter().any(|file| state.files.contains_key(*file));
+    let required = if is_adapter { peft::FILES } else { REQUIRED };
+    if let Some(file) = required.iter().find(|file| !state.files.contains_key(**file)) {
         return damaged(STATE_FILE, format!("does not list {file}"));
     }
     for (file, expected) in &state.files {

@@ -6,7 +6,7 @@ use std::process::Command;
 use aha_nn::model_folder::load_weights;
 use aha_nn::weights::Weights;
 use serde_json::json;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 use super::*;
 use crate::test_ranks::run_ranks;
@@ -60,6 +60,7 @@ impl Fixture {
             base_model: &self.base(),
             model_config: &self.model,
             weights: &weights,
+            lora: None,
             reference: Some(&self.weights(step + REFERENCE, 1)),
             shards: &shards(&weights, step, group),
         };
@@ -133,7 +134,7 @@ fn what_any_number_of_ranks_writes_one_rank_reads() {
         let reference = checkpoint.reference().unwrap();
         let reference = load_weights(&reference, &fixture.model, 1, Kind::Float, Device::Cpu).unwrap();
         assert!(reference.flat(0).equal(fixture.weights(7 + REFERENCE, 1).flat(0)));
-        let optimizer = checkpoint.optimizer().unwrap();
+        let optimizer = checkpoint.optimizer(&fixture.model.manifest()).unwrap();
         assert_eq!(optimizer.len(), weights.num_units());
         for FullState { unit_idx, name, tensor } in optimizer {
             assert_eq!(name, "exp_avg");
@@ -160,15 +161,16 @@ fn shared_weights_are_written_as_if_one_rank_had_them_whole() {
             base_model: &shared.base(),
             model_config: &shared.model,
             weights: &weights,
+            lora: None,
             reference: Some(&reference),
             shards: &shards(&shared.weights(7, 3), 7, &group),
         };
         snapshot.save(&shared.checkpoints(), 2, &group).unwrap();
-        save_model(&model(&shared), &shared.base(), &shared.model, (&weights, &group)).unwrap();
+        save_model(&model(&shared), &shared.base(), &shared.model, (&weights, Kind::Float), &group).unwrap();
         assert_eq!((weights.most_gathered(), reference.most_gathered()), (2, 2), "rank {rank}");
     });
     run_ranks(3, |group| whole.save(7, 2, &group).unwrap());
-    save_model(&model(&whole), &whole.base(), &whole.model, (&whole.weights(7, 1), &solo())).unwrap();
+    save_model(&model(&whole), &whole.base(), &whole.model, (&whole.weights(7, 1), Kind::Float), &solo()).unwrap();
     for file in [
         "checkpoints/step-7/model.safetensors",
         "checkpoints/step-7/trainer_state/reference/model.safetensors",
@@ -298,7 +300,7 @@ fn the_newest_whole_checkpoint_loads_after_a_kill_anywhere() {
         steps_found.insert((step, finished));
         let weights = load_weights(&checkpoint.folder, &fixture.model, 1, Kind::Float, Device::Cpu).unwrap();
         assert!(weights.embedding().equal(&fixture.weights(step, 1).embedding()), "killed at {kill_at}");
-        for FullState { unit_idx, tensor, .. } in checkpoint.optimizer().unwrap() {
+        for FullState { unit_idx, tensor, .. } in checkpoint.optimizer(&fixture.model.manifest()).unwrap() {
             let numel = weights.manifest.units[unit_idx].numel();
             assert!(tensor.equal(&state(numel, step)), "killed at {kill_at}");
         }
@@ -328,6 +330,7 @@ fn saving_until_it_is_killed() {
             base_model: &dir.join("base"),
             model_config: &scratch.model,
             weights: &weights,
+            lora: None,
             reference: Some(&scratch.weights(2 + REFERENCE, 1)),
             shards: &shards(&weights, 2, &solo()),
         };
@@ -378,12 +381,14 @@ fn saving_to_a_full_disk() {
         base_model: &base,
         model_config: &scratch.model,
         weights: &weights,
+        lora: None,
         reference: None,
         shards: &shards(&weights, 2, &solo()),
     };
     let error = snapshot.save(&dir.join("checkpoints"), 1, &solo()).unwrap_err();
     println!("{error}");
-    let error = save_model(&dir.join("checkpoints/model"), &base, &scratch.model, (&weights, &solo())).unwrap_err();
+    let weights = (&weights as &dyn ModelWeights, Kind::Float);
+    let error = save_model(&dir.join("checkpoints/model"), &base, &scratch.model, weights, &solo()).unwrap_err();
     println!("{error}");
 }
 
@@ -393,7 +398,7 @@ fn a_saved_model_is_a_model_folder_and_replaces_the_last() {
     let folder = fixture.folder.path().join("model");
     for seed in [1, 2] {
         let weights = fixture.weights(seed, 2);
-        save_model(&folder, &fixture.base(), &fixture.model, (&weights, &solo())).unwrap();
+        save_model(&folder, &fixture.base(), &fixture.model, (&weights, Kind::Float), &solo()).unwrap();
         let read = load_weights(&folder, &fixture.model, 2, Kind::Float, Device::Cpu).unwrap();
         assert!(read.embedding().equal(&weights.embedding()));
     }

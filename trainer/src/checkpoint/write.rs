@@ -3,11 +3,14 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use aha_core::config::Lora;
 use aha_core::ids::PolicyVersion;
 use aha_nn::comm::ProcessGroup;
+use aha_nn::lora::peft;
 use aha_nn::model_config::ModelConfig;
-use aha_nn::model_folder::save_weights;
+use aha_nn::model_folder::save_weights_as;
 use aha_nn::unit::{ModelWeights, Walk};
+use tch::Kind;
 
 use super::{CheckpointError, FileRecord, REFERENCE_DIR, STATE_DIR, STATE_FILE, State, folder, optimizer};
 use crate::agreement::agree;
@@ -42,8 +45,10 @@ pub(super) struct Snapshot<'a> {
     pub(super) seed: u64,
     pub(super) base_model: &'a Path,
     pub(super) model_config: &'a ModelConfig,
-    /// Equal on all ranks; rank 0 writes them.
+    /// What trains: the model, or adapters. Equal on all ranks; rank 0 writes them.
     pub(super) weights: &'a dyn ModelWeights,
+    /// What the adapters are.
+    pub(super) lora: Option<&'a Lora>,
     /// The same for the reference policy, where it moves.
     pub(super) reference: Option<&'a dyn ModelWeights>,
     pub(super) shards: &'a [ShardState],
@@ -91,7 +96,13 @@ impl Snapshot<'_> {
     fn write_own(&self, partial: &Path, (rank, world_size): (usize, usize)) -> Result<Files, CheckpointError> {
         let mut names = Vec::new();
         if rank == 0 {
-            let model = write_model_files(partial, self.base_model, self.model_config, self.weights);
+            let model = match self.lora {
+                Some(lora) => write_adapter_files(partial, self.base_model, lora, self.weights),
+                None => {
+                    let weights = (self.weights, self.weights.kind());
+                    write_model_files(partial, self.base_model, self.model_config, weights)
+                }
+            };
             let reference = self.reference.map(|reference| write_reference(partial, self.model_config, reference));
             names.extend(model?);
             names.extend(reference.transpose()?.into_iter().flatten());
@@ -139,7 +150,7 @@ pub(super) fn model(
     whole: &Path,
     base_model: &Path,
     config: &ModelConfig,
-    weights: &dyn ModelWeights,
+    weights: (&dyn ModelWeights, Kind),
 ) -> Result<(), CheckpointError> {
     let partial = folder::partial(whole);
     let written = create(&partial).and_then(|()| {
@@ -163,10 +174,34 @@ fn write_model_files(
     partial: &Path,
     base_model: &Path,
     config: &ModelConfig,
-    weights: &dyn ModelWeights,
+    weights: (&dyn ModelWeights, Kind),
 ) -> Result<Vec<String>, CheckpointError> {
     write_weights(partial, config, weights)?;
     let mut names = WEIGHTS.map(str::to_owned).to_vec();
+    names.extend(copy_companions(partial, base_model)?);
+    Ok(names)
+}
+
+/// Writes a folder that PEFT loads. Returns the names of the files.
+fn write_adapter_files(
+    partial: &Path,
+    base_model: &Path,
+    lora: &Lora,
+    adapters: &dyn ModelWeights,
+) -> Result<Vec<String>, CheckpointError> {
+    // Whoever loads it does not stand where this run does.
+    let base = std::path::absolute(base_model).map_err(|error| CheckpointError::unwritable(partial, error))?;
+    failpoint::reached();
+    peft::save(partial, &base, lora, adapters)?;
+    failpoint::reached();
+    let mut names = peft::FILES.map(str::to_owned).to_vec();
+    names.extend(copy_companions(partial, base_model)?);
+    Ok(names)
+}
+
+/// Returns the names of the files.
+fn copy_companions(partial: &Path, base_model: &Path) -> Result<Vec<String>, CheckpointError> {
+    let mut names = Vec::new();
     for name in COMPANIONS {
         let (from, to) = (base_model.join(name), partial.join(name));
         if from.is_file() {
@@ -190,15 +225,19 @@ fn write_reference(
         Walk::all(weights).finish(weights)?;
         return Err(error);
     }
-    write_weights(&folder, config, weights)?;
+    write_weights(&folder, config, (weights, weights.kind()))?;
     durable::sync(&folder).map_err(|error| CheckpointError::unwritable(&folder, error))?;
     Ok(WEIGHTS.map(|name| format!("{REFERENCE_DIR}/{name}")).to_vec())
 }
 
 /// Writes the files [`WEIGHTS`].
-fn write_weights(folder: &Path, config: &ModelConfig, weights: &dyn ModelWeights) -> Result<(), CheckpointError> {
+fn write_weights(
+    folder: &Path,
+    config: &ModelConfig,
+    (weights, kind): (&dyn ModelWeights, Kind),
+) -> Result<(), CheckpointError> {
     failpoint::reached();
-    save_weights(folder, config, weights)?;
+    save_weights_as(kind, folder, config, weights)?;
     failpoint::reached();
     let [config, weights] = WEIGHTS.map(|name| folder.join(name));
     // The weights come out readable by their owner alone; whoever may read the rest may read them.

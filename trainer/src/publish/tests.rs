@@ -1,6 +1,8 @@
 //! Pushes over real Gloo groups: trainers as threads, generators as services in this process.
 
+use aha_core::config::{InitLoraWeights, TargetModule};
 use aha_core::manifest::Manifest;
+use aha_nn::lora::{AdapterSpec, Merged, fresh_adapters};
 use aha_nn::model_config::ModelConfig;
 use aha_nn::weights::Weights;
 use futures::future::try_join_all;
@@ -13,11 +15,14 @@ use crate::torch::parameters::Parameters;
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 
-fn weights(seed: u64, world_size: usize) -> Weights {
+fn model() -> ModelConfig {
     let raw = serde_json::json!({"model_type": "qwen2", "vocab_size": 33, "hidden_size": 16, "intermediate_size": 24,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2});
-    let config = ModelConfig::from_json(raw.as_object().unwrap().clone()).unwrap();
-    Weights::random(&config, seed, world_size, Kind::Float, Device::Cpu)
+    ModelConfig::from_json(raw.as_object().unwrap().clone()).unwrap()
+}
+
+fn weights(seed: u64, world_size: usize) -> Weights {
+    Weights::random(&model(), seed, world_size, Kind::Float, Device::Cpu)
 }
 
 fn generators(updates: impl IntoIterator<Item = Update>) -> Vec<TestGenerator> {
@@ -71,6 +76,36 @@ fn every_generator_serves_what_was_pushed() {
             assert_eq!((report.receive_seconds, report.swap_seconds), (0.25, 0.125));
             assert!(report.seconds > 0.0);
         }
+    }
+}
+
+#[test]
+fn adapters_arrive_merged_into_their_base() {
+    let targets = vec![TargetModule::K, TargetModule::Down];
+    let spec = AdapterSpec { r: 3, alpha: 6.0, use_rslora: false, targets };
+    let adapters = fresh_adapters(&model(), &spec, (InitLoraWeights::Gaussian, 2), (2, Device::Cpu));
+    // Each unit is one of its own: W + 2 B A, where B is a number more than 0.
+    let expect = weights(1, 1);
+    for layer_idx in 0..adapters.num_units() {
+        for (pair, name) in adapters.views(layer_idx).chunks(2).zip(["k_proj.weight", "down_proj.weight"]) {
+            let mut b = pair[1].shallow_clone();
+            tch::no_grad(|| b += 0.1 + layer_idx as f64);
+            let params = &expect.manifest.units[1 + layer_idx].params;
+            let param_idx = params.iter().position(|param| param.name.ends_with(name)).unwrap();
+            let mut weight = expect.views(1 + layer_idx).remove(param_idx);
+            tch::no_grad(|| weight += b.matmul(&pair[0]) * 2.0);
+        }
+    }
+    for num_trainers in [1, 2] {
+        let generators = generators([Update::Take]);
+        let adapters = std::sync::Mutex::new(adapters.copy());
+        with_publishers(num_trainers, TIMEOUT, &generators, |publisher, base| {
+            let adapters = adapters.lock().unwrap().copy();
+            let merged = Merged { base, spec: &spec, adapters: &adapters };
+            let report = publisher.unwrap().publish(&merged, PolicyVersion(4)).unwrap();
+            assert_eq!(report.bytes, 4 * base.manifest.numel() as u64);
+        });
+        assert_eq!(generators[0].serving(), (4, bytes(&expect)));
     }
 }
 

@@ -8,6 +8,7 @@
 //! Where ranks share the weights, each pass is a [`Walk`] over the units, which are whole only while they are used. A graph
 //! that is kept refers to parameters whose memory comes back before its backward pass.
 
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use aha_core::batch::TrainSequence;
@@ -16,6 +17,7 @@ use aha_nn::autograd_ops::PackedBatch;
 use aha_nn::comm::CommError;
 use aha_nn::forward;
 use aha_nn::logprob::{TargetLogprobs, token_statistics};
+use aha_nn::lora::{self, Merged};
 use aha_nn::model_config::ModelConfig;
 use aha_nn::optim::AdamW;
 use aha_nn::rotary::RotaryTable;
@@ -23,6 +25,7 @@ use aha_nn::transformer::{Layer, Ops};
 use aha_nn::unit::{ModelWeights, Unit, Walk};
 use tch::{Device, Kind, Tensor};
 
+use super::adapted::FrozenBase;
 use super::objective::{Loss, LossSums, Objective, Streams, Tokens};
 use super::parameters::Parameters;
 use super::prompt_groups;
@@ -51,11 +54,13 @@ pub struct LearnerOptions {
 /// The policy in training on this rank.
 #[derive(Debug)]
 pub struct Learner {
-    config: ModelConfig,
-    options: LearnerOptions,
+    pub(super) config: ModelConfig,
+    pub(super) options: LearnerOptions,
     table: RotaryTable,
     reference: Option<Parameters>,
-    zero: Zero,
+    /// Where `zero` has adapters, the model that they belong to.
+    base: Option<Rc<FrozenBase>>,
+    pub(super) zero: Zero,
 }
 
 /// This rank's share of a step.
@@ -120,8 +125,8 @@ pub enum StepError {
 }
 
 /// What the layers, the head and the objective need of a micro-batch.
-struct MicroBatch {
-    packed: PackedBatch,
+pub(super) struct MicroBatch {
+    pub(super) packed: PackedBatch,
     targets: Targets,
     streams: Streams,
 }
@@ -137,17 +142,17 @@ struct Tapes {
 }
 
 /// A layer's part of the graph: input leaf, parameter leaves, and the output unless it is to be recomputed.
-struct LayerTape {
-    input: Tensor,
-    params: Vec<Tensor>,
-    output: Option<Tensor>,
+pub(super) struct LayerTape {
+    pub(super) input: Tensor,
+    pub(super) params: Vec<Tensor>,
+    pub(super) output: Option<Tensor>,
 }
 
 /// What the head's pass over a micro-batch leaves behind.
-struct HeadGradients {
+pub(super) struct HeadGradients {
     /// With respect to the head unit's input, `[N, C]`.
-    input: Tensor,
-    /// Of the head unit's parameters, in manifest order.
+    pub(super) input: Tensor,
+    /// Of the head unit's parameters, in manifest order; none where it is frozen.
     params: Vec<Tensor>,
     /// Of the embedding, where the head is tied to it.
     embedding: Option<Tensor>,
@@ -157,7 +162,12 @@ impl Learner {
     /// `reference` is the frozen policy of the KL penalty, sharded as the policy; the objective says whether it is needed.
     pub fn new(config: ModelConfig, options: LearnerOptions, zero: Zero, reference: Option<Parameters>) -> Self {
         let table = RotaryTable::new(&config, options.max_length, zero.weights().device());
-        Self { config, options, table, reference, zero }
+        Self { config, options, table, reference, base: None, zero }
+    }
+
+    /// A learner of the adapters in `zero`. The reference policy, where the objective needs one, is `base` without them.
+    pub fn of_adapters(config: ModelConfig, options: LearnerOptions, zero: Zero, base: FrozenBase) -> Self {
+        Self { base: Some(Rc::new(base)), ..Self::new(config, options, zero, None) }
     }
 
     pub fn zero(&self) -> &Zero {
@@ -170,6 +180,33 @@ impl Learner {
 
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// The whole policy: the weights in training, or base and adapters, merged in fp32 as they are read.
+    #[must_use]
+    pub fn policy(&self) -> Box<dyn ModelWeights + '_> {
+        match &self.base {
+            Some(base) => Box::new(self.merged(base)),
+            None => Box::new(self.zero.weights()),
+        }
+    }
+
+    /// Type of the weights in the forward and backward pass.
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        self.model().kind()
+    }
+
+    /// The model's own weights: those in training, or the frozen ones under the adapters.
+    fn model(&self) -> &dyn ModelWeights {
+        match &self.base {
+            Some(base) => &*base.weights,
+            None => self.zero.weights(),
+        }
+    }
+
+    fn merged<'a>(&'a self, base: &'a FrozenBase) -> Merged<'a> {
+        Merged { base: &*base.weights, spec: &base.spec, adapters: self.zero.weights() }
     }
 
     /// Takes one optimizer step on the sequences of all ranks.
@@ -210,11 +247,19 @@ impl Learner {
         let mut statistics = Statistics { logprobs: empty(), entropies: empty() };
         for index in 0..batch.num_micro_batches {
             let Some(indices) = batch.micro_batches.get(index) else {
-                Walk::forward(&self.config).finish(self.zero.weights())?;
+                if self.base.is_none() {
+                    Walk::forward(&self.config).finish(self.zero.weights())?;
+                }
                 continue;
             };
             let (packed, targets) = self.pack(batch.sequences, indices);
-            let (logprobs, entropies) = self.frozen_statistics(self.zero.weights(), &packed, &targets)?;
+            let (logprobs, entropies) = match &self.base {
+                Some(base) => {
+                    let places = (&targets.rows, &targets.tokens);
+                    lora::statistics(&self.config, &self.merged(base), &packed, places, self.options.temperature)?
+                }
+                None => self.frozen_statistics(self.zero.weights(), &packed, &targets)?,
+            };
             targets.scatter(&logprobs, &mut statistics.logprobs);
             targets.scatter(&entropies, &mut statistics.entropies);
         }
@@ -245,11 +290,13 @@ impl Learner {
         output.num_packed_tokens += packed.tokens.numel();
         let mut streams = targets.streams(sequences);
         let mut lap = Lap::start();
-        if let Some(reference) = &self.reference {
-            streams.reference_logprobs = Some(self.frozen_statistics(reference, &packed, &targets)?.0);
-        }
+        streams.reference_logprobs = self.reference_logprobs(&packed, &targets)?;
         output.times.reference += lap.take();
         let batch = MicroBatch { packed, targets, streams };
+        if let Some(base) = self.base.clone() {
+            let dropout = base.dropout(sequences, indices, (&self.options, self.zero.num_updates()));
+            return self.adapted(&base, &batch, (dropout.as_ref(), is_last), output);
+        }
 
         let mut walk = Walk::forward_and_back(&self.config);
         let tapes = self.forward(&batch.packed, &mut walk)?;
@@ -261,8 +308,26 @@ impl Learner {
         Ok(())
     }
 
+    /// Of the tokens of a micro-batch, `[M]`; `None` where the objective has no reference policy.
+    fn reference_logprobs(&self, packed: &PackedBatch, targets: &Targets) -> Result<Option<Tensor>, CommError> {
+        let base = self.base.as_ref().filter(|_| self.options.objective.needs_reference());
+        let weights: &dyn ModelWeights = match (base, &self.reference) {
+            (Some(base), _) => &*base.weights,
+            (None, Some(reference)) => reference,
+            (None, None) => return Ok(None),
+        };
+        Ok(Some(self.frozen_statistics(weights, packed, targets)?.0))
+    }
+
     /// Issues the collectives of a micro-batch with nothing to add.
     fn no_micro_batch(&mut self, is_last: bool) -> Result<(), StepError> {
+        if self.base.is_some() {
+            // The base is whole on every rank.
+            for layer_idx in (0..self.config.num_layers).rev() {
+                self.zero.accumulate(layer_idx, &[], is_last)?;
+            }
+            return Ok(());
+        }
         if let Some(reference) = &self.reference {
             Walk::forward(&self.config).finish(reference)?;
         }
@@ -282,7 +347,7 @@ impl Learner {
     }
 
     fn pack(&self, sequences: &[TrainSequence], indices: &[usize]) -> (PackedBatch, Targets) {
-        let weights = self.zero.weights();
+        let weights = self.model();
         let groups = prompt_groups::prompt_groups(sequences, indices, self.options.share_prompts);
         let tokens: Vec<_> = groups.iter().map(|group| prompt_groups::tokens(sequences, group)).collect();
         let packed = PackedBatch::shared(&tokens, &self.table, weights.kind());
@@ -292,7 +357,7 @@ impl Learner {
     /// Log-probs and entropies, `[M]` each.
     fn frozen_statistics(
         &self,
-        weights: &Parameters,
+        weights: &dyn ModelWeights,
         packed: &PackedBatch,
         targets: &Targets,
     ) -> Result<(Tensor, Tensor), CommError> {
@@ -332,7 +397,7 @@ impl Learner {
     }
 
     /// Log-probs, loss and gradients of the head unit, chunk by chunk.
-    fn head(
+    pub(super) fn head(
         &self,
         batch: &MicroBatch,
         x: &Tensor,
@@ -340,7 +405,8 @@ impl Learner {
         output: &mut StepOutput,
     ) -> Result<HeadGradients, StepError> {
         let MicroBatch { packed, targets, streams } = batch;
-        let (_units, head, matrix) = forward::head(self.zero.weights(), walk)?;
+        let is_frozen = self.base.is_some();
+        let (_units, head, matrix) = forward::head(self.model(), walk)?;
         let (norm, matrix) = (leaf(&head.norm), matrix.detach());
         let rows = Tensor::embedding(x, &targets.rows, -1, false, false); // [M, C]
         let hidden = packed.rms_norm(&rows, &norm, self.config.rms_norm_eps); // [M, C]
@@ -366,6 +432,10 @@ impl Learner {
             };
             output.entropy_sum += chunk.entropies.sum(Kind::Double).double_value(&[]);
             logprobs.push(chunk.logprobs.shallow_clone());
+            if is_frozen {
+                d_hidden.push(chunk.backward_frozen(&d_chunk[0], d_chunk.get(1)));
+                continue;
+            }
             let (d_rows, sum) = chunk.backward(&d_chunk[0], d_chunk.get(1), d_matrix.take());
             d_hidden.push(d_rows);
             d_matrix = Some(sum);
@@ -375,6 +445,9 @@ impl Learner {
 
         let d_hidden = Some(Tensor::cat(&d_hidden, 0)); // [M, C]
         let [d_x, d_norm] = required(grad(&[hidden], &[x.shallow_clone(), norm], &[d_hidden], false)?);
+        if is_frozen {
+            return Ok(HeadGradients { input: d_x, params: Vec::new(), embedding: None });
+        }
         let d_matrix = d_matrix.unwrap_or_else(|| matrix.zeros_like());
         Ok(if head.lm_head.is_some() {
             HeadGradients { input: d_x, params: vec![d_norm, d_matrix], embedding: None }
@@ -482,14 +555,14 @@ impl StepTimes {
 }
 
 /// Time since the last look.
-struct Lap(Instant);
+pub(super) struct Lap(Instant);
 
 impl Lap {
-    fn start() -> Self {
+    pub(super) fn start() -> Self {
         Self(Instant::now())
     }
 
-    fn take(&mut self) -> Duration {
+    pub(super) fn take(&mut self) -> Duration {
         let elapsed = self.0.elapsed();
         self.0 += elapsed;
         elapsed
@@ -497,11 +570,11 @@ impl Lap {
 }
 
 /// A tensor that shares memory and starts a graph of its own.
-fn leaf(tensor: &Tensor) -> Tensor {
+pub(super) fn leaf(tensor: &Tensor) -> Tensor {
     tensor.detach().set_requires_grad(true)
 }
 
-fn defined(grads: Vec<Option<Tensor>>) -> Vec<Tensor> {
+pub(super) fn defined(grads: Vec<Option<Tensor>>) -> Vec<Tensor> {
     grads.into_iter().map(|grad| grad.expect("autograd gives every gradient unless told otherwise")).collect()
 }
 

@@ -1,5 +1,8 @@
 //! Everything of the trainer that touches tensors.
 
+pub mod adapted;
+#[cfg(test)]
+mod adapted_tests;
 #[cfg(test)]
 mod golden_tests;
 pub mod learner;

@@ -76,8 +76,8 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let runtime = Arc::new(network_runtime()?);
     aha_trainer::run::run(&config, &World::single(), &StopRequest::default(), |session| {
         let pool = GeneratorPool::connect(&config, Arc::clone(&runtime))?;
-        let weights = session.learner.zero().weights();
-        let publisher = Publisher::join(session.group(), weights, &config, &pool.clients(), runtime)?;
+        let weights = session.learner.policy();
+        let publisher = Publisher::join(session.group(), &*weights, &config, &pool.clients(), runtime)?;
         Ok((Measured(pool), publisher))
     })?;
 

@@ -3,6 +3,7 @@
 //! Keys that TRL's `GRPOConfig` has keep its names and meanings. Defaults that differ from TRL's say so.
 
 mod load;
+mod lora;
 mod train;
 mod validate;
 mod validate_train;
@@ -13,6 +14,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 pub use load::{ConfigError, load, parse_override};
+pub use lora::{ALL_LINEAR, BaseQuantization, InitLoraWeights, Lora, TargetModule};
 pub use train::Train;
 
 use crate::rollout::Sampling;
@@ -28,6 +30,7 @@ pub struct RunConfig {
     pub rewards: Vec<RewardSpec>,
     pub rollout: Rollout,
     pub train: Train,
+    pub lora: Lora,
     pub sft: Sft,
     pub eval: Eval,
     pub generator: Generator,

@@ -14,6 +14,7 @@ impl RunConfig {
         self.check_rewards(&mut problems);
         self.check_rollout(&mut problems);
         self.check_train(&mut problems);
+        self.check_lora(&mut problems);
         self.check_services(&mut problems);
         problems.0
     }

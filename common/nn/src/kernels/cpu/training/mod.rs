@@ -5,6 +5,7 @@
 
 mod activation;
 mod attention;
+mod dropout;
 mod norm;
 mod rope;
 mod rows;
@@ -13,6 +14,7 @@ mod squares;
 
 pub use activation::{silu_mul, silu_mul_backward};
 pub use attention::merge_attention;
+pub use dropout::dropout_mask;
 pub use norm::{rms_norm, rms_norm_backward};
 pub use rope::{Turn, rope_in_place};
 pub use rows::gather_rows;

@@ -1,0 +1,95 @@
+//! The forward pass with adapters: the trainer's operations, and a low-rank product beside every adapted projection.
+
+use aha_core::config::TargetModule;
+use tch::Tensor;
+
+use super::dropout::Dropout;
+use crate::autograd_ops::PackedBatch;
+use crate::transformer::{Ops, Projection};
+
+/// [`PackedBatch`]'s operations in one layer, over projections that may have adapters.
+#[derive(Debug, Clone, Copy)]
+pub struct LoraOps<'a> {
+    pub packed: &'a PackedBatch,
+    pub scale: f64,
+    /// Off where there is none.
+    pub dropout: Option<&'a Dropout>,
+    pub layer_idx: usize,
+}
+
+/// A frozen weight, `[out, in]`, and what is learnt beside it.
+#[derive(Debug)]
+pub struct AdaptedMatrix {
+    pub(super) weight: Tensor,
+    pub(super) adapter: Option<Adapter>,
+}
+
+#[derive(Debug)]
+pub(super) struct Adapter {
+    pub(super) target: TargetModule,
+    /// `[r, in]`.
+    pub(super) a: Projection<Tensor>,
+    /// `[out, r]`.
+    pub(super) b: Projection<Tensor>,
+}
+
+impl LoraOps<'_> {
+    /// `y + scale * dropout(x) A^T B^T`, `[N, out]`, where there is an adapter.
+    fn adapt(&self, y: Tensor, x: &Tensor, adapter: Option<&Adapter>) -> Tensor {
+        let Some(Adapter { target, a, b }) = adapter else { return y };
+        let dropped = self.dropout.map(|dropout| {
+            let width = a.weight.size()[1] as usize;
+            x * dropout.mask(self.layer_idx, *target, width, (x.kind(), x.device())) // [N, in]
+        });
+        let [low] = self.packed.linear(dropped.as_ref().unwrap_or(x), [a]); // [N, r]
+        self.packed.add_linear(y, &(low * self.scale), b)
+    }
+}
+
+impl Ops for LoraOps<'_> {
+    type Matrix = AdaptedMatrix;
+    type Rows = Tensor;
+
+    fn embed(&self, weight: &Tensor) -> Tensor {
+        self.packed.embed(weight)
+    }
+
+    fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
+        self.packed.rms_norm(x, weight, eps)
+    }
+
+    fn head_norm(&self, x: Tensor, weight: &Tensor, eps: f64) -> Tensor {
+        self.packed.head_norm(x, weight, eps)
+    }
+
+    fn linear<const P: usize>(&self, x: &Tensor, projections: [&Projection<AdaptedMatrix>; P]) -> [Tensor; P] {
+        let frozen = projections.map(frozen);
+        let mut outputs = self.packed.linear(x, frozen.each_ref()).into_iter();
+        projections.map(|projection| {
+            let y = outputs.next().expect("there are as many outputs as projections");
+            self.adapt(y, x, projection.weight.adapter.as_ref())
+        })
+    }
+
+    fn add_linear(&self, residual: Tensor, x: &Tensor, projection: &Projection<AdaptedMatrix>) -> Tensor {
+        let y = self.packed.add_linear(residual, x, &frozen(projection));
+        self.adapt(y, x, projection.weight.adapter.as_ref())
+    }
+
+    fn rope(&self, x: Tensor) -> Tensor {
+        self.packed.rope(x)
+    }
+
+    fn attention(&self, layer_idx: usize, qkv: [Tensor; 3]) -> Tensor {
+        self.packed.attention(layer_idx, qkv)
+    }
+
+    fn silu_mul(&self, gate_up: [Tensor; 2]) -> Tensor {
+        self.packed.silu_mul(gate_up)
+    }
+}
+
+fn frozen(projection: &Projection<AdaptedMatrix>) -> Projection<Tensor> {
+    let bias = projection.bias.as_ref().map(Tensor::shallow_clone);
+    Projection { weight: projection.weight.weight.shallow_clone(), bias }
+}
