@@ -10,8 +10,9 @@ use aha_nn::transformer::Ops;
 use aha_nn::unit::{ModelWeights, Unit, Walk};
 use tch::Tensor;
 
-use super::learner::{Lap, LayerTape, Learner, LearnerOptions, MicroBatch, StepError, StepOutput, defined, leaf};
+use super::learner::{LayerTape, Learner, LearnerOptions, MicroBatch, StepError, StepOutput, defined, leaf};
 use super::prompt_groups::{prompt_groups, tokens};
+use super::step_times::Lap;
 
 /// A model that does not train, and what the adapters in training are to it.
 #[derive(Debug)]
@@ -75,9 +76,8 @@ impl Learner {
         batch: &'a MicroBatch,
         dropout: Option<&'a Dropout>,
     ) -> AdaptedPass<'a> {
-        let keeps_graphs = !self.options.gradient_checkpointing && !base.is_quantised;
         let (config, packed, adapters) = (&self.config, &batch.packed, self.zero.weights());
-        AdaptedPass { config, base, adapters, packed, dropout, keeps_graphs }
+        AdaptedPass { config, options: &self.options, base, adapters, packed, dropout }
     }
 }
 
@@ -85,12 +85,12 @@ impl Learner {
 /// below it trains.
 struct AdaptedPass<'a> {
     config: &'a ModelConfig,
+    options: &'a LearnerOptions,
     base: &'a FrozenBase,
     /// A unit a layer.
     adapters: &'a dyn ModelWeights,
     packed: &'a PackedBatch,
     dropout: Option<&'a Dropout>,
-    keeps_graphs: bool,
 }
 
 impl AdaptedPass<'_> {
@@ -104,13 +104,14 @@ impl AdaptedPass<'_> {
             let (unit, adapters) = (walk.next(&*self.base.weights)?, self.adapters.unit(layer_idx)?);
             let params = adapters.params().iter().map(leaf).collect();
             let mut tape = LayerTape { input: x, params, output: None };
-            let output = if self.keeps_graphs {
+            let keeps_graph = !self.options.recomputes(layer_idx) && !self.base.is_quantised;
+            let output = if keeps_graph {
                 self.layer(&unit, &tape, layer_idx)
             } else {
                 tch::no_grad(|| self.layer(&unit, &tape, layer_idx))
             };
             x = leaf(&output);
-            tape.output = self.keeps_graphs.then_some(output);
+            tape.output = keeps_graph.then_some(output);
             tapes.push(tape);
         }
         Ok((tapes, x))

@@ -9,7 +9,6 @@
 //! that is kept refers to parameters whose memory comes back before its backward pass.
 
 use std::rc::Rc;
-use std::time::{Duration, Instant};
 
 use aha_core::batch::TrainSequence;
 use aha_nn::autograd::{GradError, grad};
@@ -29,6 +28,7 @@ use super::adapted::FrozenBase;
 use super::objective::{Loss, LossSums, Objective, Streams, Tokens};
 use super::parameters::Parameters;
 use super::prompt_groups;
+use super::step_times::{Lap, StepTimes};
 use super::targets::Targets;
 use super::zero::{Zero, ZeroError};
 
@@ -89,21 +89,6 @@ pub struct StepOutput {
     pub entropy_sum: f64,
     pub sums: LossSums,
     pub times: StepTimes,
-}
-
-/// Where the time of a step went. On a GPU these are the host's times: it runs ahead until a result is read.
-#[derive(Debug, Default, Clone, Copy)]
-pub struct StepTimes {
-    /// The reference policy's log-probs.
-    pub reference: Duration,
-    pub forward: Duration,
-    /// Head, loss and their gradients.
-    pub head: Duration,
-    /// Backward pass of the layers and the embedding, with the communication that overlaps it.
-    pub backward: Duration,
-    /// What was left of the gradients' communication, and their norm.
-    pub reduce: Duration,
-    pub optimizer: Duration,
 }
 
 /// What the current weights say of the completion tokens of every sequence; empty for those of other ranks.
@@ -507,7 +492,7 @@ impl Learner {
 
 impl LearnerOptions {
     /// Whether a layer's activations are computed again in the backward pass.
-    fn recomputes(&self, layer_idx: usize) -> bool {
+    pub(super) fn recomputes(&self, layer_idx: usize) -> bool {
         self.gradient_checkpointing && layer_idx.is_multiple_of(self.gradient_checkpointing_interval)
     }
 }
@@ -528,44 +513,6 @@ impl StepOutput {
     fn add(&mut self, loss: &Loss) {
         self.loss += loss.loss.double_value(&[]);
         self.sums.add(&loss.sums);
-    }
-}
-
-impl StepTimes {
-    fn add(&mut self, other: &Self) {
-        self.reference += other.reference;
-        self.forward += other.forward;
-        self.head += other.head;
-        self.backward += other.backward;
-        self.reduce += other.reduce;
-        self.optimizer += other.optimizer;
-    }
-
-    /// Name of the metric and value of each.
-    pub fn named(&self) -> [(&'static str, Duration); 6] {
-        [
-            ("time/reference", self.reference),
-            ("time/forward", self.forward),
-            ("time/head", self.head),
-            ("time/backward", self.backward),
-            ("time/reduce", self.reduce),
-            ("time/optimizer", self.optimizer),
-        ]
-    }
-}
-
-/// Time since the last look.
-pub(super) struct Lap(Instant);
-
-impl Lap {
-    pub(super) fn start() -> Self {
-        Self(Instant::now())
-    }
-
-    pub(super) fn take(&mut self) -> Duration {
-        let elapsed = self.0.elapsed();
-        self.0 += elapsed;
-        elapsed
     }
 }
 

@@ -11,6 +11,7 @@ pub mod optimizer;
 pub mod parameters;
 mod prompt_groups;
 mod range;
+mod step_times;
 mod targets;
 #[cfg(test)]
 mod tests;

@@ -35,15 +35,17 @@ impl RopeTables<'_> {
             let (cos, sin) = (&self.cos[angles..][..half], &self.sin[angles..][..half]);
             // SAFETY: each row is written by one task.
             let heads = unsafe { x.row(i) };
-            pool.isa().run(TurnHeads { heads, cos, sin });
+            pool.isa().run(TurnHeads { heads, cos, sin, sign: 1.0 });
         });
     }
 }
 
-struct TurnHeads<'a> {
-    heads: &'a mut [f32],
-    cos: &'a [f32],
-    sin: &'a [f32],
+/// Turns the heads of a row by its angles, or where `sign` is -1, back.
+pub(super) struct TurnHeads<'a> {
+    pub(super) heads: &'a mut [f32],
+    pub(super) cos: &'a [f32],
+    pub(super) sin: &'a [f32],
+    pub(super) sign: f32,
 }
 
 impl Kernel for TurnHeads<'_> {
@@ -58,7 +60,7 @@ impl Kernel for TurnHeads<'_> {
             let angles = self.cos.chunks(S::LANES).zip(self.sin.chunks(S::LANES));
             for ((first, second), (cos, sin)) in halves.zip(angles) {
                 let (a, b) = (S::load(first, 0.0), S::load(second, 0.0));
-                let (cos, sin) = (S::load(cos, 0.0), S::load(sin, 0.0));
+                let (cos, sin) = (S::load(cos, 0.0), S::load(sin, 0.0).mul(S::splat(self.sign)));
                 a.mul(cos).sub(b.mul(sin)).store(first);
                 b.mul(cos).add(a.mul(sin)).store(second);
             }

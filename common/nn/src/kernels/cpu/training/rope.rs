@@ -1,6 +1,7 @@
 //! Rotary positions (<https://arxiv.org/abs/2104.09864>), in the convention of Hugging Face.
 
-use super::{Isa, Kernel, Rows, RowsMut, Simd, for_each_row};
+use super::super::rope::TurnHeads;
+use super::{Isa, Rows, RowsMut, for_each_row};
 
 /// Which way heads are turned: back undoes forth, and is its backward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,31 +29,4 @@ pub fn rope_in_place(x: &mut [f32], cos: &[f32], sin: &[f32], head_dim: usize, t
         let heads = unsafe { x.row(i) };
         isa.run(TurnHeads { heads, cos: cos.row(i), sin: sin.row(i), sign });
     });
-}
-
-struct TurnHeads<'a> {
-    heads: &'a mut [f32],
-    cos: &'a [f32],
-    sin: &'a [f32],
-    sign: f32,
-}
-
-impl Kernel for TurnHeads<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self) {
-        let half = self.cos.len();
-        for head in self.heads.chunks_exact_mut(2 * half) {
-            let (first, second) = head.split_at_mut(half);
-            let halves = first.chunks_mut(S::LANES).zip(second.chunks_mut(S::LANES));
-            let angles = self.cos.chunks(S::LANES).zip(self.sin.chunks(S::LANES));
-            for ((first, second), (cos, sin)) in halves.zip(angles) {
-                let (a, b) = (S::load(first, 0.0), S::load(second, 0.0));
-                let (cos, sin) = (S::load(cos, 0.0), S::load(sin, 0.0).mul(S::splat(self.sign)));
-                a.mul(cos).sub(b.mul(sin)).store(first);
-                b.mul(cos).add(a.mul(sin)).store(second);
-            }
-        }
-    }
 }
