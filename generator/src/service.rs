@@ -142,8 +142,19 @@ impl Generator for Service {
         Ok(Response::new(v1::ResumeResponse {}))
     }
 
-    async fn sleep(&self, _call: Request<v1::SleepRequest>) -> Result<Response<v1::SleepResponse>, Status> {
-        self.engine().sleep().await?;
+    async fn sleep(&self, call: Request<v1::SleepRequest>) -> Result<Response<v1::SleepResponse>, Status> {
+        let drop_weights = call.into_inner().drop_weights;
+        if drop_weights {
+            if self.instance.format.device != Device::Cpu {
+                return Err(Status::failed_precondition(
+                    "drop_weights: CUDA graphs refer to the weights of this generator; let it sleep with them",
+                ));
+            }
+            self.receiver.release_spare().await?;
+        }
+        self.engine().sleep(drop_weights).await?;
+        // What was freed in small pieces is otherwise kept by the allocator.
+        aha_nn::runtime::release_memory();
         Ok(Response::new(v1::SleepResponse {}))
     }
 
@@ -212,7 +223,7 @@ fn engine_code(error: &EngineError) -> Code {
     match error {
         EngineError::Gone(_) => Code::Unavailable,
         EngineError::Refused(_) => Code::InvalidArgument,
-        EngineError::Asleep => Code::FailedPrecondition,
+        EngineError::Asleep | EngineError::NoWeights => Code::FailedPrecondition,
     }
 }
 

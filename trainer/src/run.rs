@@ -2,9 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use aha_core::config::{RewardSpec, RunConfig};
+use aha_core::config::{RewardSpec, RunConfig, SleepMode};
 use aha_core::ids::PolicyVersion;
 use aha_core::rollout::Group;
+use aha_nn::runtime;
 use anyhow::Result;
 use serde::Serialize;
 
@@ -50,6 +51,8 @@ pub fn run<R: Rollouts>(
     let mut session = Session::start(config, world, objective, stop)?;
     let (mut rollouts, mut publisher) = connect(&session)?;
     let rollouts = &mut rollouts;
+    publisher.sleep()?;
+    make_room(&mut session);
     publisher.publish(&*session.learner.policy(), PolicyVersion(session.step))?;
     let first_step = session.step;
     evaluate_if_due(&mut session, rollouts, first_step)?;
@@ -88,8 +91,10 @@ fn train_step(session: &mut Session, rollouts: &mut dyn Rollouts, publisher: &mu
         metrics.set("sampling/resample_rounds", f64::from(sampled.num_rounds));
     }
     let adamw = session.adamw(step);
+    publisher.sleep()?;
     let output = optimize(&mut session.learner, &config.train, &mut batch, &adamw)?;
     clock.lap("time/train");
+    make_room(session);
     let push = publisher.publish(&*session.learner.policy(), PolicyVersion(step + 1))?;
     clock.lap("weights/push_seconds");
 
@@ -105,6 +110,14 @@ fn train_step(session: &mut Session, rollouts: &mut dyn Rollouts, publisher: &mu
         loggers.log_step(step + 1, &metrics)?;
     }
     Ok(output.num_skipped)
+}
+
+/// Where generators and trainers take turns with the memory, gives back what only training needs.
+fn make_room(session: &mut Session) {
+    if session.config.rollout.sleep_while_training != SleepMode::Nothing {
+        session.learner.zero_mut().release_gradients();
+        runtime::release_memory();
+    }
 }
 
 fn evaluate_if_due(session: &mut Session, rollouts: &mut dyn Rollouts, step: u64) -> Result<()> {

@@ -19,7 +19,7 @@ const DIRS: [&str; 4] = ["completions", "completion_samples", "checkpoints", LOG
 
 /// Settings that change how a run is carried out and not what comes out: sections, or keys. A run goes on under other
 /// values of these.
-const FREE_SETTINGS: [&str; 14] = [
+const FREE_SETTINGS: [&str; 15] = [
     "run.output_dir",
     "generator.addresses",
     "generator.connect_timeout_seconds",
@@ -27,6 +27,7 @@ const FREE_SETTINGS: [&str; 14] = [
     "launch",
     "logging",
     "rollout.deadline_seconds",
+    "rollout.sleep_while_training",
     "train.collective_timeout_seconds",
     "train.max_skipped_steps",
     "train.max_wall_clock_seconds",

@@ -62,6 +62,7 @@ impl Session {
         let started = Instant::now();
         let device = device(config, world)?;
         runtime::set_num_threads(num_threads(config, world));
+        runtime::cache_memory();
         let model_config = ModelConfig::load(&config.model.path)?;
         let prompts = PromptSource::load(config, &model_config)?;
         if objective != Objective::Supervised {

@@ -275,11 +275,11 @@ impl Generator for Service {
     }
 
     async fn sleep(&self, _: Request<v1::SleepRequest>) -> Result<Response<v1::SleepResponse>, Status> {
-        Err(Status::unimplemented("sleep"))
+        Err(Status::failed_precondition("cannot sleep"))
     }
 
     async fn wake(&self, _: Request<v1::WakeRequest>) -> Result<Response<v1::WakeResponse>, Status> {
-        Err(Status::unimplemented("wake"))
+        Ok(Response::new(v1::WakeResponse {}))
     }
 
     async fn abort(&self, _: Request<v1::AbortRequest>) -> Result<Response<v1::AbortResponse>, Status> {

@@ -99,6 +99,13 @@ char* aha_fused_adamw(at::Tensor* param, at::Tensor* grad, at::Tensor* exp_avg, 
 
 // The CUDA stream that libtorch's operators on `device` are queued on.
 char* aha_current_stream(int32_t device, void** out);
+
+// Tensors on the CPU that are made from now on take their memory from a cache of large blocks.
+void aha_cache_cpu_memory(void);
+// Lets malloc take large blocks from the system one by one, and give each back when it is freed.
+void aha_map_large_blocks(void);
+// Gives what the cache and malloc hold unused back to the system.
+void aha_release_cpu_memory(void);
 // Makes `device` this thread's, with a stream that nobody else queues on.
 char* aha_cuda_own_stream(int32_t device);
 // Waits for what this thread has queued on `device`.

@@ -4,6 +4,8 @@ use std::fs;
 use std::num::NonZeroUsize;
 use tch::{Cuda, Device};
 
+use crate::shim::{aha_cache_cpu_memory, aha_map_large_blocks, aha_release_cpu_memory};
+
 /// Sets how many threads one operator may use. libtorch keeps them in a pool for the whole process.
 pub fn set_num_threads(num_threads: NonZeroUsize) {
     tch::set_num_threads(i32::try_from(num_threads.get()).unwrap_or(i32::MAX));
@@ -12,6 +14,26 @@ pub fn set_num_threads(num_threads: NonZeroUsize) {
 /// How many threads one operator may use.
 pub fn num_threads() -> usize {
     usize::try_from(tch::get_num_threads()).unwrap_or(1)
+}
+
+/// Lets tensors on the CPU that are made from now on take their memory from a cache of large blocks, which keeps as much
+/// as was once in use together. Without it, most of what a step allocates is new to the process and cleared by the system.
+pub fn cache_memory() {
+    // SAFETY: the cache lives as long as the process; tensors made before are freed as they were made.
+    unsafe { aha_cache_cpu_memory() }
+}
+
+/// Lets malloc give large blocks back as soon as they are free, for a process that frees few. Otherwise it keeps them in
+/// its heap, and clears them by hand where zeros are asked for.
+pub fn map_large_blocks() {
+    // SAFETY: it changes how malloc works from now on.
+    unsafe { aha_map_large_blocks() }
+}
+
+/// Gives the memory that the cache of [`cache_memory`] and malloc hold unused back to the system.
+pub fn release_memory() {
+    // SAFETY: only memory that nobody has is given back.
+    unsafe { aha_release_cpu_memory() }
 }
 
 /// Memory of this process, in bytes.
@@ -31,6 +53,17 @@ pub fn memory() -> Option<Memory> {
 /// Memory of another process of this machine.
 pub fn memory_of(pid: u32) -> Option<Memory> {
     parse_status(&fs::read_to_string(format!("/proc/{pid}/status")).ok()?)
+}
+
+/// Memory of this process and of another that runs the same program, in bytes: what is mapped from files, the program and
+/// its libraries, both have in common.
+pub fn memory_together(pid: u32) -> Option<u64> {
+    let own = fs::read_to_string("/proc/self/status").ok()?;
+    let other = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let [own, other] =
+        [&own, &other].map(|status| Some((status_bytes(status, "VmRSS")?, status_bytes(status, "RssFile")?)));
+    let ((own, own_files), (other, other_files)) = (own?, other?);
+    Some(own + other - own_files.min(other_files))
 }
 
 /// A device that cannot be had.
@@ -67,11 +100,12 @@ pub fn num_cuda_devices() -> usize {
 }
 
 fn parse_status(status: &str) -> Option<Memory> {
-    let bytes = |key: &str| {
-        let line = status.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
-        Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? * 1024)
-    };
-    Some(Memory { rss: bytes("VmRSS")?, peak_rss: bytes("VmHWM")? })
+    Some(Memory { rss: status_bytes(status, "VmRSS")?, peak_rss: status_bytes(status, "VmHWM")? })
+}
+
+fn status_bytes(status: &str, key: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
+    Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? * 1024)
 }
 
 #[cfg(test)]

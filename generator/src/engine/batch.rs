@@ -113,7 +113,13 @@ pub trait Runner {
     ///
     /// # Errors
     /// Any error is final, as for the two that follow.
-    fn swap(&mut self, staged: Self::Staged) -> anyhow::Result<Self::Staged>;
+    fn swap(&mut self, staged: Self::Staged) -> anyhow::Result<Option<Self::Staged>>;
+
+    /// Gives the memory of the weights back. No step runs before [`Runner::swap`] has put others in place.
+    ///
+    /// # Errors
+    /// If this runner's weights have a place of their own.
+    fn release_weights(&mut self) -> anyhow::Result<()>;
 
     /// Gives the memory of the KV cache back. No step runs before [`Runner::restore_cache`].
     ///

@@ -32,6 +32,9 @@ pub enum EngineError {
     /// The KV cache is released.
     #[error("the engine is asleep: wake it first")]
     Asleep,
+    /// They were given back when the engine fell asleep.
+    #[error("the engine has no weights: push some before waking it")]
+    NoWeights,
 }
 
 /// Log-probs of given tokens.
@@ -46,8 +49,8 @@ pub struct Scored {
 /// What came of a swap.
 #[derive(Debug)]
 pub struct Swapped<S> {
-    /// Memory for the next push; what it holds is up to the runner.
-    pub spare: S,
+    /// Memory for the next push; what it holds is up to the runner. None where no weights served before.
+    pub spare: Option<S>,
     /// Time for which decoding stood still.
     pub stood_still: Duration,
 }
@@ -61,7 +64,7 @@ pub(super) enum Command<S> {
     Finish { key: RequestKey, sample_index: u32, num_tokens: usize },
     Pause { reply: Reply<()> },
     Resume { reply: Reply<()> },
-    Sleep { reply: Reply<()> },
+    Sleep { drop_weights: bool, reply: Reply<()> },
     Wake { reply: Reply<()> },
     Swap { staged: S, version: PolicyVersion, reply: Reply<Swapped<S>> },
     Score { tokens: Vec<TokenId>, reply: Reply<Scored> },
@@ -128,8 +131,8 @@ impl<S> EngineHandle<S> {
     ///
     /// # Errors
     /// If the engine is gone.
-    pub async fn sleep(&self) -> Result<(), EngineError> {
-        self.ask(|reply| Command::Sleep { reply }).await
+    pub async fn sleep(&self, drop_weights: bool) -> Result<(), EngineError> {
+        self.ask(|reply| Command::Sleep { drop_weights, reply }).await
     }
 
     /// Goes on after [`EngineHandle::sleep`]; does nothing to an engine that is awake.

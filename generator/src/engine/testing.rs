@@ -320,8 +320,13 @@ impl Runner for FakeRunner {
         StepTimes::default()
     }
 
-    fn swap(&mut self, staged: u64) -> anyhow::Result<u64> {
-        Ok(std::mem::replace(&mut self.weights, staged))
+    fn swap(&mut self, staged: u64) -> anyhow::Result<Option<u64>> {
+        Ok(Some(std::mem::replace(&mut self.weights, staged)))
+    }
+
+    fn release_weights(&mut self) -> anyhow::Result<()> {
+        assert!(self.slots.is_empty(), "the engine sleeps");
+        Ok(())
     }
 
     fn release_cache(&mut self) -> anyhow::Result<()> {

@@ -74,7 +74,10 @@ fn add(engine: &mut Engine<FakeRunner>, ask: &Ask) -> mpsc::Receiver<TokenEvent>
 }
 
 fn swap(engine: &mut Engine<FakeRunner>, version: u64) -> u64 {
-    tell(engine, |reply| Command::Swap { staged: version, version: PolicyVersion(version), reply }).unwrap().spare
+    tell(engine, |reply| Command::Swap { staged: version, version: PolicyVersion(version), reply })
+        .unwrap()
+        .spare
+        .unwrap()
 }
 
 fn finish(engine: &mut Engine<FakeRunner>, ask: &Ask, sample_index: u32, num_tokens: usize) {
@@ -335,12 +338,15 @@ fn pause_sleep_and_scores_change_no_output() {
     assert!(engine.status().counters.preemptions > 0);
     (0..3).for_each(|_| engine.step().unwrap());
     for _ in 0..2 {
-        assert_eq!(tell(&mut engine, |reply| Command::Sleep { reply }), Ok(()));
+        assert_eq!(tell(&mut engine, |reply| Command::Sleep { drop_weights: false, reply }), Ok(()));
     }
     assert_eq!((engine.status().activity, engine.status().used_blocks), (Activity::Asleep, 0));
     assert_eq!(tell(&mut engine, |reply| Command::Resume { reply }), Err(EngineError::Asleep));
     let score = tell(&mut engine, |reply| Command::Score { tokens: vec![5; 3], reply });
     assert_eq!(score, Err(EngineError::Asleep));
+    assert_eq!(tell(&mut engine, |reply| Command::Sleep { drop_weights: true, reply }), Ok(()));
+    assert_eq!(tell(&mut engine, |reply| Command::Wake { reply }), Err(EngineError::NoWeights));
+    assert_eq!(swap(&mut engine, 0), 0);
     assert_eq!(tell(&mut engine, |reply| Command::Wake { reply }), Ok(()));
     let too_long = tell(&mut engine, |reply| Command::Score { tokens: vec![5; 65], reply });
     assert!(matches!(too_long, Err(EngineError::Refused(Refusal::OverCache { .. }))));

@@ -80,6 +80,8 @@ pub(super) struct Engine<R> {
     runner: R,
     clients: BTreeMap<RequestKey, Client>,
     activity: Activity,
+    /// Not while asleep without them.
+    has_weights: bool,
     /// Time spent on scheduling.
     scheduling: Duration,
 }
@@ -101,6 +103,7 @@ impl<R: Runner> Engine<R> {
             runner,
             clients: BTreeMap::new(),
             activity: Activity::Serving,
+            has_weights: true,
             scheduling: Duration::ZERO,
         }
     }
@@ -188,14 +191,11 @@ impl<R: Runner> Engine<R> {
                 answer(reply, Ok(()));
             }
             Command::Resume { reply } => answer(reply, self.resume()),
-            Command::Sleep { reply } => {
-                self.sleep()?;
+            Command::Sleep { drop_weights, reply } => {
+                self.sleep(drop_weights)?;
                 answer(reply, Ok(()));
             }
-            Command::Wake { reply } => {
-                self.wake()?;
-                answer(reply, Ok(()));
-            }
+            Command::Wake { reply } => answer(reply, self.wake()?),
             Command::Swap { staged, version, reply } => answer(reply, Ok(self.swap(staged, version)?)),
             // A forward pass for nobody would hold up the next step.
             Command::Score { reply, .. } if reply.is_closed() => {}
@@ -288,26 +288,35 @@ impl<R: Runner> Engine<R> {
         Ok(())
     }
 
-    fn sleep(&mut self) -> anyhow::Result<()> {
+    fn sleep(&mut self, drop_weights: bool) -> anyhow::Result<()> {
         if self.activity != Activity::Asleep {
             self.scheduler.release_all();
             self.runner.release_cache().context("put the engine to sleep")?;
             self.activity = Activity::Asleep;
         }
+        if drop_weights && self.has_weights {
+            self.runner.release_weights().context("give the weights back")?;
+            self.has_weights = false;
+        }
         Ok(())
     }
 
-    fn wake(&mut self) -> anyhow::Result<()> {
+    /// The outer error ends the engine, the inner one goes to who asked.
+    fn wake(&mut self) -> anyhow::Result<Result<(), EngineError>> {
+        if !self.has_weights {
+            return Ok(Err(EngineError::NoWeights));
+        }
         if self.activity == Activity::Asleep {
             self.runner.restore_cache().context("wake the engine")?;
             self.activity = Activity::Serving;
         }
-        Ok(())
+        Ok(Ok(()))
     }
 
     fn swap(&mut self, staged: R::Staged, version: PolicyVersion) -> anyhow::Result<Swapped<R::Staged>> {
         let start = Instant::now();
         let spare = self.runner.swap(staged).context("swap weights")?;
+        self.has_weights = true;
         self.scheduler.set_version(version);
         Ok(Swapped { spare, stood_still: start.elapsed() })
     }

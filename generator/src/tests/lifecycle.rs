@@ -56,7 +56,7 @@ async fn pausing_and_sleeping_lose_nothing() {
     server.client.resume(v1::ResumeRequest {}).await.unwrap();
     server.wait_until(|status| status.generation_tokens > before.generation_tokens + 8).await;
 
-    server.client.sleep(v1::SleepRequest {}).await.unwrap();
+    server.client.sleep(v1::SleepRequest { drop_weights: false }).await.unwrap();
     let asleep = server.status().await;
     assert!(asleep.paused && asleep.used_blocks == 0 && asleep.waiting > 0, "{asleep:?}");
     check_status(&server.client.resume(v1::ResumeRequest {}).await.unwrap_err(), Code::FailedPrecondition, "asleep");
@@ -130,8 +130,12 @@ impl Runner for BrokenRunner {
         StepTimes::default()
     }
 
-    fn swap(&mut self, staged: DeviceWeights) -> anyhow::Result<DeviceWeights> {
-        Ok(staged)
+    fn swap(&mut self, staged: DeviceWeights) -> anyhow::Result<Option<DeviceWeights>> {
+        Ok(Some(staged))
+    }
+
+    fn release_weights(&mut self) -> anyhow::Result<()> {
+        Ok(())
     }
 
     fn release_cache(&mut self) -> anyhow::Result<()> {

@@ -136,6 +136,30 @@ async fn a_push_changes_the_version_once_in_the_middle_of_a_request() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_generator_that_gave_its_weights_back_waits_for_others() {
+    let mut server = Server::start(TINY).await;
+    let weights = tiny_weights(&tiny_config(TINY), 1);
+    let undisturbed = server.completions(request("undisturbed", 4, 150)).await;
+    let trainer = Trainer::new();
+    let mut group = trainer.meet(&mut server, PATIENCE).await;
+
+    let stream = server.generate(request("disturbed", 4, 150)).await.unwrap();
+    server.wait_until(|status| status.generation_tokens > 600 + 8).await;
+    // The first time there is no second set of weights yet, the second time it was given back.
+    for version in [0, 0] {
+        server.client.sleep(v1::SleepRequest { drop_weights: true }).await.unwrap();
+        let wake = server.client.wake(v1::WakeRequest {}).await.unwrap_err();
+        check_status(&wake, Code::FailedPrecondition, "no weights");
+        let sending = send(group, weights.copy());
+        server.client.update_weights(announcement(version, &weights)).await.unwrap();
+        group = sending.join().unwrap();
+        server.client.wake(v1::WakeRequest {}).await.unwrap();
+    }
+    assert_eq!(collect(stream).await.unwrap(), undisturbed);
+    assert!(serves(&mut server, &weights).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn nothing_that_other_weights_computed_is_found_after_a_push() {
     let mut server = Server::start(TINY).await;
     let (old, new) = (tiny_weights(&tiny_config(TINY), 1), tiny_weights(&tiny_config(TINY), 2));

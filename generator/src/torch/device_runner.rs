@@ -86,11 +86,18 @@ impl Runner for DeviceRunner {
         }
     }
 
-    fn swap(&mut self, staged: DeviceWeights) -> anyhow::Result<DeviceWeights> {
+    fn swap(&mut self, staged: DeviceWeights) -> anyhow::Result<Option<DeviceWeights>> {
         match (self, staged) {
-            (Self::Cpu(runner), DeviceWeights::Cpu(staged)) => runner.swap(staged).map(DeviceWeights::Cpu),
-            (Self::Gpu(runner), DeviceWeights::Gpu(staged)) => runner.swap(staged).map(DeviceWeights::Gpu),
+            (Self::Cpu(runner), DeviceWeights::Cpu(staged)) => Ok(runner.swap(staged)?.map(DeviceWeights::Cpu)),
+            (Self::Gpu(runner), DeviceWeights::Gpu(staged)) => Ok(runner.swap(staged)?.map(DeviceWeights::Gpu)),
             _ => anyhow::bail!("the new weights are for another device than the one that serves"),
+        }
+    }
+
+    fn release_weights(&mut self) -> anyhow::Result<()> {
+        match self {
+            Self::Cpu(runner) => runner.release_weights(),
+            Self::Gpu(runner) => runner.release_weights(),
         }
     }
 

@@ -256,7 +256,7 @@ fn swaps_keep_graphs_and_sleep_drops_them() {
     for unit_idx in (0..new.num_units()).rev() {
         staged.set_unit(unit_idx, &new.views(unit_idx)).unwrap();
     }
-    let mut spare = runner.swap(staged).unwrap();
+    let mut spare = runner.swap(staged).unwrap().unwrap();
     let after = run(&mut runner);
     assert_eq!(after, run(&mut gpu(&config, &new)));
     assert_ne!(after, before);

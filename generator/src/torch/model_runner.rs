@@ -35,7 +35,8 @@ pub struct CacheSize {
 pub struct CpuRunner {
     pool: Arc<Pool>,
     config: ModelConfig,
-    weights: ServingWeights,
+    /// None while asleep without them.
+    weights: Option<ServingWeights>,
     rotary: RotaryTable,
     layout: KvLayout,
     /// One a layer; none while the cache's memory is given back.
@@ -67,7 +68,7 @@ impl CpuRunner {
         Self {
             pool: Arc::new(pool),
             config: config.clone(),
-            weights,
+            weights: Some(weights),
             rotary: RotaryTable::new(config, max_model_len, Device::Cpu),
             layout,
             caches: new_caches(layout, config.num_layers),
@@ -130,6 +131,7 @@ impl CpuRunner {
     fn ops<'a>(&'a mut self, rows: PagedRows<'a>) -> anyhow::Result<PagedOps<'a>> {
         ensure!(!self.caches.is_empty(), "the cache's memory is given back, and no step can run before it is restored");
         let Self { pool, config, weights, rotary, caches, arena, .. } = self;
+        let weights = weights.as_ref().context("the weights are given back, and no step can run before others come")?;
         let rope = RopeTables { cos: f32_slice(&rotary.cos), sin: f32_slice(&rotary.sin), head_dim: config.head_dim };
         Ok(PagedOps { pool, config, weights, rope, caches: RefCell::new(caches), arena, clock: Clock::default(), rows })
     }
@@ -153,12 +155,18 @@ impl Runner for CpuRunner {
         self.times
     }
 
-    fn swap(&mut self, staged: ServingWeights) -> anyhow::Result<ServingWeights> {
-        Ok(std::mem::replace(&mut self.weights, staged))
+    fn swap(&mut self, staged: ServingWeights) -> anyhow::Result<Option<ServingWeights>> {
+        Ok(self.weights.replace(staged))
+    }
+
+    fn release_weights(&mut self) -> anyhow::Result<()> {
+        self.weights = None;
+        Ok(())
     }
 
     fn release_cache(&mut self) -> anyhow::Result<()> {
         self.caches = Vec::new();
+        self.arena = Arena::default();
         Ok(())
     }
 

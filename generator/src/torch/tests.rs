@@ -273,7 +273,7 @@ fn a_refilled_set_equals_a_new_one() {
         let (tokens, blocks) = (some_tokens(30, 1), [BlockId(1), BlockId(0)]);
         let mut runner = quantised_runner(&config, &old, quantization);
         let before = runner.score(&tokens, &blocks).unwrap();
-        let previous = runner.swap(refilled).unwrap();
+        let previous = runner.swap(refilled).unwrap().unwrap();
         let after = runner.score(&tokens, &blocks).unwrap();
         assert_eq!(after, quantised_runner(&config, &new, quantization).score(&tokens, &blocks).unwrap());
         assert_ne!(before, after);

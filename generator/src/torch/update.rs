@@ -99,6 +99,7 @@ pub enum UpdateError {
 enum Command {
     Join { membership: Membership, reply: oneshot::Sender<Result<(), UpdateError>> },
     Receive { push: Push, reply: oneshot::Sender<Result<Pushed, UpdateError>> },
+    ReleaseSpare { reply: oneshot::Sender<Result<(), UpdateError>> },
 }
 
 /// The way to the receiving thread, which ends when this is dropped.
@@ -158,6 +159,16 @@ impl WeightReceiver {
         answer.await.unwrap_or(Err(UpdateError::Stopped))
     }
 
+    /// Gives the memory of the weights that do not serve back, until the next push.
+    ///
+    /// # Errors
+    /// If too many joins and pushes wait, or the thread has stopped.
+    pub async fn release_spare(&self) -> Result<(), UpdateError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Command::ReleaseSpare { reply })?;
+        answer.await.unwrap_or(Err(UpdateError::Stopped))
+    }
+
     /// Ends whatever the thread waits for in its group.
     pub fn abort(&self, reason: &str) {
         if let Some(group) = self.current.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
@@ -184,7 +195,7 @@ struct Worker {
     pool: Pool,
     current: Arc<Mutex<Option<Arc<ProcessGroup>>>>,
     joined: Option<Joined>,
-    /// The set that does not serve; there is none before the first push.
+    /// The set that does not serve; there is none before the first push, nor after one that found no weights to replace.
     spare: Option<DeviceWeights>,
 }
 
@@ -203,6 +214,10 @@ impl Worker {
             match command {
                 Command::Join { membership, reply } => drop(reply.send(self.join(&membership))),
                 Command::Receive { push, reply } => drop(reply.send(self.take_push(&push))),
+                Command::ReleaseSpare { reply } => {
+                    self.spare = None;
+                    drop(reply.send(Ok(())));
+                }
             }
         }
     }
@@ -248,7 +263,7 @@ impl Worker {
         let receive = started.elapsed();
         let weights = self.spare.take().ok_or(UpdateError::Stopped)?;
         let swapped = self.runtime.block_on(self.engine.swap(weights, push.version))?;
-        self.spare = Some(swapped.spare);
+        self.spare = swapped.spare;
         let swap = swapped.stood_still;
         tracing::debug!(
             version = push.version.0,

@@ -15,7 +15,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use aha_core::config::{PushBackend, RunConfig};
+use aha_core::config::{PushBackend, RunConfig, SleepMode};
 use aha_core::ids::PolicyVersion;
 use aha_core::manifest::{Bucket, UnitSpec};
 use aha_nn::comm::{CommError, ProcessGroup, Store};
@@ -29,7 +29,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::agreement::{Disagreement, agree};
 use crate::clients::{Client, seconds};
-use calls::update_all;
+use calls::{sleep_all, update_all, wake_all};
 use rendezvous::Terms;
 
 /// Largest bucket. Bounds the staging memory of a broadcast.
@@ -58,6 +58,7 @@ pub struct Publisher {
     scratch: Tensor,
     /// Weights are of another type than the generators take, or on another device than the group's tensors.
     is_staged: bool,
+    sleep_mode: SleepMode,
 }
 
 /// How a push went.
@@ -100,6 +101,7 @@ struct Limits {
     timeout: Duration,
     bucket_bytes: usize,
     backend: PushBackend,
+    sleep_mode: SleepMode,
 }
 
 /// What the calls of rank 0 found out, for the other ranks.
@@ -126,6 +128,7 @@ impl Publisher {
             timeout: seconds(config.train.push_timeout_seconds),
             bucket_bytes: MAX_BUCKET_BYTES,
             backend: config.train.push_backend,
+            sleep_mode: config.rollout.sleep_while_training,
         };
         Self::join_within(limits, trainers, weights, clients, runtime)
     }
@@ -162,7 +165,28 @@ impl Publisher {
             buckets,
             scratch,
             is_staged,
+            sleep_mode: limits.sleep_mode,
         })
+    }
+
+    /// Lets the generators give back what `rollout.sleep_while_training` says, until the next push. All trainer ranks call
+    /// this, when none waits for completions any more.
+    ///
+    /// # Errors
+    /// On all ranks alike, naming the generator that failed.
+    pub fn sleep(&self) -> Result<(), PublishError> {
+        if self.sleep_mode == SleepMode::Nothing {
+            return Ok(());
+        }
+        let drop_weights = self.sleep_mode == SleepMode::Weights;
+        let is_leader = self.update_group.rank() == 0;
+        let slept = if is_leader {
+            self.runtime.block_on(sleep_all(&self.clients, drop_weights, self.timeout))
+        } else {
+            Ok(())
+        };
+        agree(&self.outcome_group, slept.map(|()| Vec::new()))?;
+        Ok(())
     }
 
     /// Puts `weights` into all generators as `version`, and returns when every one of them serves it. All trainer ranks
@@ -211,7 +235,11 @@ impl Publisher {
         if let Err(error) = &sent {
             self.update_group.abort(&error.to_string());
         }
-        let answers = self.runtime.block_on(calls).map_err(|error| vec![error.to_string()])?;
+        let mut answers = self.runtime.block_on(calls).map_err(|error| vec![error.to_string()])?;
+        if answers.is_ok() && self.sleep_mode != SleepMode::Nothing {
+            let woken = self.runtime.block_on(wake_all(&self.clients, self.timeout));
+            answers = woken.map_err(|error| vec![error.to_string()]).and(answers);
+        }
         match (answers, sent) {
             (Ok(answers), Ok(())) => {
                 let slowest =

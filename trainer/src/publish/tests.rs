@@ -1,6 +1,6 @@
 //! Pushes over real Gloo groups: trainers as threads, generators as services in this process.
 
-use aha_core::config::{InitLoraWeights, TargetModule};
+use aha_core::config::{InitLoraWeights, SleepMode, TargetModule};
 use aha_core::manifest::Manifest;
 use aha_nn::lora::{AdapterSpec, Merged, fresh_adapters};
 use aha_nn::model_config::ModelConfig;
@@ -52,7 +52,7 @@ fn with_publishers<T: Send>(
         let clients = runtime.block_on(try_join_all(connecting)).unwrap();
         let weights = weights(1, num_trainers);
         // Buckets smaller than units, so that a unit comes in several.
-        let limits = Limits { timeout, bucket_bytes: 1000, backend: PushBackend::Auto };
+        let limits = Limits { timeout, bucket_bytes: 1000, backend: PushBackend::Auto, sleep_mode: SleepMode::Cache };
         rank(Publisher::join_within(limits, &trainers, &weights, &clients, runtime), &weights)
     })
 }
@@ -76,6 +76,19 @@ fn every_generator_serves_what_was_pushed() {
             assert_eq!((report.receive_seconds, report.swap_seconds), (0.25, 0.125));
             assert!(report.seconds > 0.0);
         }
+    }
+}
+
+#[test]
+fn a_generator_that_cannot_sleep_is_named_on_all_ranks() {
+    let generators = generators([Update::Take]);
+    for (rank, error) in
+        with_publishers(2, TIMEOUT, &generators, |publisher, _| publisher.unwrap().sleep().unwrap_err().to_string())
+            .into_iter()
+            .enumerate()
+    {
+        let named = error.contains(&generators[0].address) && error.contains("cannot sleep");
+        assert!(named, "rank {rank}: {error}");
     }
 }
 
@@ -118,7 +131,12 @@ fn shared_weights_are_pushed_as_if_each_had_them_whole() {
             let client = runtime.block_on(Client::connect(&generators[0].address, TIMEOUT)).unwrap();
             let trainers = Arc::new(trainers);
             let shared = Parameters::of(3.into(), &trainers, weights(1, num_trainers));
-            let limits = Limits { timeout: TIMEOUT, bucket_bytes: 1000, backend: PushBackend::Auto };
+            let limits = Limits {
+                timeout: TIMEOUT,
+                bucket_bytes: 1000,
+                backend: PushBackend::Auto,
+                sleep_mode: SleepMode::Cache,
+            };
             let publisher = Publisher::join_within(limits, &trainers, &shared, &[client], runtime);
             publisher.unwrap().publish(&shared, PolicyVersion(4)).unwrap();
             assert_eq!(shared.most_gathered(), 2);
@@ -138,7 +156,8 @@ fn a_generator_that_fails_ends_the_push_of_shared_weights_on_all_ranks() {
         let clients = runtime.block_on(try_join_all(connecting)).unwrap();
         let trainers = Arc::new(trainers);
         let shared = Parameters::of(3.into(), &trainers, weights(1, 2));
-        let limits = Limits { timeout: TIMEOUT, bucket_bytes: 1000, backend: PushBackend::Auto };
+        let limits =
+            Limits { timeout: TIMEOUT, bucket_bytes: 1000, backend: PushBackend::Auto, sleep_mode: SleepMode::Cache };
         let mut publisher = Publisher::join_within(limits, &trainers, &shared, &clients, runtime).unwrap();
         let message = publisher.publish(&shared, PolicyVersion(4)).unwrap_err().to_string();
         // What the ranks share can still be put together: nobody left a gather out.
@@ -205,7 +224,8 @@ fn nccl_without_gpus_is_refused_on_all_ranks() {
     let messages = run_ranks(2, |trainers| {
         let runtime = runtime();
         let client = runtime.block_on(Client::connect(&generators[0].address, TIMEOUT)).unwrap();
-        let limits = Limits { timeout: TIMEOUT, bucket_bytes: 1000, backend: PushBackend::Nccl };
+        let limits =
+            Limits { timeout: TIMEOUT, bucket_bytes: 1000, backend: PushBackend::Nccl, sleep_mode: SleepMode::Cache };
         Publisher::join_within(limits, &trainers, &weights(1, 2), &[client], runtime).unwrap_err().to_string()
     });
     assert!(messages.iter().all(|message| message.contains("train.push_backend is nccl")), "{messages:?}");

@@ -135,7 +135,15 @@ fn train_zero(mut learner: Learner, sequences: &[TrainSequence]) -> (Learner, Ve
     let all: Vec<usize> = (0..sequences.len()).collect();
     let settings = Train { micro_batch_tokens: 20, ..Train::default() };
     let plan = Plan::new(sequences, &all, &settings, (rank, size)).unwrap();
-    let outputs = (0..3).map(|_| learner.step(&plan.of(sequences), &ADAMW).unwrap()).collect();
+    let step = |index| {
+        if index == 2 {
+            learner.zero_mut().release_gradients();
+            // One number each.
+            assert_eq!(learner.zero().held_bytes().gradients, 4 * learner.zero().weights().manifest().units.len());
+        }
+        learner.step(&plan.of(sequences), &ADAMW).unwrap()
+    };
+    let outputs = (0..3).map(step).collect();
     (learner, outputs)
 }
 

@@ -160,6 +160,7 @@ impl Zero {
     /// Adds to the gradient of a unit; `grads` are those of its parameters, in manifest order, or none from a rank that
     /// has no data left. `is_last` with what is the last of the step for this unit, on all ranks alike.
     pub fn accumulate(&mut self, unit_idx: usize, grads: &[Tensor], is_last: bool) -> Result<(), ZeroError> {
+        self.units[unit_idx].hold_gradient();
         if self.group.size() == 1 {
             self.units[unit_idx].add(grads);
             return Ok(());
@@ -215,7 +216,7 @@ impl Zero {
                     }
                 }
             }
-            if self.sharding.stage > 0 {
+            if self.sharding.stage > 0 && self.group.size() > 1 {
                 self.weights.gather(unit_idx, &owned, &self.group)?;
             }
         }
@@ -233,6 +234,13 @@ impl Zero {
             } else {
                 unit.grad = unit.grad.zero_();
             }
+        }
+    }
+
+    /// Gives the memory of the gradients back until the next ones come. They must be zero.
+    pub fn release_gradients(&mut self) {
+        for unit in &mut self.units {
+            unit.grad = no_gradient(unit.grad.size()[0], unit.grad.device());
         }
     }
 
@@ -335,11 +343,18 @@ impl UnitState {
         let padded = unit.padded_numel(group.size()) as i64;
         let owned = sharding.owned(padded, (group.rank(), group.size()));
         let grad_len = if sharding.stage < 2 { padded } else { owned.len };
-        let grad = Tensor::zeros([grad_len], (Kind::Float, weights.device()));
+        let grad = no_gradient(grad_len, weights.device());
         let state_device = if sharding.offload_optimizer { Device::Cpu } else { weights.device() };
         let owned_weights = weights.owned(unit_idx, owned)?.to_device(state_device);
         let optimizer = ShardOptimizer::new(unit, owned, &owned_weights, optimizer);
         Ok(Self { grad, optimizer, owned })
+    }
+
+    /// Takes the memory of the gradient where it was given back.
+    fn hold_gradient(&mut self) {
+        if !self.grad.is_contiguous() {
+            self.grad = self.grad.contiguous();
+        }
     }
 
     /// Adds the gradients of the parameters in place, without a flat copy of them.
@@ -352,6 +367,11 @@ impl UnitState {
             offset += numel;
         }
     }
+}
+
+/// Zeros without their memory: one element stands for all.
+fn no_gradient(len: i64, device: Device) -> Tensor {
+    Tensor::zeros([1], (Kind::Float, device)).expand([len], false)
 }
 
 impl HostStage {

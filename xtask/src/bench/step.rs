@@ -45,8 +45,11 @@ pub(crate) struct Step {
     #[arg(long, default_value_t = 0)]
     threads: usize,
     /// Most tokens of a micro-batch of ours; TRL's is a prompt with its completions
-    #[arg(long, default_value_t = 2048)]
+    #[arg(long, default_value_t = 640)]
     micro_batch_tokens: usize,
+    /// What our generator gives back while the trainer trains: nothing, cache, or weights as well
+    #[arg(long, default_value = "weights")]
+    sleep: String,
 }
 
 /// Seconds of a step, and bytes of memory at most.
@@ -75,7 +78,7 @@ pub(super) fn step(workspace: &Workspace, aha: &Path, args: &Step) -> anyhow::Re
     for &beta in &args.beta {
         let mut ours = workspace.command(aha);
         ours.args(["bench", "step", "--json", "--model"]).arg(&model);
-        ours.args(["--micro-batch-tokens", &args.micro_batch_tokens.to_string()]);
+        ours.args(["--micro-batch-tokens", &args.micro_batch_tokens.to_string(), "--sleep", &args.sleep]);
         shape(&mut ours, beta);
         let mut peer = workspace.command(&python);
         peer.env("OMP_NUM_THREADS", threads.to_string()).arg(PEER).arg(&model).args(["--system", SYSTEM]);

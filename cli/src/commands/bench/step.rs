@@ -4,10 +4,14 @@ use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
-use aha_core::config::{DataSource, RewardSpec, RunConfig};
+use aha_core::config::{DataSource, RewardSpec, RunConfig, SleepMode};
 use aha_core::random::sampling_uniform;
 use aha_core::rollout::Group;
+use aha_nn::runtime;
 use aha_trainer::publish::Publisher;
 use aha_trainer::rollouts::{GeneratorPool, RolloutError, RolloutRequest, Rollouts};
 use aha_trainer::stop::StopRequest;
@@ -59,6 +63,9 @@ pub(super) struct Args {
     /// Threads of the trainer and, in its turn, of the generator; 0 takes all cores
     #[arg(long, default_value_t = 0)]
     threads: usize,
+    /// What the generator gives back while the trainer trains: nothing, cache, or weights as well
+    #[arg(long, default_value = "nothing", value_parser = sleep_mode)]
+    sleep: SleepMode,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -72,6 +79,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let path = folder.path().join("step.yaml");
     std::fs::write(&path, serde_saphyr::to_string(&config)?)?;
     let generator = GeneratorProcess::start(&path, &address)?;
+    let memory = PeakMemory::watch(generator.0.id());
 
     let runtime = Arc::new(network_runtime()?);
     aha_trainer::run::run(&config, &World::single(), &StopRequest::default(), |session| {
@@ -90,13 +98,14 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         let before = if values.len().is_multiple_of(2) { middle.saturating_sub(1) } else { middle };
         Some((values.get(before)? + values.get(middle)?) / 2.0)
     };
-    let own = aha_nn::runtime::memory().map_or(0, |memory| memory.peak_rss);
+    let peak_of = |memory: Option<runtime::Memory>| memory.map_or(0, |memory| memory.peak_rss);
     let mut result = json!({
         "seconds_per_step": median("step_time"),
         "push_seconds": median("weights/push_seconds"),
         "packed_tokens": median("num_packed_tokens"),
-        "trainer_peak_rss_bytes": own,
-        "peak_rss_bytes": own + generator.peak_rss(),
+        "trainer_peak_rss_bytes": peak_of(runtime::memory()),
+        "generator_peak_rss_bytes": peak_of(runtime::memory_of(generator.0.id())),
+        "peak_rss_bytes": memory.stop(),
     });
     for name in ["generate", "exchange", "train", "reference", "forward", "head", "backward", "reduce", "optimizer"] {
         result[format!("{name}_seconds")] = json!(median(&format!("time/{name}")));
@@ -146,6 +155,7 @@ fn config(args: &Args, folder: &Path, address: &str) -> Result<RunConfig> {
     config.rollout.num_generations = args.group;
     config.rollout.generation_batch_size = args.group * args.prompts;
     config.rollout.max_completion_length = args.new_tokens;
+    config.rollout.sleep_while_training = args.sleep;
     config.train.max_steps = args.steps;
     config.train.save_steps = args.steps;
     config.train.beta = args.beta;
@@ -160,6 +170,40 @@ fn config(args: &Args, folder: &Path, address: &str) -> Result<RunConfig> {
     Ok(config)
 }
 
+fn sleep_mode(name: &str) -> Result<SleepMode, String> {
+    serde_json::from_value(json!(name)).map_err(|_| "it is nothing, cache or weights".to_owned())
+}
+
+/// The most memory that this process and another have held at the same time, looked at every few milliseconds.
+struct PeakMemory {
+    most: Arc<AtomicU64>,
+    over: Arc<AtomicBool>,
+    watching: JoinHandle<()>,
+}
+
+impl PeakMemory {
+    fn watch(other: u32) -> Self {
+        let (most, over) = (Arc::<AtomicU64>::default(), Arc::<AtomicBool>::default());
+        let watch = {
+            let (most, over) = (Arc::clone(&most), Arc::clone(&over));
+            move || {
+                while !over.load(Ordering::Relaxed) {
+                    most.fetch_max(runtime::memory_together(other).unwrap_or(0), Ordering::Relaxed);
+                    std::thread::park_timeout(Duration::from_millis(10));
+                }
+            }
+        };
+        Self { most, over, watching: std::thread::spawn(watch) }
+    }
+
+    /// In bytes.
+    fn stop(self) -> u64 {
+        self.over.store(true, Ordering::Relaxed);
+        drop(self.watching.join());
+        self.most.load(Ordering::Relaxed)
+    }
+}
+
 /// A generator of our own, killed when it is dropped.
 struct GeneratorProcess(Child);
 
@@ -169,10 +213,6 @@ impl GeneratorProcess {
         command.arg("generator").arg(config).args(["--listen", address]).stdin(Stdio::null()).stdout(Stdio::null());
         command.env(supervised::VARIABLE, std::process::id().to_string()).env("OMP_WAIT_POLICY", "PASSIVE");
         Ok(Self(command.spawn().context("starting the generator")?))
-    }
-
-    fn peak_rss(&self) -> u64 {
-        aha_nn::runtime::memory_of(self.0.id()).map_or(0, |memory| memory.peak_rss)
     }
 }
 

@@ -166,6 +166,20 @@ pub struct Rollout {
     pub stop_token_ids: Vec<u32>,
     /// A step whose completions take longer fails, naming the generator it waited for.
     pub deadline_seconds: f64,
+    /// What generators give back while the trainers train, for where they share memory.
+    pub sleep_while_training: SleepMode,
+}
+
+/// Memory that a generator gives back between the completions of a step and the next push.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SleepMode {
+    #[default]
+    Nothing,
+    /// The keys and values, which the next push makes worthless.
+    Cache,
+    /// The weights as well, which the next push brings; on the CPU.
+    Weights,
 }
 
 /// What carries weights from trainers to generators.
@@ -347,6 +361,7 @@ impl Default for Rollout {
             stop: Vec::new(),
             stop_token_ids: Vec::new(),
             deadline_seconds: 1800.0,
+            sleep_while_training: SleepMode::Nothing,
         }
     }
 }

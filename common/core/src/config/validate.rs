@@ -2,7 +2,7 @@
 
 use std::path::Component;
 
-use super::{DataSource, RunConfig};
+use super::{DataSource, DeviceKind, RunConfig, SleepMode};
 use crate::reward::RewardFunction;
 
 impl RunConfig {
@@ -107,6 +107,11 @@ impl RunConfig {
             "rollout.temperature: must be over 0, or the completions of a group are all equal".to_owned()
         });
         problems.positive("rollout.deadline_seconds", rollout.deadline_seconds);
+        let drops_weights = rollout.sleep_while_training == SleepMode::Weights;
+        problems.unless(!drops_weights || self.model.device != DeviceKind::Cuda, || {
+            "rollout.sleep_while_training: CUDA graphs refer to the weights of a generator on a GPU: use cache"
+                .to_owned()
+        });
         let longest = self.data.max_prompt_length + rollout.max_completion_length as usize;
         problems.unless(longest <= self.train.micro_batch_tokens, || {
             format!(
