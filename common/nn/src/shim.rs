@@ -172,6 +172,7 @@ unsafe extern "C" {
     ) -> *mut c_char;
 
     pub(crate) fn aha_current_stream(device: i32, stream: *mut *mut c_void) -> *mut c_char;
+    pub(crate) fn aha_set_device(device: i32) -> *mut c_char;
     pub(crate) fn aha_cuda_own_stream(device: i32) -> *mut c_char;
     pub(crate) fn aha_cuda_synchronize(device: i32) -> *mut c_char;
     pub(crate) fn aha_cuda_empty_cache() -> *mut c_char;
