@@ -50,15 +50,13 @@ pub(crate) struct GpuKernels {
     pub(crate) element: Element,
 }
 
-/// Rows after a norm.
+/// What the backward pass of a norm needs, beside the weight.
 #[derive(Debug)]
-pub(crate) struct Normed {
+pub(crate) struct NormTape {
     /// What was normalised, `[R, C]`.
     pub(crate) sum: Tensor,
-    /// `[R, C]`.
-    pub(crate) out: Tensor,
     /// fp32 `[R]`.
-    pub(crate) scales: Tensor,
+    scales: Tensor,
 }
 
 /// Angles by which heads turn.
@@ -175,8 +173,8 @@ impl Kernels {
     /// The norm of `x + delta`.
     ///
     /// # Shapes
-    /// - x and delta: `[.., C]`, weight: `[C]`.
-    pub(crate) fn rms_norm(&self, x: &Tensor, delta: Option<&Tensor>, weight: &Tensor, eps: f64) -> Normed {
+    /// - x and delta: `[.., C]`, weight: `[C]`; returns `[.., C]`.
+    pub(crate) fn rms_norm(&self, x: &Tensor, delta: Option<&Tensor>, weight: &Tensor, eps: f64) -> (Tensor, NormTape) {
         let (x, delta) = (x.detach().contiguous(), delta.map(|delta| delta.detach().contiguous()));
         let mut out = x.empty_like();
         let num_rows = (x.numel() / weight.numel()) as i64;
@@ -207,13 +205,13 @@ impl Kernels {
                 sum
             }
         };
-        Normed { sum, out, scales }
+        (out, NormTape { sum, scales })
     }
 
     /// The gradients of `sum` and, if it is wanted, of the weight. `d_sum` is that of the sum where it is used besides.
     pub(crate) fn rms_norm_backward(
         &self,
-        Normed { sum, scales, .. }: &Normed,
+        NormTape { sum, scales }: &NormTape,
         (weight, weight_is_wanted): (&Tensor, bool),
         d_out: &Tensor,
         d_sum: Option<&Tensor>,

@@ -27,10 +27,14 @@ impl Launcher for Emulated {
     }
 }
 
+pub(crate) fn emulated() -> Rc<dyn Launcher> {
+    Rc::new(Emulated)
+}
+
 /// Runs `work` with the kernels for tensors of `kind` on [`device`].
 pub(crate) fn with_gpu<T>(kind: Kind, work: impl FnOnce() -> T) -> T {
     if device() == Device::Cpu {
-        return with_launcher(Device::Cpu, kind, Rc::new(Emulated), work);
+        return with_launcher(Device::Cpu, kind, emulated(), work);
     }
     let cache = CompileCache::new(std::env::temp_dir().join("aha-test-kernels"));
     assert!(load(device(), kind, 64, &cache).unwrap(), "there are kernels for {kind:?}");

@@ -68,13 +68,12 @@ pub(crate) fn add_linear(residual: &Tensor, x: &Tensor, projection: &Projection<
 
 /// As [`crate::transformer::Ops::rms_norm`], over groups of `weight.len()` elements. Same shape as `x`.
 pub(crate) fn rms_norm(kernels: &Kernels, x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
-    let normed = kernels.rms_norm(x, None, weight, eps);
-    let output = normed.out.shallow_clone();
+    let (output, tape) = kernels.rms_norm(x, None, weight, eps);
     let kept = (kernels.clone(), weight.detach(), weight.requires_grad());
     let [output] = differentiable(&[x, weight], [output], move |grads| {
         let (kernels, weight, weight_is_wanted) = kept;
         let [Some(d_out)] = only(grads) else { return vec![None, None] };
-        let (d_x, d_weight) = kernels.rms_norm_backward(&normed, (&weight, weight_is_wanted), &d_out, None);
+        let (d_x, d_weight) = kernels.rms_norm_backward(&tape, (&weight, weight_is_wanted), &d_out, None);
         vec![Some(d_x), d_weight]
     });
     output
@@ -88,8 +87,8 @@ pub(crate) fn add_norm(
     weight: &Tensor,
     eps: f64,
 ) -> [Tensor; 2] {
-    let normed = kernels.rms_norm(x, delta, weight, eps);
-    let outputs = [normed.sum.detach(), normed.out.shallow_clone()];
+    let (normed, tape) = kernels.rms_norm(x, delta, weight, eps);
+    let outputs = [tape.sum.detach(), normed];
     let kept = (kernels.clone(), weight.detach(), weight.requires_grad());
     let inputs: Vec<&Tensor> = [Some(x), delta, Some(weight)].into_iter().flatten().collect();
     let num_terms = inputs.len() - 1;
@@ -99,7 +98,7 @@ pub(crate) fn add_norm(
         let (d_x, d_weight) = match d_out {
             Some(d_out) => {
                 let (d_x, d_weight) =
-                    kernels.rms_norm_backward(&normed, (&weight, weight_is_wanted), &d_out, d_sum.as_ref());
+                    kernels.rms_norm_backward(&tape, (&weight, weight_is_wanted), &d_out, d_sum.as_ref());
                 (Some(d_x), d_weight)
             }
             None => (d_sum, None),
@@ -176,4 +175,31 @@ impl Params {
 
 fn only<const N: usize>(grads: Vec<Option<Tensor>>) -> [Option<Tensor>; N] {
     grads.try_into().expect("a gradient for every output")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::rc::Rc;
+
+    use super::*;
+    use crate::fused_kernels::{testing, with_launcher};
+
+    #[test]
+    fn a_graph_that_is_dropped_leaves_nothing_behind() {
+        let launcher = testing::emulated();
+        with_launcher(Device::Cpu, Kind::Float, Rc::clone(&launcher), || {
+            let kernels = Kernels::of(Device::Cpu, Kind::Float).unwrap();
+            let leaf = |size: &[i64]| Tensor::randn(size, (Kind::Float, Device::Cpu)).set_requires_grad(true);
+            let weight = leaf(&[8]);
+            let [sum, normed] = add_norm(&kernels, &leaf(&[3, 8]), Some(&leaf(&[3, 8])), &weight, 1e-6);
+            let gated = silu_mul(&kernels, &sum, &rms_norm(&kernels, &normed, &weight, 1e-6));
+            let table = || Tensor::ones([4, 2], (Kind::Float, Device::Cpu));
+            let positions = Some(Tensor::from_slice(&[0_i32, 3, 1]));
+            let turned = rope(&kernels, &gated, &Angles { cos: table(), sin: table(), positions, head_dim: 4 });
+            // Ours, that of the thread, of `kernels`, and of each function.
+            assert!(turned.requires_grad());
+            assert_eq!(Rc::strong_count(&launcher), 3 + 4);
+        });
+        assert_eq!(Rc::strong_count(&launcher), 1);
+    }
 }

@@ -330,10 +330,10 @@ struct LogitGradients {
 };
 
 // (d_logprob * (onehot(target) - softmax) - d_entropy * softmax * (log softmax + entropy)) / temperature.
-// Grid (V / 2048, M). Moves 6 bytes a logit of bf16, 8 of fp32.
+// Grid (M, V / 2048). Moves 6 bytes a logit of bf16, 8 of fp32.
 KERNEL(logit_gradients, 256)
 (LogitGradients p) {
-  const int row = blockIdx.y, start = (blockIdx.x * blockDim.x + threadIdx.x) * 8, count = p.vocab_size - start;
+  const int row = blockIdx.x, start = (blockIdx.y * blockDim.x + threadIdx.x) * 8, count = p.vocab_size - start;
   if (count <= 0) return;
   const float d_logprob = p.d_logprobs[row] * p.sharpness;
   const float d_entropy = p.d_entropies ? p.d_entropies[row] * p.sharpness : 0;

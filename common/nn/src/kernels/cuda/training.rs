@@ -320,7 +320,7 @@ impl LogitGradients {
         Launch {
             program: Program::Training(self.summary.element),
             kernel: "logit_gradients",
-            grid: [blocks(vocab_size), self.summary.num_rows as u32, 1],
+            grid: [self.summary.num_rows as u32, blocks(vocab_size), 1],
             num_threads: THREADS as u32,
             args: Args::default().with(args),
         }
