@@ -8,7 +8,7 @@ use std::{env, fs};
 const KERNELS: &str = "../nn/kernels/cuda";
 
 /// A source and its macros, in the order in which `aha_nn::kernels::cuda` names them.
-const PROGRAMS: [&str; 14] = [
+const PROGRAMS: [&str; 16] = [
     "attention HEAD_DIM=32 GROUP=2 BLOCK_SIZE=16",
     "attention HEAD_DIM=64 GROUP=1 BLOCK_SIZE=16",
     "attention HEAD_DIM=64 GROUP=3 BLOCK_SIZE=32",
@@ -23,6 +23,8 @@ const PROGRAMS: [&str; 14] = [
     "sampling LOGITS_BF16=0",
     "sampling LOGITS_BF16=1",
     "step",
+    "training ELEMENT_BF16=0",
+    "training ELEMENT_BF16=1",
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {

@@ -138,7 +138,7 @@ impl RunnerBuild {
         let EngineConfig { block_size, num_blocks, max_model_len, max_num_seqs, .. } = *sizes;
         let folder = kernel_cache
             .clone()
-            .or_else(default_kernel_cache)
+            .or_else(CompileCache::default_folder)
             .context("no home folder to keep compiled GPU kernels in: name one as generator.kernel_cache")?;
         let shapes = KernelShapes::of(config, block_size, LogitKind::Fp32)
             .context("this model cannot be served on a GPU; model.device: cpu can")?;
@@ -186,10 +186,6 @@ fn check_gpu_format(dtype: Dtype, quantization: Quantization) -> anyhow::Result<
         "generator.quantization is int8, which is for the CPU: use none, or model.device: cpu"
     );
     Ok(())
-}
-
-fn default_kernel_cache() -> Option<PathBuf> {
-    Some(std::env::home_dir()?.join(".cache/aha/kernels"))
 }
 
 fn num_threads(asked: usize) -> anyhow::Result<usize> {

@@ -1,14 +1,16 @@
 //! Memory before any is taken: what a trainer rank and a generator will hold, by formulas.
 //!
 //! Beside the model's shapes: `N` packed tokens of a micro-batch, of which `M` are of completions, `W` ranks. What libtorch
-//! itself takes (some 200 MB of a process, contexts of CUDA) and what malloc keeps of freed memory are not counted. Stages, offload and recompute are exact; what
-//! one layer keeps for its backward pass follows the operations of `aha_nn::fused_ops` on the CPU in fp32, which a test
-//! measures, and those of libtorch elsewhere, which have not been measured on a GPU.
+//! itself takes (some 200 MB of a process, contexts of CUDA) and what malloc keeps of freed memory are not counted. Stages,
+//! offload and recompute are exact; what one layer keeps for its backward pass follows the operations of
+//! `aha_nn::fused_ops`, which a test measures on the CPU in fp32, and libtorch's where there are none of ours. Nothing has
+//! been measured on a GPU.
 
 use aha_core::config::{RunConfig, Train};
 use aha_core::manifest::{ParamSpec, SHARD_BLOCK, UnitSpec};
 use aha_core::optimizer::OptimizerKind;
-use aha_nn::logprob::chunk_rows;
+use aha_nn::kernels::cuda::MAX_NORM_WIDTH;
+use aha_nn::logprob::chunk_rows_on;
 use aha_nn::model_config::{Family, ModelConfig};
 use tch::{Device, Kind};
 
@@ -141,8 +143,12 @@ impl Setting<'_> {
         self.kind.elt_size_in_bytes()
     }
 
+    /// Whether we have kernels of our own.
     fn is_fused(&self) -> bool {
-        self.device == Device::Cpu && self.kind == Kind::Float
+        match self.device {
+            Device::Cpu => self.kind == Kind::Float,
+            _ => self.model.hidden_size <= MAX_NORM_WIDTH,
+        }
     }
 
     /// `N C`, in bytes.
@@ -191,16 +197,23 @@ impl Setting<'_> {
     }
 
     fn logit_chunk(&self) -> usize {
-        let rows = self.num_targets.min(chunk_rows(self.model.vocab_size as i64) as usize);
-        let copies = if self.is_fused() { 1 } else { 3 };
-        copies * rows * self.model.vocab_size * FLOAT
+        let rows = self.num_targets.min(chunk_rows_on(self.device, self.model.vocab_size as i64) as usize);
+        let logit = match (self.is_fused(), self.kind) {
+            (true, Kind::Float) => FLOAT,
+            // With the gradient in a type of its own.
+            (true, _) => FLOAT + self.element(),
+            (false, _) => 3 * FLOAT,
+        };
+        rows * self.model.vocab_size * logit
     }
 
     /// While the head's gradient is taken: a chunk of logits, its rows before and after the norm and their gradients, the
     /// matrix's gradient and, from the second chunk on, the sum that replaces it.
     fn head(&self) -> usize {
-        let is_chunked = self.num_targets > chunk_rows(self.model.vocab_size as i64) as usize;
-        let matrix = self.matrix() * self.element() * (1 + usize::from(is_chunked));
+        let is_chunked = self.num_targets > chunk_rows_on(self.device, self.model.vocab_size as i64) as usize;
+        // A GPU adds to the matrix's gradient in place.
+        let has_sum = is_chunked && self.device == Device::Cpu;
+        let matrix = self.matrix() * self.element() * (1 + usize::from(has_sum));
         self.logit_chunk() + 3 * self.target_rows() + matrix
     }
 

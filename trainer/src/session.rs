@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 use aha_core::config::{DeviceKind, Dtype, RunConfig, Train};
 use aha_core::schedule::Schedule;
 use aha_nn::comm::{Address, Backend, GroupSpec, ProcessGroup, Store};
-use aha_nn::logprob::chunk_rows;
+use aha_nn::fused_kernels;
+use aha_nn::kernels::cuda::CompileCache;
+use aha_nn::logprob::chunk_rows_on;
 use aha_nn::model_config::ModelConfig;
 use aha_nn::model_folder::{check_weights, load_units};
 use aha_nn::optim::AdamW;
@@ -78,6 +80,7 @@ impl Session {
         let run_dir = RunDir::open(config, &group)?;
         let checkpoint = checkpoint::latest(&run_dir, &group)?;
         let group = Arc::new(group);
+        load_kernels(config, &model_config, device)?;
         let learner = learner((config, objective), &model_config, checkpoint.as_ref(), &group)?;
         let step = checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.state.step);
         let loggers = if world.rank == 0 { Some(loggers(config, &run_dir, step)?) } else { None };
@@ -237,7 +240,7 @@ fn learner(
         zero.load_state(checkpoint.state.num_updates, &state)?;
         tracing::info!("going on from {}", checkpoint.folder.display());
     }
-    let options = learner_options(config, objective, model_config.vocab_size);
+    let options = learner_options((config, objective), model_config.vocab_size, device);
     let model_config = model_config.clone();
     if config.lora.is_on() {
         let base = adapters::base(config, &model_config, (kind, device))?;
@@ -249,6 +252,27 @@ fn learner(
         None
     };
     Ok(Learner::new(model_config, options, zero, reference))
+}
+
+/// Our kernels on a GPU, where there are some for the model.
+fn load_kernels(config: &RunConfig, model: &ModelConfig, device: Device) -> Result<()> {
+    if !device.is_cuda() {
+        return Ok(());
+    }
+    let folder = config.generator.kernel_cache.clone().or_else(CompileCache::default_folder);
+    let folder =
+        folder.context("no home folder to keep compiled GPU kernels in: name one as generator.kernel_cache")?;
+    let started = Instant::now();
+    let cache = CompileCache::new(folder.clone());
+    let are_there = fused_kernels::load(device, kind(config.model.dtype, device), model.hidden_size, &cache)
+        .with_context(|| format!("preparing {device:?} and its kernels"))?;
+    if are_there {
+        let seconds = started.elapsed().as_secs_f64();
+        tracing::info!(seconds, folder = %folder.display(), "GPU kernels are compiled and loaded");
+    } else {
+        tracing::warn!(hidden_size = model.hidden_size, "no GPU kernels for this width: libtorch's operations serve");
+    }
+    Ok(())
 }
 
 /// What ranks share out.
@@ -301,7 +325,7 @@ fn reference_weights(
     }
 }
 
-fn learner_options(config: &RunConfig, objective: Objective, vocab_size: usize) -> LearnerOptions {
+fn learner_options((config, objective): (&RunConfig, Objective), vocab_size: usize, device: Device) -> LearnerOptions {
     let supervised = objective == Objective::Supervised;
     let grpo_length = config.data.max_prompt_length + config.rollout.max_completion_length as usize;
     LearnerOptions {
@@ -312,7 +336,7 @@ fn learner_options(config: &RunConfig, objective: Objective, vocab_size: usize) 
         gradient_checkpointing_interval: config.train.gradient_checkpointing_interval,
         share_prompts: config.train.share_prompts,
         max_length: if supervised { config.sft.max_length } else { grpo_length },
-        logit_rows: chunk_rows(vocab_size as i64),
+        logit_rows: chunk_rows_on(device, vocab_size as i64),
     }
 }
 

@@ -2,7 +2,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/add.h>
 #include <ATen/ops/linear.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -69,9 +68,9 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::opti
                   const at::Tensor* addend) {
   static const auto plain = find<Linear>("");
   static const auto binary = find<LinearBinary>("binary");
-  if (!plain || !binary || x.size(0) == 0) {
-    const auto product = at::linear(x, weight, bias);
-    return addend != nullptr ? at::add(product, *addend) : product;
+  if (!plain || !binary || x.size(0) == 0 || !x.is_cpu() || x.scalar_type() != at::kFloat) {
+    auto product = at::linear(x, weight, bias);
+    return addend != nullptr ? product.add_(*addend) : product;
   }
   return addend != nullptr ? binary->call(x, *addend, weight, bias, "add")
                            : plain->call(x, weight, bias, "none", c10::List<std::optional<at::Scalar>>(), "");

@@ -83,7 +83,7 @@ char* aha_autograd_grad(at::Tensor* const* outputs, at::Tensor* const* grad_outp
 // nobody asks for gradients, or after an error.
 char* aha_record(const at::Tensor* const* inputs, size_t num_inputs, at::Tensor* const* outputs, size_t num_outputs,
                  AhaBackward backward);
-// x W^T + bias + addend without a graph; both may be null. Tensors are fp32 on the CPU.
+// x W^T + bias + addend without a graph; both may be null. By oneDNN in fp32 on the CPU.
 char* aha_linear(const at::Tensor* x, const at::Tensor* weight, const at::Tensor* bias, const at::Tensor* addend,
                  at::Tensor** out);
 // Calls `body` with ranges that cover 0..end, at least `grain` long but the last, on libtorch's threads.
@@ -106,6 +106,9 @@ void aha_cache_cpu_memory(void);
 void aha_map_large_blocks(void);
 // Gives what the cache and malloc hold unused back to the system.
 void aha_release_cpu_memory(void);
+
+// Makes `device` this thread's.
+char* aha_set_device(int32_t device);
 // Makes `device` this thread's, with a stream that nobody else queues on.
 char* aha_cuda_own_stream(int32_t device);
 // Waits for what this thread has queued on `device`.

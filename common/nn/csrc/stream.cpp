@@ -11,3 +11,7 @@ char* aha_current_stream(int32_t device, void** out) {
     *out = at::accelerator::getCurrentStream(static_cast<c10::DeviceIndex>(device)).native_handle();
   });
 }
+
+char* aha_set_device(int32_t device) {
+  return aha::guarded([&] { at::accelerator::setDeviceIndex(static_cast<c10::DeviceIndex>(device)); });
+}

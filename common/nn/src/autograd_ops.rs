@@ -5,6 +5,7 @@ use std::rc::Rc;
 
 use tch::{Device, Kind, Tensor};
 
+use crate::fused_kernels::{Angles, Kernels};
 use crate::fused_ops;
 use crate::packed_attention::{GroupLengths, PackedAttention};
 use crate::rotary::RotaryTable;
@@ -15,11 +16,10 @@ use crate::transformer::{Ops, Projection};
 pub struct PackedBatch {
     /// `[N]`, i64.
     pub tokens: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    angles: Angles,
     attention: Rc<PackedAttention>,
-    /// fp32 on the CPU.
-    is_fused: bool,
+    /// None where libtorch's operations serve.
+    kernels: Option<Kernels>,
 }
 
 /// A prompt and sequences that go on after it. Its tokens are computed once; `prompt` may as well be all there is.
@@ -52,16 +52,30 @@ impl PackedBatch {
             group.completions.iter().for_each(|completion| add(completion, group.prompt.len()));
         }
         let lengths: Vec<GroupLengths> = groups.iter().map(PromptGroup::lengths).collect();
-        let [cos, sin] = table.rows(&Tensor::from_slice(&positions).to_device(device), kind);
-        let is_fused = device == Device::Cpu && kind == Kind::Float;
+        let kernels = Kernels::of(device, kind);
+        let is_merged = device == Device::Cpu && kind == Kind::Float;
         Self {
             tokens: Tensor::from_slice(&tokens).to_device(device),
-            cos,
-            sin,
-            attention: Rc::new(PackedAttention::new(&lengths, device, is_fused)),
-            is_fused,
+            angles: angles(&positions, table, kind, kernels.as_ref()),
+            attention: Rc::new(PackedAttention::new(&lengths, device, is_merged)),
+            kernels,
         }
     }
+}
+
+/// Of every row; of every position for the kernels of a GPU, which look them up.
+fn angles(positions: &[i64], table: &RotaryTable, kind: Kind, kernels: Option<&Kernels>) -> Angles {
+    let (num_positions, half) = table.cos.size2().expect("the table is [T, D / 2]");
+    let head_dim = 2 * half as usize;
+    let longest = positions.iter().max().map_or(0, |last| last + 1);
+    assert!(longest <= num_positions, "{longest} positions, and angles of {num_positions}");
+    let positions = Tensor::from_slice(positions).to_device(table.cos.device());
+    if matches!(kernels, Some(Kernels::Gpu(_))) {
+        let [cos, sin] = [&table.cos, &table.sin].map(Tensor::shallow_clone);
+        return Angles { cos, sin, positions: Some(positions.to_kind(Kind::Int)), head_dim };
+    }
+    let [cos, sin] = table.rows(&positions, kind);
+    Angles { cos, sin, positions: None, head_dim }
 }
 
 impl PromptGroup<'_> {
@@ -76,8 +90,7 @@ impl PromptGroup<'_> {
 impl PackedBatch {
     /// `[N, heads * D]` or `[N, heads, D]` as the latter.
     fn heads(&self, x: &Tensor) -> Tensor {
-        let head_dim = self.cos.size().last().copied().unwrap_or(1);
-        x.view([self.tokens.size()[0], -1, head_dim])
+        x.view([self.tokens.size()[0], -1, self.angles.head_dim as i64])
     }
 }
 
@@ -90,10 +103,9 @@ impl Ops for PackedBatch {
     }
 
     fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
-        if self.is_fused {
-            fused_ops::rms_norm(x, weight, eps)
-        } else {
-            x.rms_norm(weight.size(), Some(weight), Some(eps))
+        match &self.kernels {
+            Some(kernels) => fused_ops::rms_norm(kernels, x, weight, eps),
+            None => x.rms_norm(weight.size(), Some(weight), Some(eps)),
         }
     }
 
@@ -101,8 +113,18 @@ impl Ops for PackedBatch {
         self.rms_norm(&self.heads(&x), weight, eps)
     }
 
+    fn residual_norm(&self, x: Tensor, weight: &Tensor, eps: f64) -> [Tensor; 2] {
+        match &self.kernels {
+            Some(kernels @ Kernels::Gpu(_)) => fused_ops::add_norm(kernels, &x, None, weight, eps),
+            _ => {
+                let normed = self.rms_norm(&x, weight, eps);
+                [x, normed]
+            }
+        }
+    }
+
     fn linear<const P: usize>(&self, x: &Tensor, projections: [&Projection<Tensor>; P]) -> [Tensor; P] {
-        if self.is_fused {
+        if self.kernels.is_some() {
             fused_ops::linear(x, projections)
         } else {
             projections.map(|projection| x.linear(&projection.weight, projection.bias.as_ref()))
@@ -110,21 +132,36 @@ impl Ops for PackedBatch {
     }
 
     fn add_linear(&self, residual: Tensor, x: &Tensor, projection: &Projection<Tensor>) -> Tensor {
-        if self.is_fused {
+        if self.kernels.is_some() {
             return fused_ops::add_linear(&residual, x, projection);
         }
         let [delta] = self.linear(x, [projection]);
         residual + delta
     }
 
+    fn add_linear_norm(
+        &self,
+        residual: Tensor,
+        x: &Tensor,
+        projection: &Projection<Tensor>,
+        (weight, eps): (&Tensor, f64),
+    ) -> [Tensor; 2] {
+        // oneDNN adds within the product instead.
+        if let Some(kernels @ Kernels::Gpu(_)) = &self.kernels {
+            let [delta] = self.linear(x, [projection]);
+            return fused_ops::add_norm(kernels, &residual, Some(&delta), weight, eps);
+        }
+        self.residual_norm(self.add_linear(residual, x, projection), weight, eps)
+    }
+
     fn rope(&self, x: Tensor) -> Tensor {
-        if self.is_fused {
-            return fused_ops::rope(&x, &self.cos, &self.sin);
+        if let Some(kernels) = &self.kernels {
+            return fused_ops::rope(kernels, &x, &self.angles);
         }
         let x = self.heads(&x);
         let halves = x.chunk(2, -1);
         let rotated = Tensor::cat(&[-&halves[1], halves[0].shallow_clone()], -1); // [N, H, D]
-        x * &self.cos + rotated * &self.sin
+        x * &self.angles.cos + rotated * &self.angles.sin
     }
 
     fn attention(&self, _layer_idx: usize, [q, k, v]: [Tensor; 3]) -> Tensor {
@@ -132,7 +169,10 @@ impl Ops for PackedBatch {
     }
 
     fn silu_mul(&self, [gate, up]: [Tensor; 2]) -> Tensor {
-        if self.is_fused { fused_ops::silu_mul(&gate, &up) } else { gate.silu() * up }
+        match &self.kernels {
+            Some(kernels) => fused_ops::silu_mul(kernels, &gate, &up),
+            None => gate.silu() * up,
+        }
     }
 }
 
@@ -142,6 +182,7 @@ mod tests {
 
     use super::*;
     use crate::autograd::grad;
+    use crate::fused_kernels::testing;
     use crate::model_config::ModelConfig;
     use crate::transformer::Layer;
     use crate::weights::Weights;
@@ -172,8 +213,18 @@ mod tests {
 
     /// A layer's outputs at all completion tokens, `[M, C]`, and its gradients with respect to embedding and parameters.
     fn layer(config: &ModelConfig, kind: Kind, pieces: &[PromptGroup<'_>], rows: &[i64]) -> Vec<Tensor> {
+        layer_on(Device::Cpu, config, kind, pieces, rows)
+    }
+
+    fn layer_on(
+        device: Device,
+        config: &ModelConfig,
+        kind: Kind,
+        pieces: &[PromptGroup<'_>],
+        rows: &[i64],
+    ) -> Vec<Tensor> {
         let weights = Weights::random(config, 3, 1, Kind::Float, Device::Cpu);
-        let table = RotaryTable::new(config, 64, Device::Cpu);
+        let table = RotaryTable::new(config, 64, device);
         let batch = PackedBatch::shared(pieces, &table, kind);
         let mut leaves = vec![weights.embedding()];
         leaves.extend(weights.views(1));
@@ -184,13 +235,14 @@ mod tests {
             } else {
                 leaf.zeros_like()
             };
-            *leaf = (leaf.to_kind(kind) + noise.to_kind(kind)).detach().set_requires_grad(true);
+            *leaf = (leaf.to_kind(kind) + noise.to_kind(kind)).detach().to_device(device).set_requires_grad(true);
         }
         let params = leaves[1..].iter().map(Tensor::shallow_clone).collect();
         let x = batch.embed(&leaves[0]);
         let output = Layer::new(config, params, |weight| weight).forward(&batch, config, 0, x);
-        let output = output.index_select(0, &Tensor::from_slice(rows)); // [M, C]
-        let direction = Tensor::arange(output.numel() as i64, (kind, Device::Cpu)).sin().view_as(&output);
+        let output = output.index_select(0, &Tensor::from_slice(rows).to_device(device)); // [M, C]
+        let direction = Tensor::arange(output.numel() as i64, (Kind::Double, Device::Cpu)).sin().view_as(&output);
+        let direction = direction.to_kind(kind).to_device(device);
         let grads = grad(&[(&output * direction).sum(kind)], &leaves, &[None], false).unwrap();
         std::iter::once(output).chain(grads.into_iter().flatten()).collect()
     }
@@ -232,6 +284,41 @@ mod tests {
             close(layer(&config, Kind::Double, &shared, &shared_rows), "shared in f64", 1e-10);
             close(layer(&config, Kind::Float, &whole, &whole_rows), "our functions", 1e-5);
             close(layer(&config, Kind::Float, &shared, &shared_rows), "our functions, shared", 1e-5);
+        }
+    }
+
+    /// Root of the mean of squared differences, relative to that of the expected values.
+    fn relative_error(ours: &Tensor, theirs: &Tensor) -> f64 {
+        let ours = ours.to_device(Device::Cpu).to_kind(Kind::Double);
+        let squares = |x: &Tensor| x.square().mean(Kind::Double).double_value(&[]);
+        (squares(&(ours - theirs)) / squares(theirs)).sqrt()
+    }
+
+    #[test]
+    fn a_layer_on_a_gpu_agrees_with_autograd_in_f64() {
+        for (seed, family) in (0..).zip(["qwen2", "qwen3", "llama"]) {
+            let groups = groups(seed);
+            let pieces: Vec<_> = groups
+                .iter()
+                .map(|(prompt, own)| PromptGroup { prompt, completions: own.iter().map(Vec::as_slice).collect() })
+                .collect();
+            let (config, rows) = (config(family), [0, 2, 3, 7]);
+            let expected = layer(&config, Kind::Double, &pieces, &rows);
+            let by_libtorch = layer(&config, Kind::BFloat16, &pieces, &rows);
+            for kind in [Kind::Float, Kind::BFloat16] {
+                let run = || testing::with_gpu(kind, || layer_on(testing::device(), &config, kind, &pieces, &rows));
+                let ours = run();
+                // On a real one libtorch's attention adds up in any order.
+                let is_emulated = testing::device() == Device::Cpu;
+                assert!(!is_emulated || ours.iter().zip(run()).all(|(a, b)| a.equal(&b)), "{family}: two runs differ");
+                for (index, ((ours, theirs), unfused)) in ours.iter().zip(&expected).zip(&by_libtorch).enumerate() {
+                    assert_eq!(ours.kind(), kind);
+                    let error = relative_error(ours, theirs);
+                    // libtorch's own operations in bf16 are no nearer to the truth.
+                    let allowed = if kind == Kind::Float { 1e-5 } else { 1.5 * relative_error(unfused, theirs) + 2e-3 };
+                    assert!(error < allowed, "{family}, {kind:?}: result {index} is off by {error}, over {allowed}");
+                }
+            }
         }
     }
 

@@ -1,12 +1,12 @@
-//! The trainer's operations in fp32 on the CPU, each with a backward pass of its own: oneDNN's products, which are faster
-//! than MKL's on processors that MKL does not tune for, and one pass over memory where libtorch takes several. Each keeps
-//! its inputs, and of its results only what is small.
+//! The trainer's operations where we have kernels, each with a backward pass of its own: one pass over memory where libtorch
+//! takes several, and in fp32 on the CPU oneDNN's products, which are faster than MKL's on processors that MKL does not tune
+//! for. Each keeps its inputs, and of its results only what is small.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::function::{differentiable, linear as product};
-use crate::kernels::cpu::training::{self, Turn};
-use crate::tensor_data::{f32_slice, f32_slice_mut};
+use crate::fused_kernels::{Angles, Kernels};
+use crate::kernels::cpu::training::Turn;
 use crate::transformer::Projection;
 
 /// Projections of the same `x`.
@@ -25,12 +25,26 @@ pub(crate) fn linear<const P: usize>(x: &Tensor, projections: [&Projection<Tenso
         let mut d_params = Vec::new();
         for ((d_out, weight), params) in grads.into_iter().zip(&weights).zip(params) {
             if x_is_wanted {
-                d_x = d_out.as_ref().map(|d_out| product(d_out, &weight.tr(), None, d_x.as_ref())).or(d_x);
+                d_x = match d_out.as_ref() {
+                    Some(d_out) => Some(add_product(d_x, d_out, &weight.tr())),
+                    None => d_x,
+                };
             }
             d_params.extend(params.grads(d_out.as_ref(), &x));
         }
         std::iter::once(d_x).chain(d_params).collect()
     })
+}
+
+/// `sum + x W^T`, in the memory of the sum where that is faster.
+///
+/// # Shapes
+/// - sum: `[N, out]`, which nobody else reads, x: `[N, in]`, weight: `[out, in]`; returns `[N, out]`.
+pub(crate) fn add_product(sum: Option<Tensor>, x: &Tensor, weight: &Tensor) -> Tensor {
+    match sum {
+        Some(mut sum) if (x.device(), x.kind()) != (Device::Cpu, Kind::Float) => sum.addmm_(x, &weight.tr()),
+        sum => product(x, weight, None, sum.as_ref()),
+    }
 }
 
 /// `residual + projection(x)`.
@@ -53,44 +67,59 @@ pub(crate) fn add_linear(residual: &Tensor, x: &Tensor, projection: &Projection<
 }
 
 /// As [`crate::transformer::Ops::rms_norm`], over groups of `weight.len()` elements. Same shape as `x`.
-pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
-    let mut output = x.empty_like();
-    let mut scales = Tensor::empty([(x.numel() / weight.numel()) as i64], (Kind::Float, x.device()));
-    let (kept_x, kept_weight) = (x.detach().contiguous(), weight.detach());
-    training::rms_norm(
-        f32_slice(&kept_x),
-        f32_slice(&kept_weight),
-        eps as f32,
-        f32_slice_mut(&mut scales),
-        f32_slice_mut(&mut output),
-    );
+pub(crate) fn rms_norm(kernels: &Kernels, x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
+    let (output, tape) = kernels.rms_norm(x, None, weight, eps);
+    let kept = (kernels.clone(), weight.detach(), weight.requires_grad());
     let [output] = differentiable(&[x, weight], [output], move |grads| {
-        let [d_out] = only(grads);
-        let Some(d_out) = d_out else { return vec![None, None] };
-        let d_out = d_out.contiguous();
-        let mut d_x = kept_x.empty_like();
-        let (x, weight, scales) = (f32_slice(&kept_x), f32_slice(&kept_weight), f32_slice(&scales));
-        let d_weight = training::rms_norm_backward(x, weight, scales, f32_slice(&d_out), f32_slice_mut(&mut d_x));
-        vec![Some(d_x), Some(Tensor::from_slice(&d_weight))]
+        let (kernels, weight, weight_is_wanted) = kept;
+        let [Some(d_out)] = only(grads) else { return vec![None, None] };
+        let (d_x, d_weight) = kernels.rms_norm_backward(&tape, (&weight, weight_is_wanted), &d_out, None);
+        vec![Some(d_x), d_weight]
     });
     output
 }
 
+/// `x + delta` and the norm of it, in which gradients of both add up in one pass. Same shape as `x`, each.
+pub(crate) fn add_norm(
+    kernels: &Kernels,
+    x: &Tensor,
+    delta: Option<&Tensor>,
+    weight: &Tensor,
+    eps: f64,
+) -> [Tensor; 2] {
+    let (normed, tape) = kernels.rms_norm(x, delta, weight, eps);
+    let outputs = [tape.sum.detach(), normed];
+    let kept = (kernels.clone(), weight.detach(), weight.requires_grad());
+    let inputs: Vec<&Tensor> = [Some(x), delta, Some(weight)].into_iter().flatten().collect();
+    let num_terms = inputs.len() - 1;
+    differentiable(&inputs, outputs, move |grads| {
+        let (kernels, weight, weight_is_wanted) = kept;
+        let [d_sum, d_out] = only(grads);
+        let (d_x, d_weight) = match d_out {
+            Some(d_out) => {
+                let (d_x, d_weight) =
+                    kernels.rms_norm_backward(&tape, (&weight, weight_is_wanted), &d_out, d_sum.as_ref());
+                (Some(d_x), d_weight)
+            }
+            None => (d_sum, None),
+        };
+        let terms = (0..num_terms).map(|_| d_x.as_ref().map(Tensor::shallow_clone));
+        terms.chain([d_weight]).collect()
+    })
+}
+
 /// As [`crate::transformer::Ops::rope`], in the memory of `x`, which nobody else reads, as nobody else reads the gradient
-/// that comes back.
-///
-/// # Shapes
-/// - x: `[N, heads * D]`, cos and sin: `[N, 1, D]`; returns `[N, heads * D]`.
-pub(crate) fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
-    let head_dim = cos.size().last().map_or(1, |&head_dim| head_dim as usize);
+/// that comes back. Same shape as `x`.
+pub(crate) fn rope(kernels: &Kernels, x: &Tensor, angles: &Angles) -> Tensor {
     let mut output = x.detach();
-    training::rope_in_place(f32_slice_mut(&mut output), f32_slice(cos), f32_slice(sin), head_dim, Turn::Forth);
-    let (cos, sin) = (cos.detach(), sin.detach());
+    kernels.rope_in_place(&mut output, angles, Turn::Forth);
+    let kept = (kernels.clone(), angles.shallow_clone());
     let [output] = differentiable(&[x], [output], move |grads| {
         let [d_out] = only(grads);
         let d_x = d_out.map(|d_out| {
+            let (kernels, angles) = kept;
             let mut d_x = d_out.contiguous();
-            training::rope_in_place(f32_slice_mut(&mut d_x), f32_slice(&cos), f32_slice(&sin), head_dim, Turn::Back);
+            kernels.rope_in_place(&mut d_x, &angles, Turn::Back);
             d_x
         });
         vec![d_x]
@@ -99,17 +128,14 @@ pub(crate) fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
 }
 
 /// `silu(gate) * up`, `[N, F]`. Nobody else reads the gradient that comes back: it becomes that of `up`.
-pub(crate) fn silu_mul(gate: &Tensor, up: &Tensor) -> Tensor {
-    let mut output = gate.empty_like();
-    let (kept_gate, kept_up) = (gate.detach(), up.detach());
-    training::silu_mul(f32_slice(&kept_gate), f32_slice(&kept_up), f32_slice_mut(&mut output));
+pub(crate) fn silu_mul(kernels: &Kernels, gate: &Tensor, up: &Tensor) -> Tensor {
+    let kept = (kernels.clone(), gate.detach(), up.detach());
+    let output = kernels.silu_mul(&kept.1, &kept.2);
     let [output] = differentiable(&[gate, up], [output], move |grads| {
         let [d_out] = only(grads);
-        let Some(d_out) = d_out else { return vec![None, None] };
-        let (mut d_up, mut d_gate) = (d_out.contiguous(), kept_gate.empty_like());
-        let (gate, up) = (f32_slice(&kept_gate), f32_slice(&kept_up));
-        training::silu_mul_backward(gate, up, f32_slice_mut(&mut d_up), f32_slice_mut(&mut d_gate));
-        vec![Some(d_gate), Some(d_up)]
+        let (kernels, gate, up) = kept;
+        let grads = d_out.map(|d_out| kernels.silu_mul_backward(&gate, &up, d_out.contiguous()).map(Some));
+        grads.unwrap_or_default().into()
     });
     output
 }
@@ -149,4 +175,31 @@ impl Params {
 
 fn only<const N: usize>(grads: Vec<Option<Tensor>>) -> [Option<Tensor>; N] {
     grads.try_into().expect("a gradient for every output")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::rc::Rc;
+
+    use super::*;
+    use crate::fused_kernels::{testing, with_launcher};
+
+    #[test]
+    fn a_graph_that_is_dropped_leaves_nothing_behind() {
+        let launcher = testing::emulated();
+        with_launcher(Device::Cpu, Kind::Float, Rc::clone(&launcher), || {
+            let kernels = Kernels::of(Device::Cpu, Kind::Float).unwrap();
+            let leaf = |size: &[i64]| Tensor::randn(size, (Kind::Float, Device::Cpu)).set_requires_grad(true);
+            let weight = leaf(&[8]);
+            let [sum, normed] = add_norm(&kernels, &leaf(&[3, 8]), Some(&leaf(&[3, 8])), &weight, 1e-6);
+            let gated = silu_mul(&kernels, &sum, &rms_norm(&kernels, &normed, &weight, 1e-6));
+            let table = || Tensor::ones([4, 2], (Kind::Float, Device::Cpu));
+            let positions = Some(Tensor::from_slice(&[0_i32, 3, 1]));
+            let turned = rope(&kernels, &gated, &Angles { cos: table(), sin: table(), positions, head_dim: 4 });
+            // Ours, that of the thread, of `kernels`, and of each function.
+            assert!(turned.requires_grad());
+            assert_eq!(Rc::strong_count(&launcher), 3 + 4);
+        });
+        assert_eq!(Rc::strong_count(&launcher), 1);
+    }
 }

@@ -6,6 +6,7 @@ pub mod bandwidth;
 pub mod comm;
 pub mod forward;
 mod function;
+pub mod fused_kernels;
 mod fused_ops;
 pub mod gpu;
 pub mod kernels;

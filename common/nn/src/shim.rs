@@ -176,6 +176,8 @@ unsafe extern "C" {
     pub(crate) fn aha_cache_cpu_memory();
     pub(crate) fn aha_map_large_blocks();
     pub(crate) fn aha_release_cpu_memory();
+
+    pub(crate) fn aha_set_device(device: i32) -> *mut c_char;
     pub(crate) fn aha_cuda_own_stream(device: i32) -> *mut c_char;
     pub(crate) fn aha_cuda_synchronize(device: i32) -> *mut c_char;
     pub(crate) fn aha_cuda_empty_cache() -> *mut c_char;

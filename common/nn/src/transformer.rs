@@ -25,11 +25,28 @@ pub trait Ops {
     /// As [`Ops::rms_norm`], over each head of a row: `weight` is `[D]`, `x` is `[N, heads * D]`.
     fn head_norm(&self, x: Self::Rows, weight: &Tensor, eps: f64) -> Self::Rows;
 
+    /// `x` as it is and its norm, as of [`Ops::rms_norm`]: `[N, C]` each. A side may add up what comes back for both.
+    fn residual_norm(&self, x: Self::Rows, weight: &Tensor, eps: f64) -> [Self::Rows; 2] {
+        let normed = self.rms_norm(&x, weight, eps);
+        [x, normed]
+    }
+
     /// Projections of the same `x: [N, in]`, which a side may compute as one product. Returns each `[N, out]`.
     fn linear<const P: usize>(&self, x: &Self::Rows, projections: [&Projection<Self::Matrix>; P]) -> [Self::Rows; P];
 
     /// `residual + projection(x)`, `[N, out]`.
     fn add_linear(&self, residual: Self::Rows, x: &Self::Rows, projection: &Projection<Self::Matrix>) -> Self::Rows;
+
+    /// [`Ops::residual_norm`] of [`Ops::add_linear`].
+    fn add_linear_norm(
+        &self,
+        residual: Self::Rows,
+        x: &Self::Rows,
+        projection: &Projection<Self::Matrix>,
+        (weight, eps): (&Tensor, f64),
+    ) -> [Self::Rows; 2] {
+        self.residual_norm(self.add_linear(residual, x, projection), weight, eps)
+    }
 
     /// Rotates each head by its token's position (arXiv 2104.09864, halves as in Hugging Face). `[N, heads * D]`.
     fn rope(&self, x: Self::Rows) -> Self::Rows;
@@ -97,15 +114,14 @@ impl<M> Layer<M> {
     /// - x: `[N, C]`; returns `[N, C]`.
     pub fn forward<O: Ops<Matrix = M>>(&self, ops: &O, config: &ModelConfig, layer_idx: usize, x: O::Rows) -> O::Rows {
         let eps = config.rms_norm_eps;
-        let hidden = ops.rms_norm(&x, &self.input_norm, eps);
+        let [x, hidden] = ops.residual_norm(x, &self.input_norm, eps);
         let [mut q, mut k, v] = ops.linear(&hidden, [&self.q, &self.k, &self.v]);
         if let Some([q_norm, k_norm]) = &self.qk_norms {
             q = ops.head_norm(q, q_norm, eps);
             k = ops.head_norm(k, k_norm, eps);
         }
         let attended = ops.attention(layer_idx, [ops.rope(q), ops.rope(k), v]); // [N, H * D]
-        let x = ops.add_linear(x, &attended, &self.output);
-        let hidden = ops.rms_norm(&x, &self.post_attention_norm, eps);
+        let [x, hidden] = ops.add_linear_norm(x, &attended, &self.output, (&self.post_attention_norm, eps));
         let gated = ops.silu_mul(ops.linear(&hidden, [&self.gate, &self.up])); // [N, F]
         ops.add_linear(x, &gated, &self.down)
     }

@@ -4,6 +4,8 @@ pub mod adapted;
 #[cfg(test)]
 mod adapted_tests;
 #[cfg(test)]
+mod emulated_gpu;
+#[cfg(test)]
 mod golden_tests;
 pub mod learner;
 pub mod objective;

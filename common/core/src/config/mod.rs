@@ -247,7 +247,7 @@ pub struct Generator {
     pub enable_prefix_caching: bool,
     /// Threads of the engine; 0 takes all cores.
     pub threads: usize,
-    /// Folder of compiled GPU kernels; unset takes `~/.cache/aha/kernels`.
+    /// Folder of compiled GPU kernels, those of trainers too; unset takes `~/.cache/aha/kernels`.
     pub kernel_cache: Option<PathBuf>,
     /// Where Prometheus metrics are served, at `/metrics` over HTTP; unset serves none. The generators of `aha launch`
     /// take this port and those after it.

@@ -62,6 +62,10 @@ impl Ops for LoraOps<'_> {
         self.packed.head_norm(x, weight, eps)
     }
 
+    fn residual_norm(&self, x: Tensor, weight: &Tensor, eps: f64) -> [Tensor; 2] {
+        self.packed.residual_norm(x, weight, eps)
+    }
+
     fn linear<const P: usize>(&self, x: &Tensor, projections: [&Projection<AdaptedMatrix>; P]) -> [Tensor; P] {
         let frozen = projections.map(frozen);
         let mut outputs = self.packed.linear(x, frozen.each_ref()).into_iter();

@@ -1,12 +1,12 @@
 //! AdamW with fp32 moments, for some or all of the owned elements.
 
-use aha_nn::optim::{AdamW, AdamWError, fused_adamw};
+use aha_nn::optim::{AdamW, AdamWError, ShardPart, fused_adamw, gpu_adamw};
 use tch::{Device, Kind, Tensor};
 
 use super::super::range::Range;
-use super::StateTensor;
 use super::blocks::BLOCK;
 use super::selection::Selection;
+use super::{StateTensor, Update};
 
 /// Means of gradients and of their squares, `[n]` each, fp32.
 #[derive(Debug)]
@@ -79,6 +79,18 @@ fn pieces(range: Range) -> impl Iterator<Item = Range> {
         .map(|(start, end)| Range { start, len: end - start })
 }
 
+/// `range` cut where weight decay begins and ends, and whether it applies to each piece. `decayed` ascend without overlap.
+fn decay_pieces(range: Range, decayed: &[Range]) -> Vec<(Range, bool)> {
+    let (mut pieces, mut start) = (Vec::new(), range.start);
+    for part in decayed.iter().filter_map(|part| part.intersection(range)) {
+        pieces.extend([(Range { start, len: part.start - start }, false), (part, true)]);
+        start = part.end();
+    }
+    pieces.push((Range { start, len: range.end() - start }, false));
+    pieces.retain(|(piece, _)| piece.len > 0);
+    pieces
+}
+
 impl Adamw {
     pub(super) fn zeros(selection: Selection, device: Device) -> Self {
         Self { moments: Moments::zeros(selection.len(), device), selection }
@@ -107,6 +119,31 @@ impl Adamw {
         Ok(())
     }
 
+    /// Scale, decay, update and the rounded copy in one pass of the GPU's kernel. `target`, `grad` and `copy`: `[owned]`.
+    pub(super) fn update_on_gpu(
+        &mut self,
+        (target, copy): (&Tensor, Option<&Tensor>),
+        grad: &Tensor,
+        decayed: &[Range],
+        update: &Update<'_>,
+    ) -> Result<(), AdamWError> {
+        for (owned, kept) in self.selection.pairs() {
+            for (piece, decays) in decay_pieces(owned, decayed) {
+                let kept = Range { start: kept.start + piece.start - owned.start, len: piece.len };
+                let part = ShardPart {
+                    weights: &piece.of(target),
+                    grad: &piece.of(grad),
+                    exp_avg: &kept.of(&self.moments.exp_avg),
+                    exp_avg_sq: &kept.of(&self.moments.exp_avg_sq),
+                    copy: copy.map(|copy| piece.of(copy)).as_ref(),
+                    decays,
+                };
+                gpu_adamw(&part, update.scale, update.step, update.options)?;
+            }
+        }
+        Ok(())
+    }
+
     pub(super) fn tensors(&self) -> Vec<StateTensor> {
         let Moments { exp_avg, exp_avg_sq } = &self.moments;
         [("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)]
@@ -118,6 +155,21 @@ impl Adamw {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pieces_decay_or_do_not() {
+        let range = |start, end| Range { start, len: end - start };
+        let of = |start, end, decayed: &[Range]| {
+            let pieces = decay_pieces(range(start, end), decayed).into_iter();
+            pieces.map(|(piece, decays)| (piece.start, piece.end(), decays)).collect::<Vec<_>>()
+        };
+        assert_eq!(of(3, 9, &[]), [(3, 9, false)]);
+        assert_eq!(of(3, 9, &[range(0, 3), range(9, 12)]), [(3, 9, false)]);
+        assert_eq!(of(3, 9, &[range(0, 20)]), [(3, 9, true)]);
+        let mixed = [range(1, 4), range(4, 5), range(7, 9)];
+        assert_eq!(of(3, 10, &mixed), [(3, 4, true), (4, 5, true), (5, 7, false), (7, 9, true), (9, 10, false)]);
+        assert_eq!(of(3, 3, &mixed), []);
+    }
 
     #[test]
     fn pieces_are_whole_blocks_and_what_is_beside_them() {

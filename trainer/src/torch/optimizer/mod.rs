@@ -16,7 +16,7 @@ mod tests;
 use aha_core::manifest::UnitSpec;
 use aha_core::optimizer::{OptimizerKind, OptimizerOptions};
 use aha_nn::comm::{CommError, ProcessGroup};
-use aha_nn::optim::{AdamW, AdamWError};
+use aha_nn::optim::{AdamW, AdamWError, has_gpu_adamw};
 use tch::{Kind, Tensor};
 
 use super::range::Range;
@@ -109,7 +109,7 @@ impl ShardOptimizer {
         }
     }
 
-    /// Updates the owned weights, `[owned]`, in place. `grad`, `[owned]` in fp32, is overwritten. Where there is a
+    /// Updates the owned weights, `[owned]`, in place. `grad`, `[owned]` in fp32, may be overwritten. Where there is a
     /// group, all its ranks call this for the same units in the same order.
     ///
     /// # Errors
@@ -120,11 +120,15 @@ impl ShardOptimizer {
         grad: &mut Tensor,
         update: &Update<'_>,
     ) -> Result<(), OptimizerError> {
+        let options = update.options;
+        let target = self.master.as_ref().unwrap_or(weights);
+        if let (Rule::Adamw(adamw), true) = (&mut self.rule, has_gpu_adamw(target.device())) {
+            let copy = self.master.as_ref().map(|_| &*weights);
+            return Ok(adamw.update_on_gpu((target, copy), grad, &self.decayed, update)?);
+        }
         if update.scale != 1.0 {
             *grad *= update.scale;
         }
-        let options = update.options;
-        let target = self.master.as_ref().unwrap_or(weights);
         if options.weight_decay > 0.0 {
             for range in &self.decayed {
                 let mut part = range.of(target);

@@ -28,6 +28,12 @@ impl CompileCache {
         Self { folder }
     }
 
+    /// Where kernels are kept unless a run says otherwise. None without a home folder.
+    #[must_use]
+    pub fn default_folder() -> Option<PathBuf> {
+        Some(std::env::home_dir()?.join(".cache/aha/kernels"))
+    }
+
     /// Code of a program, compiled unless it is here and whole.
     ///
     /// # Errors

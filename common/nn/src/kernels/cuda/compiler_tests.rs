@@ -3,7 +3,7 @@
 use std::sync::Mutex;
 use std::thread;
 
-use super::super::{AttentionShape, CompileCache, LogitKind};
+use super::super::{AttentionShape, CompileCache, Element, LogitKind};
 use super::*;
 
 const HOPPER: Gpu = Gpu { major: 9, minor: 0 };
@@ -36,6 +36,8 @@ fn every_program_of_every_model_compiles() {
         Program::Sampling(LogitKind::Bf16),
         Program::Elementwise,
         Program::Step,
+        Program::Training(Element::Bf16),
+        Program::Training(Element::Fp32),
         attention((64, 7), 64),
         attention((128, 6), 32),
         attention((32, 2), 16),

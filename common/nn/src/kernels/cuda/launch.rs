@@ -55,6 +55,7 @@ pub(super) struct Args {
 pub(super) trait Argument: Copy {}
 
 impl Argument for i32 {}
+impl Argument for i64 {}
 impl Argument for f32 {}
 impl Argument for DevicePtr {}
 

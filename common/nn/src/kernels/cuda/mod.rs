@@ -1,4 +1,4 @@
-//! The generator's GPU kernels: CUDA C++ in `common/nn/kernels/cuda/`, compiled by NVRTC when a generator starts.
+//! GPU kernels: CUDA C++ in `common/nn/kernels/cuda/`, compiled by NVRTC when a generator or a trainer starts.
 //!
 //! Three steps, so that all but the last can be done and tested anywhere:
 //! - [`KernelShapes::programs`] says which sources to compile with which macros, for a model;
@@ -10,7 +10,8 @@
 //! the NVRTC library is. With `AHA_TEST_DEVICE=cuda` the same tests run on the GPU, through [`KernelSet`]. **That has not
 //! been done yet.**
 //!
-//! Storage is bf16, arithmetic fp32, the residual stream fp32. Like the CPU kernels these are batch-invariant: a row's
+//! `training.cu` is the trainer's, forward and backward, in bf16 or fp32; all else is the generator's. There,
+//! storage is bf16, arithmetic fp32, the residual stream fp32. Like the CPU kernels these are batch-invariant: a row's
 //! result does not depend on its neighbours, on the bucket of a CUDA graph or on the longest context in the batch.
 
 mod attention;
@@ -25,7 +26,8 @@ mod rope;
 mod sampling;
 mod step;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
+mod training;
 
 pub use attention::{AttentionShape, DecodeAttention, PagedKv, PrefillAttention, Span, kv_cache_len};
 pub use cache::CompileCache;
@@ -33,7 +35,11 @@ pub use compiler::{CompileError, Compiler, Gpu};
 pub use elementwise::{AddRmsNorm, Embed, SiluMul};
 pub use kernel_set::{KernelSet, LaunchError, Stream, gpu_uuid};
 pub use launch::{DevicePtr, Launch};
-pub use program::{KernelShapes, LogitKind, Program, UnsupportedShape};
+pub use program::{Element, KernelShapes, LogitKind, Program, UnsupportedShape};
 pub use rope::QkvRope;
 pub use sampling::{DeviceSamplingParams, Sample, SampleStatus, Suppress};
 pub use step::{Advance, Outcome, StateField};
+pub use training::{
+    AdamWFactors, AdamWUpdate, LogitGradients, MAX_NORM_WIDTH, RmsNorm, RmsNormBackward, SumOfSquares,
+    SummariseTargets, SwiGlu, SwiGluBackward, TurnHeads,
+};

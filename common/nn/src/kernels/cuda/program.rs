@@ -13,6 +13,14 @@ pub enum Program {
     Rope { head_dim: usize },
     Sampling(LogitKind),
     Step,
+    Training(Element),
+}
+
+/// How the trainer stores activations and weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Element {
+    Bf16,
+    Fp32,
 }
 
 /// How logits are stored.
@@ -102,6 +110,7 @@ impl Program {
             Self::Rope { .. } => "rope",
             Self::Sampling(_) => "sampling",
             Self::Step => "step",
+            Self::Training(_) => "training",
         }
     }
 
@@ -112,6 +121,7 @@ impl Program {
             Self::Rope { .. } => include_str!("../../../kernels/cuda/rope.cu"),
             Self::Sampling(_) => include_str!("../../../kernels/cuda/sampling.cu"),
             Self::Step => include_str!("../../../kernels/cuda/step.cu"),
+            Self::Training(_) => include_str!("../../../kernels/cuda/training.cu"),
         }
     }
 
@@ -127,6 +137,7 @@ impl Program {
             }
             Self::Rope { head_dim } => vec![("HEAD_DIM", head_dim)],
             Self::Sampling(logits) => vec![("LOGITS_BF16", usize::from(logits == LogitKind::Bf16))],
+            Self::Training(element) => vec![("ELEMENT_BF16", usize::from(element == Element::Bf16))],
             Self::Elementwise | Self::Step => Vec::new(),
         }
     }

@@ -30,6 +30,8 @@ pub(super) trait Plain: Copy {}
 
 impl Plain for f32 {}
 impl Plain for i32 {}
+impl Plain for f64 {}
+impl Plain for i64 {}
 impl Plain for u16 {}
 impl Plain for super::Span {}
 impl Plain for super::DeviceSamplingParams {}
@@ -44,7 +46,8 @@ pub(super) fn on_gpu() -> bool {
     device() != Device::Cpu
 }
 
-fn device() -> Device {
+/// Where the tests run.
+pub(crate) fn device() -> Device {
     let name = std::env::var("AHA_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
     crate::runtime::device(&name, 0).unwrap_or_else(|error| panic!("AHA_TEST_DEVICE: {error}"))
 }
@@ -124,7 +127,7 @@ impl Memory {
 
 /// # Safety
 /// As for [`aha_cuda_emulation::launch`].
-unsafe fn launch_on_cpu(launch: &Launch, order: Order) -> Result<(), String> {
+pub(crate) unsafe fn launch_on_cpu(launch: &Launch, order: Order) -> Result<(), String> {
     let args: Vec<Arg> = launch.args.iter().map(|(value, size)| Arg { value, size }).collect();
     let program = launch.program.to_string();
     let Launch { kernel, grid, num_threads, .. } = *launch;
