@@ -8,8 +8,20 @@ use std::error::Error;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-const SOURCES: [&str; 11] =
-    ["guard", "store", "group", "gloo", "nccl", "autograd", "function", "storage", "optim", "stream", "cuda"];
+const SOURCES: [&str; 12] = [
+    "guard",
+    "store",
+    "group",
+    "gloo",
+    "nccl",
+    "autograd",
+    "function",
+    "attention",
+    "storage",
+    "optim",
+    "stream",
+    "cuda",
+];
 
 fn main() -> Result<(), Box<dyn Error>> {
     let lib_dir = PathBuf::from(

@@ -1,8 +1,6 @@
 //! The trainer's operations, differentiable, over packed sequences: our own where there are some for the device and the
 //! type, else plain libtorch.
 
-use std::rc::Rc;
-
 use tch::{Device, Kind, Tensor};
 
 use crate::fused_ops;
@@ -17,7 +15,7 @@ pub struct PackedBatch {
     pub tokens: Tensor,
     cos: Tensor,
     sin: Tensor,
-    attention: Rc<PackedAttention>,
+    attention: PackedAttention,
     /// fp32 on the CPU.
     is_fused: bool,
 }
@@ -54,11 +52,12 @@ impl PackedBatch {
         let lengths: Vec<GroupLengths> = groups.iter().map(PromptGroup::lengths).collect();
         let [cos, sin] = table.rows(&Tensor::from_slice(&positions).to_device(device), kind);
         let is_fused = device == Device::Cpu && kind == Kind::Float;
+        let head_dim = 2 * table.cos.size()[1];
         Self {
             tokens: Tensor::from_slice(&tokens).to_device(device),
             cos,
             sin,
-            attention: Rc::new(PackedAttention::new(&lengths, device, is_fused)),
+            attention: PackedAttention::new(&lengths, device, kind, head_dim),
             is_fused,
         }
     }

@@ -20,7 +20,7 @@ type Backward = Box<dyn FnOnce(Vec<Option<Tensor>>) -> Vec<Option<Tensor>>>;
 /// What libtorch's graph holds of a function.
 struct Closure {
     backward: Backward,
-    /// The only thread that may use it. libtorch runs the graph of CPU tensors on the thread that asks for gradients.
+    /// The only thread that may use it: gradients are computed on the thread that asks for them ([`crate::autograd`]).
     thread: ThreadId,
 }
 
@@ -93,7 +93,7 @@ unsafe extern "C" fn drop_closure(closure: *mut c_void) {
 unsafe fn take(closure: *mut c_void) -> Box<Closure> {
     // SAFETY: forwarded to the caller.
     let closure = unsafe { Box::from_raw(closure.cast::<Closure>()) };
-    assert_eq!(closure.thread, thread::current().id(), "a graph of CPU tensors stays on its thread");
+    assert_eq!(closure.thread, thread::current().id(), "a graph stays on the thread that made it");
     closure
 }
 
