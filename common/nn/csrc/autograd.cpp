@@ -6,13 +6,13 @@
 
 namespace {
 
-// While it lives, libtorch runs the graph of every device on this thread: closures of Rust code stay where they were made.
-struct OnThisThread {
-  OnThisThread() { state.set_multithreading_enabled(false); }
-  ~OnThisThread() { state.set_multithreading_enabled(before); }
+// While it lives, backward passes run on the thread that asks for them, those of a GPU's tensors too: closures of the
+// caller stay on their thread, and launches on the GPU that is current there.
+struct OneThread {
+  OneThread() { c10::AutogradState::get_tls_state().set_multithreading_enabled(false); }
+  ~OneThread() { c10::AutogradState::get_tls_state().set_multithreading_enabled(before); }
 
-  c10::AutogradState& state = c10::AutogradState::get_tls_state();
-  const bool before = state.get_multithreading_enabled();
+  bool before = c10::AutogradState::get_tls_state().get_multithreading_enabled();
 };
 
 }  // namespace
@@ -20,7 +20,7 @@ struct OnThisThread {
 char* aha_autograd_grad(at::Tensor* const* outputs, at::Tensor* const* grad_outputs, size_t num_outputs,
                         at::Tensor* const* inputs, at::Tensor** grads, size_t num_inputs, bool allow_unused) {
   return aha::guarded([&] {
-    const OnThisThread on_this_thread;
+    const OneThread one_thread;
     torch::autograd::variable_list output_list, grad_output_list, input_list;
     for (size_t i = 0; i < num_outputs; ++i) {
       output_list.push_back(*outputs[i]);

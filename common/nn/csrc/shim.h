@@ -118,6 +118,8 @@ char* aha_fused_adamw(at::Tensor* param, at::Tensor* grad, at::Tensor* exp_avg, 
 
 // The CUDA stream that libtorch's operators on `device` are queued on.
 char* aha_current_stream(int32_t device, void** out);
+// The most bytes that tensors on CUDA `device` ever had at once.
+char* aha_peak_memory(int32_t device, uint64_t* bytes);
 // Makes `device` this thread's, with a stream that nobody else queues on.
 char* aha_cuda_own_stream(int32_t device);
 // Waits for what this thread has queued on `device`.

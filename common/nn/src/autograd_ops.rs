@@ -6,6 +6,7 @@ use tch::{Device, Kind, Tensor};
 use crate::fused_ops;
 use crate::packed_attention::{GroupLengths, PackedAttention};
 use crate::rotary::RotaryTable;
+use crate::tensor_data::to_device;
 use crate::transformer::{Ops, Projection};
 
 /// Everything about a micro-batch that the layers need, on the device.
@@ -50,11 +51,11 @@ impl PackedBatch {
             group.completions.iter().for_each(|completion| add(completion, group.prompt.len()));
         }
         let lengths: Vec<GroupLengths> = groups.iter().map(PromptGroup::lengths).collect();
-        let [cos, sin] = table.rows(&Tensor::from_slice(&positions).to_device(device), kind);
+        let [cos, sin] = table.rows(&to_device(&positions, device), kind);
         let is_fused = device == Device::Cpu && kind == Kind::Float;
         let head_dim = 2 * table.cos.size()[1];
         Self {
-            tokens: Tensor::from_slice(&tokens).to_device(device),
+            tokens: to_device(&tokens, device),
             cos,
             sin,
             attention: PackedAttention::new(&lengths, device, kind, head_dim),

@@ -16,7 +16,7 @@ use tch::{Device, Kind, Tensor};
 use crate::flash_attention::Flash;
 use crate::kernels::cpu::training;
 use crate::merged_attention::{self, PaddedParts, Parts};
-use crate::tensor_data::{f32_slice, f32_slice_mut, i64_slice};
+use crate::tensor_data::{f32_slice, f32_slice_mut, i64_slice, to_device};
 use crate::varlen_attention::VarlenParts;
 
 /// How many tokens a prompt has and each completion that follows it in the pack.
@@ -175,11 +175,11 @@ impl PaddedBatches {
                 num_sequences: indices.len() as i64,
                 padded_length: padded_length as i64,
                 is_identity: is_identity(&rows, num_rows),
-                rows: Tensor::from_slice(&rows).to_device(device),
-                padding: (!padding.is_empty()).then(|| Tensor::from_slice(&padding).to_device(device)),
+                rows: to_device(&rows, device),
+                padding: (!padding.is_empty()).then(|| to_device(&padding, device)),
             });
         }
-        let inverse = (!is_identity(&inverse, num_padded_rows)).then(|| Tensor::from_slice(&inverse).to_device(device));
+        let inverse = (!is_identity(&inverse, num_padded_rows)).then(|| to_device(&inverse, device));
         Self { batches, inverse }
     }
 

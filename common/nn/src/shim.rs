@@ -194,6 +194,7 @@ unsafe extern "C" {
     ) -> *mut c_char;
 
     pub(crate) fn aha_current_stream(device: i32, stream: *mut *mut c_void) -> *mut c_char;
+    pub(crate) fn aha_peak_memory(device: i32, bytes: *mut u64) -> *mut c_char;
     pub(crate) fn aha_cuda_own_stream(device: i32) -> *mut c_char;
     pub(crate) fn aha_cuda_synchronize(device: i32) -> *mut c_char;
     pub(crate) fn aha_cuda_empty_cache() -> *mut c_char;

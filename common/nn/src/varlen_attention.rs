@@ -11,6 +11,7 @@ use tch::{Device, Tensor};
 
 use crate::merged_attention::{Kept, Parts};
 use crate::packed_attention::{Pieces, SharedRows};
+use crate::tensor_data::to_device;
 
 /// Attention of sequences that lie one after the other, each over keys of its own.
 pub(crate) trait VarlenKernel: Debug {
@@ -101,7 +102,7 @@ impl SharedPart {
     fn new(shared: &[SharedRows], device: Device) -> Self {
         let rows = |part: fn(&SharedRows) -> &Range<i64>| {
             let rows: Vec<i64> = shared.iter().flat_map(|shared| part(shared).clone()).collect();
-            Tensor::from_slice(&rows).to_device(device)
+            to_device(&rows, device)
         };
         let lengths = |part: fn(&SharedRows) -> &Range<i64>| shared.iter().map(part).map(len).collect::<Vec<_>>();
         let (queries, keys) = (lengths(|shared| &shared.completions), lengths(|shared| &shared.prompt));
@@ -138,7 +139,7 @@ impl Sequences {
                 i32::try_from(end).expect("a micro-batch has fewer than 2^31 tokens")
             });
             let starts: Vec<i32> = std::iter::once(0).chain(ends).collect();
-            Tensor::from_slice(&starts).to_device(device)
+            to_device(&starts, device)
         };
         let longest = |lengths: &[i64]| lengths.iter().copied().max().unwrap_or(0);
         Self {

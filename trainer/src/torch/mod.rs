@@ -5,6 +5,8 @@ pub mod adapted;
 mod adapted_tests;
 #[cfg(test)]
 mod golden_tests;
+#[cfg(test)]
+mod half_tests;
 pub mod learner;
 pub mod objective;
 pub mod optimizer;
@@ -15,4 +17,5 @@ mod step_times;
 mod targets;
 #[cfg(test)]
 mod tests;
+mod unread;
 pub mod zero;
