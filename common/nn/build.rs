@@ -8,7 +8,7 @@ use std::error::Error;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-const SOURCES: [&str; 12] = [
+const SOURCES: [&str; 13] = [
     "guard",
     "store",
     "group",
@@ -16,6 +16,7 @@ const SOURCES: [&str; 12] = [
     "nccl",
     "autograd",
     "function",
+    "attention",
     "storage",
     "optim",
     "stream",

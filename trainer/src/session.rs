@@ -29,7 +29,7 @@ use crate::run_dir::RunDir;
 use crate::skips::SkipCounter;
 use crate::stop::{StopRequest, StopWatch, Stopped};
 use crate::torch::learner::{Learner, LearnerOptions};
-use crate::torch::objective::Objective;
+use crate::torch::objective::{Objective, PolicyObjective};
 use crate::torch::parameters::{Parameters, ParametersBuilder, Sharding};
 use crate::torch::zero::Zero;
 use crate::world::World;
@@ -183,6 +183,22 @@ impl Session {
         self.group().barrier()?;
         Ok(folder)
     }
+}
+
+/// A policy of random weights (`model.random_init`) with nothing around it, for measuring; the store outlives it.
+///
+/// # Errors
+/// Names what is missing or does not fit.
+pub(crate) fn random_learner(
+    config: &RunConfig,
+    world: &World,
+    model_config: &ModelConfig,
+) -> Result<(Learner, Option<Store>)> {
+    let device = device(config, world)?;
+    runtime::set_num_threads(num_threads(config, world));
+    let (group, store) = join(config, world, device)?;
+    let objective = Objective::Policy(PolicyObjective::new(&config.train));
+    Ok((learner((config, objective), model_config, None, &Arc::new(group))?, store))
 }
 
 fn device(config: &RunConfig, world: &World) -> Result<Device> {

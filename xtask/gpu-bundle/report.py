@@ -19,6 +19,7 @@ def text(facts, rows):
         ["part", "check", "", "seconds", ""],
         [[row["part"], row["name"], row["status"], number(row.get("seconds"), 1), row["detail"]] for row in checks],
     )
+    lines += ["", "## Training", ""] + training([row for row in rows if row["part"] == "train"])
     lines += ["", "## Decoding", ""] + decoding([row for row in rows if row["part"] == "decode"])
     logs = [row for row in rows if row.get("log")]
     if logs:
@@ -34,6 +35,33 @@ def correctness(rows):
     if not wrong:
         return f"All {len(checks)} checks held."
     return f"**{len(wrong)} of {len(checks)} checks did not hold** or were not reached."
+
+
+def training(rows):
+    done = [row for row in rows if row["status"] == "ok"]
+    cells = []
+    for row in done:
+        measured = row["measured"]
+        whole = sum(measured["ms_of_parts"].values())
+        parts = [f"{name} {100 * ms / whole:.0f}" for name, ms in measured["ms_of_parts"].items() if ms > whole / 200]
+        cells.append([
+            row["shape"],
+            row["options"],
+            number(measured["tokens_per_second"], 0),
+            number(measured["seconds_per_step"], 3),
+            number(measured["tflops"], 1),
+            number(measured["mfu_percent"], 1),
+            number(measured["mfu_with_attention_percent"], 1),
+            ", ".join(parts),
+            number(measured["peak_bytes"] and measured["peak_bytes"] / 2**30, 1),
+        ])
+    lines = []
+    if done:
+        lines += ["Random weights and ragged lengths, one rank. Operations are 6 a token and parameter, without recomputation.", ""]
+        heads = ["shape", "options", "tokens/s", "s a step", "TFLOP/s", "MFU %", "with attention", "% of the time", "peak GiB"]
+        lines += table(heads, cells)
+    others = [f"- {row['name']}: {row['status']}: {row['detail']}" for row in rows if row["status"] != "ok"]
+    return lines + ([""] if lines and others else []) + others if lines or others else ["Nothing was measured."]
 
 
 def decoding(rows):

@@ -40,6 +40,15 @@ MEASUREMENTS = [
     ("aha", "qwen2.5-7b", 512),
 ]
 MEASURE_LIMIT = 75
+# Training steps at 16,384 tokens a micro-batch, with what makes the shape fit 80 GB, and seconds.
+TRAINING = [
+    ("qwen2.5-0.5b", [], 60),
+    ("qwen2.5-1.5b", ["--gradient-checkpointing-interval", 2], 60),
+    ("qwen2.5-3b", ["--gradient-checkpointing-interval", 1], 75),
+    ("qwen2.5-7b", ["--gradient-checkpointing-interval", 1, "--offload-optimizer", "--steps", 1], 120),
+]
+# Dense operations of bf16 by data sheet, in 10^12 a second.
+PEAK_TFLOPS = [("H100 PCIe", 756), ("H100 NVL", 835), ("H100", 989), ("H200", 989), ("A100", 312)]
 # What is checked first: the layouts of the tensor cores' fragments are known from no run.
 KERNEL_TESTS = [
     ("decode attention against f64", "kernels::cuda::attention::tests::decoding_agrees_with_f64"),
@@ -48,6 +57,7 @@ KERNEL_TESTS = [
     ("embedding, norm, SwiGLU", "kernels::cuda::elementwise::"),
     ("sampling", "kernels::cuda::sampling::"),
     ("advancing rows", "kernels::cuda::step::"),
+    ("the trainer's flash attention against f64", "varlen_attention::tests::flash_attention_on_a_gpu_equals_the_formula"),
 ]
 PARITY_TESTS = [
     ("trainer against transformers", "parity", ["the_trainers_logprobs_equal_transformers"]),
@@ -62,6 +72,11 @@ PARITY_TESTS = [
             "torch::tests::a_policy_that_has_not_moved_has_ratio_one",
         ],
     ),
+    (
+        "the trainer's step in bf16 against fp32 on the CPU",
+        "aha_trainer",
+        ["torch::half_tests::a_step_in_bf16_is_near_the_step_in_fp32_on_the_cpu"],
+    ),
 ]
 SUPERVISED_STEPS = 80
 
@@ -72,11 +87,12 @@ def arguments():
     parser.add_argument("--minutes", type=float, default=8, help="for everything")
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="made here; holds result.md, parts, logs")
     parser.add_argument("--bandwidth-gbs", type=float, help="the memory's, by the data sheet; a copy is measured else")
+    parser.add_argument("--peak-tflops", type=float, help="of bf16, by the data sheet; known for some GPUs")
     parser.add_argument("--shapes", type=lambda text: text.split(","), help="only these shapes")
     parser.add_argument("--batches", type=lambda text: [int(part) for part in text.split(",")], help="only these")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=512)
-    parser.add_argument("--skip", type=lambda text: text.split(","), default=[], help="kernels,parity,grpo,decode")
+    parser.add_argument("--skip", type=lambda text: text.split(","), default=[], help="kernels,parity,grpo,train,decode")
     return parser.parse_args()
 
 
@@ -95,7 +111,10 @@ class Run:
         self.rows = []
 
     def add(self, part, name, status, **measured):
-        """Records a row, on disk before anything else happens. The status is ok, failed, late, skipped or left out."""
+        """Records a row, on disk before anything else happens.
+
+        The status is ok, failed, late, does not fit, skipped or left out.
+        """
         row = {"part": part, "name": name, "status": status, **measured}
         self.rows.append(row)
         with open(self.out / "parts.jsonl", "a") as file:
@@ -186,6 +205,44 @@ def free_port():
         return listener.getsockname()[1]
 
 
+def train(run):
+    args = run.args
+    for shape, options, limit in trainings(args):
+        if run.clock.is_over():
+            run.add("train", shape, "left out", detail="the time was over")
+            continue
+        command = [BUNDLE / "bin/aha", "bench", "train", "--model-shape", shape, "--device", args.device, "--json"]
+        peak = args.peak_tflops or known_peak(run.facts.get("GPU", ""))
+        command += ["--peak-tflops", peak] if peak else []
+        ended = run.command(f"train-{shape}", [*command, *options], limit)
+        measured = last_json(ended.output) if ended.succeeded else None
+        if measured is None:
+            # A result as well, and no failure of the rest.
+            full = "out of memory" in ended.output.lower()
+            status = "late" if ended.timed_out else "does not fit" if full else "failed"
+            run.add("train", shape, status, detail=ended.verdict(), log=tail(ended.output, 15))
+            continue
+        detail = f"{measured['tokens_per_second']:.0f} tokens/s, {measured['tflops']:.1f} TFLOP/s"
+        options = " ".join(map(str, options))
+        run.add("train", shape, "ok", shape=shape, options=options, measured=measured, detail=detail)
+
+
+def trainings(args):
+    """The chosen ones, and shapes beyond the list; a rehearsal takes steps that a CPU can."""
+    known = [shape for shape, _, _ in TRAINING]
+    chosen = [row for row in TRAINING if row[0] in (args.shapes or known)]
+    chosen += [(shape, [], 120) for shape in args.shapes or [] if shape not in known]
+    if args.device == "cuda":
+        return chosen
+    small = ["--prompt-tokens", 16, "--completion-tokens", "8-48", "--micro-batch-tokens", 128, "--steps", 1]
+    # In place of the shape's own: an option that comes twice is refused.
+    return [(shape, small, limit) for shape, _, limit in chosen]
+
+
+def known_peak(gpu):
+    return next((peak for name, peak in PEAK_TFLOPS if name in gpu), None)
+
+
 def decode(run):
     args = run.args
     for engine, shape, batch in measurements(args):
@@ -251,9 +308,9 @@ def main():
     if working["status"] != "ok":
         print(working["log"], file=sys.stderr)
         return 2
-    for part in (kernels, parity, grpo, decode):
+    for part in (kernels, parity, grpo, train, decode):
         if part.__name__ in args.skip:
-            run.add(part.__name__, "all", "skipped", detail="by --skip", correctness=part is not decode)
+            run.add(part.__name__, "all", "skipped", detail="by --skip", correctness=part not in (train, decode))
             continue
         try:
             part(run)

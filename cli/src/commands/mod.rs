@@ -95,6 +95,35 @@ enum DtypeName {
     Bfloat16,
 }
 
+impl DeviceName {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Cpu => "cpu",
+            Self::Cuda => "cuda",
+        }
+    }
+}
+
+impl From<DeviceName> for DeviceKind {
+    fn from(device: DeviceName) -> Self {
+        match device {
+            DeviceName::Auto => Self::Auto,
+            DeviceName::Cpu => Self::Cpu,
+            DeviceName::Cuda => Self::Cuda,
+        }
+    }
+}
+
+impl From<DtypeName> for Dtype {
+    fn from(dtype: DtypeName) -> Self {
+        match dtype {
+            DtypeName::Float32 => Self::Float32,
+            DtypeName::Bfloat16 => Self::Bfloat16,
+        }
+    }
+}
+
 impl From<DtypeName> for Kind {
     fn from(dtype: DtypeName) -> Self {
         match dtype {
@@ -114,12 +143,7 @@ enum LoadFormat {
 
 impl Placement {
     fn device(self) -> Result<Device> {
-        let name = match self.device {
-            DeviceName::Auto => "auto",
-            DeviceName::Cpu => "cpu",
-            DeviceName::Cuda => "cuda",
-        };
-        Ok(runtime::device(name, 0)?)
+        Ok(runtime::device(self.device.name(), 0)?)
     }
 
     fn kind(self) -> Result<Kind> {

@@ -36,6 +36,22 @@ struct AhaAdamW {
   double weight_decay;
 };
 
+// [rows, heads, D]; k and v have the same number of heads, which divides that of q.
+struct AhaPackedHeads {
+  const at::Tensor* q;
+  const at::Tensor* k;
+  const at::Tensor* v;
+};
+
+// Sequence i has rows starts[i] to starts[i + 1] of queries and of keys; int32, on the device, one more than sequences.
+struct AhaSequences {
+  const at::Tensor* query_starts;
+  const at::Tensor* key_starts;
+  int64_t max_queries;
+  int64_t max_keys;
+  bool is_causal;
+};
+
 struct AhaBackward {
   void (*call)(void* closure, const at::Tensor* const* grads, size_t num_outputs, at::Tensor** input_grads,
                size_t num_inputs);
@@ -86,6 +102,9 @@ char* aha_record(const at::Tensor* const* inputs, size_t num_inputs, at::Tensor*
 // x W^T + bias + addend without a graph; both may be null. By oneDNN in fp32 on the CPU.
 char* aha_linear(const at::Tensor* x, const at::Tensor* weight, const at::Tensor* bias, const at::Tensor* addend,
                  at::Tensor** out);
+// CUDA, bf16 or fp16: `out` [rows, H, D] and `log_sums` [H, rows], fp32, without a graph.
+char* aha_flash_attention(const AhaPackedHeads* heads, const AhaSequences* sequences, at::Tensor** out,
+                          at::Tensor** log_sums);
 // Calls `body` with ranges that cover 0..end, at least `grain` long but the last, on libtorch's threads.
 void aha_parallel_for(int64_t end, int64_t grain, void (*body)(void*, int64_t, int64_t), void* data);
 
@@ -109,6 +128,9 @@ void aha_release_cpu_memory(void);
 
 // Makes `device` this thread's.
 char* aha_set_device(int32_t device);
+
+// The most bytes that tensors on CUDA `device` ever had at once.
+char* aha_peak_memory(int32_t device, uint64_t* bytes);
 // Makes `device` this thread's, with a stream that nobody else queues on.
 char* aha_cuda_own_stream(int32_t device);
 // Waits for what this thread has queued on `device`.

@@ -15,3 +15,11 @@ char* aha_current_stream(int32_t device, void** out) {
 char* aha_set_device(int32_t device) {
   return aha::guarded([&] { at::accelerator::setDeviceIndex(static_cast<c10::DeviceIndex>(device)); });
 }
+
+char* aha_peak_memory(int32_t device, uint64_t* bytes) {
+  return aha::guarded([&] {
+    const auto stats = at::accelerator::getDeviceStats(static_cast<c10::DeviceIndex>(device));
+    const auto all = static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE);
+    *bytes = static_cast<uint64_t>(stats.allocated_bytes[all].peak);
+  });
+}

@@ -23,7 +23,8 @@ pub struct GradError {
 /// `grad_outputs[i]` has the shape of `outputs[i]`, or is `None` where that is a scalar (and then counts as 1);
 /// a gradient has the shape of its input.
 ///
-/// The graph is freed. An input that no output depends on gives `None` if `allow_unused`, and an error otherwise.
+/// The graph is freed, and runs on this thread, whatever the device: libtorch would hand that of a GPU to a thread of its
+/// own, where functions of ours must not run. An input that no output depends on gives `None` if `allow_unused`, and an error otherwise.
 ///
 /// # Errors
 /// Whatever libtorch refuses: `grad_outputs` of another length, shape or type, a graph that is already freed, outputs

@@ -1,14 +1,13 @@
 //! The trainer's operations, differentiable, over packed sequences: our own where there are some for the device and the
 //! type, else plain libtorch.
 
-use std::rc::Rc;
-
 use tch::{Device, Kind, Tensor};
 
 use crate::fused_kernels::{Angles, Kernels};
 use crate::fused_ops;
 use crate::packed_attention::{GroupLengths, PackedAttention};
 use crate::rotary::RotaryTable;
+use crate::tensor_data::to_device;
 use crate::transformer::{Ops, Projection};
 
 /// Everything about a micro-batch that the layers need, on the device.
@@ -17,7 +16,7 @@ pub struct PackedBatch {
     /// `[N]`, i64.
     pub tokens: Tensor,
     angles: Angles,
-    attention: Rc<PackedAttention>,
+    attention: PackedAttention,
     /// None where libtorch's operations serve.
     kernels: Option<Kernels>,
 }
@@ -53,11 +52,11 @@ impl PackedBatch {
         }
         let lengths: Vec<GroupLengths> = groups.iter().map(PromptGroup::lengths).collect();
         let kernels = Kernels::of(device, kind);
-        let is_merged = device == Device::Cpu && kind == Kind::Float;
+        let head_dim = 2 * table.cos.size()[1];
         Self {
-            tokens: Tensor::from_slice(&tokens).to_device(device),
+            tokens: to_device(&tokens, device),
             angles: angles(&positions, table, kind, kernels.as_ref()),
-            attention: Rc::new(PackedAttention::new(&lengths, device, is_merged)),
+            attention: PackedAttention::new(&lengths, device, kind, head_dim),
             kernels,
         }
     }
@@ -69,7 +68,7 @@ fn angles(positions: &[i64], table: &RotaryTable, kind: Kind, kernels: Option<&K
     let head_dim = 2 * half as usize;
     let longest = positions.iter().max().map_or(0, |last| last + 1);
     assert!(longest <= num_positions, "{longest} positions, and angles of {num_positions}");
-    let positions = Tensor::from_slice(positions).to_device(table.cos.device());
+    let positions = to_device(positions, table.cos.device());
     if matches!(kernels, Some(Kernels::Gpu(_))) {
         let [cos, sin] = [&table.cos, &table.sin].map(Tensor::shallow_clone);
         return Angles { cos, sin, positions: Some(positions.to_kind(Kind::Int)), head_dim };

@@ -1,19 +1,23 @@
 //! Causal self-attention over packed sequences, some of which share a prompt, with libtorch's fused kernels.
 //!
-//! libtorch has no variable-length kernel on CPU, so sequences of similar length are padded into a batch for the
-//! attention alone; padding stands at the end, where a causal mask hides it from every real token.
+//! Completions of one prompt are packed behind a single copy of it. Where there is a kernel for it, their attention is
+//! computed in two parts ([`crate::merged_attention`]): in bf16 and fp16 on a GPU over the packed rows themselves
+//! ([`crate::varlen_attention`]), in fp32 on the CPU over padded batches. Everything else attends over whole sequences, for
+//! which the prompt's rows are copied.
 //!
-//! Completions of one prompt are packed behind a single copy of it. Either their attention is computed over whole
-//! sequences, for which the prompt's rows are copied; or, in fp32 on the CPU, in two parts ([`crate::merged_attention`]).
+//! In padded batches, sequences of similar length are padded for the attention alone; padding stands at the end, where a
+//! causal mask hides it from every real token.
 
 use std::ops::Range;
 use std::rc::Rc;
 
 use tch::{Device, Kind, Tensor};
 
+use crate::flash_attention::Flash;
 use crate::kernels::cpu::training;
-use crate::merged_attention;
-use crate::tensor_data::{f32_slice, f32_slice_mut, i64_slice};
+use crate::merged_attention::{self, PaddedParts, Parts};
+use crate::tensor_data::{f32_slice, f32_slice_mut, i64_slice, to_device};
+use crate::varlen_attention::VarlenParts;
 
 /// How many tokens a prompt has and each completion that follows it in the pack.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,14 +26,25 @@ pub struct GroupLengths {
     pub completions: Vec<usize>,
 }
 
-/// How the packed rows of one micro-batch become padded batches and come back.
+/// How the packed rows of one micro-batch attend.
 #[derive(Debug)]
-pub struct PackedAttention {
-    /// Whole sequences, or where attention is merged, prompts and completions each for itself.
-    pub(crate) causal: PaddedBatches,
-    /// What completions also see; empty unless attention is merged.
+pub struct PackedAttention(Method);
+
+#[derive(Debug)]
+enum Method {
+    /// Over whole sequences, in padded batches.
+    Whole(PaddedBatches),
+    Merged(Rc<dyn Parts>),
+}
+
+/// Groups cut into prompts and completions.
+#[derive(Debug)]
+pub(crate) struct Pieces {
+    /// Packed rows of every prompt and every completion; some may be empty.
+    pub(crate) rows: Vec<Range<i64>>,
+    /// Of the groups that have both.
     pub(crate) shared: Vec<SharedRows>,
-    is_merged: bool,
+    pub(crate) num_rows: usize,
 }
 
 /// Packed rows of a prompt and of all completions that see it.
@@ -60,38 +75,27 @@ pub(crate) struct PaddedBatch {
 }
 
 impl PackedAttention {
-    /// Plans for groups packed one after the other. `is_merged` chooses attention in two parts, in fp32 on the CPU.
+    /// Plans for groups packed one after the other, whose queries have this type and heads this width.
     #[must_use]
-    pub fn new(groups: &[GroupLengths], device: Device, is_merged: bool) -> Self {
-        let (mut sequences, mut shared) = (Vec::new(), Vec::new());
-        let mut start = 0_i64;
-        for group in groups {
-            let prompt = start..start + group.prompt as i64;
-            start = prompt.end;
-            if is_merged || group.completions.is_empty() {
-                sequences.push(prompt.clone().collect::<Vec<i64>>());
-            }
-            for &length in &group.completions {
-                let completion = start..start + length as i64;
-                start = completion.end;
-                let seen = if is_merged { 0..0 } else { prompt.clone() };
-                sequences.push(seen.chain(completion).collect());
-            }
-            if is_merged && start > prompt.end && !prompt.is_empty() {
-                shared.push(SharedRows { completions: prompt.end..start, prompt });
-            }
-        }
-        Self { causal: PaddedBatches::new(&sequences, start as usize, device), shared, is_merged }
+    pub fn new(groups: &[GroupLengths], device: Device, kind: Kind, head_dim: i64) -> Self {
+        let pieces = Pieces::new(groups);
+        Self(if Flash::takes(device, kind, head_dim) {
+            Method::Merged(Rc::new(VarlenParts::new(Flash, &pieces, device)))
+        } else if device == Device::Cpu && kind == Kind::Float {
+            Method::Merged(Rc::new(PaddedParts::new(pieces)))
+        } else {
+            Method::Whole(PaddedBatches::new(&whole_sequences(groups), pieces.num_rows, device))
+        })
     }
 
     /// # Shapes
     /// - q: `[N, H, D]`, k and v: `[N, K, D]`; returns `[N, H * D]`.
-    pub fn forward(self: &Rc<Self>, qkv: [Tensor; 3]) -> Tensor {
-        if self.is_merged {
-            return merged_attention::forward(self, qkv);
-        }
-        let outputs: Vec<Tensor> = self
-            .causal
+    pub fn forward(&self, qkv: [Tensor; 3]) -> Tensor {
+        let whole = match &self.0 {
+            Method::Whole(whole) => whole,
+            Method::Merged(parts) => return merged_attention::forward(parts, qkv),
+        };
+        let outputs: Vec<Tensor> = whole
             .batches
             .iter()
             .map(|batch| {
@@ -100,13 +104,52 @@ impl PackedAttention {
                 batch_rows(&attended) // [S * T, H * D]
             })
             .collect();
-        self.causal.unpad(outputs) // [N, H * D]
+        whole.unpad(outputs) // [N, H * D]
     }
+}
+
+impl Pieces {
+    pub(crate) fn new(groups: &[GroupLengths]) -> Self {
+        let (mut rows, mut shared) = (Vec::new(), Vec::new());
+        let mut start = 0_i64;
+        for group in groups {
+            let prompt = start..start + group.prompt as i64;
+            start = prompt.end;
+            rows.push(prompt.clone());
+            for &length in &group.completions {
+                rows.push(start..start + length as i64);
+                start += length as i64;
+            }
+            if start > prompt.end && !prompt.is_empty() {
+                shared.push(SharedRows { completions: prompt.end..start, prompt });
+            }
+        }
+        Self { rows, shared, num_rows: start as usize }
+    }
+}
+
+/// Packed rows of every completion behind those of its prompt, and of prompts that have none.
+fn whole_sequences(groups: &[GroupLengths]) -> Vec<Vec<i64>> {
+    let mut sequences = Vec::new();
+    let mut start = 0_i64;
+    for group in groups {
+        let prompt = start..start + group.prompt as i64;
+        start = prompt.end;
+        if group.completions.is_empty() {
+            sequences.push(prompt.clone().collect());
+        }
+        for &length in &group.completions {
+            let completion = start..start + length as i64;
+            start = completion.end;
+            sequences.push(prompt.clone().chain(completion).collect());
+        }
+    }
+    sequences
 }
 
 impl PaddedBatches {
     /// Sequences of packed rows, which may have rows in common; `num_rows` rows are packed.
-    fn new(sequences: &[Vec<i64>], num_rows: usize, device: Device) -> Self {
+    pub(crate) fn new(sequences: &[Vec<i64>], num_rows: usize, device: Device) -> Self {
         let mut inverse = vec![-1_i64; num_rows];
         let mut num_padded_rows = 0;
         let mut batches = Vec::new();
@@ -132,11 +175,11 @@ impl PaddedBatches {
                 num_sequences: indices.len() as i64,
                 padded_length: padded_length as i64,
                 is_identity: is_identity(&rows, num_rows),
-                rows: Tensor::from_slice(&rows).to_device(device),
-                padding: (!padding.is_empty()).then(|| Tensor::from_slice(&padding).to_device(device)),
+                rows: to_device(&rows, device),
+                padding: (!padding.is_empty()).then(|| to_device(&padding, device)),
             });
         }
-        let inverse = (!is_identity(&inverse, num_padded_rows)).then(|| Tensor::from_slice(&inverse).to_device(device));
+        let inverse = (!is_identity(&inverse, num_padded_rows)).then(|| to_device(&inverse, device));
         Self { batches, inverse }
     }
 
@@ -197,15 +240,15 @@ fn similar_lengths(sequences: &[Vec<i64>]) -> Vec<Vec<usize>> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn group(prompt: usize, completions: &[usize]) -> GroupLengths {
+    pub(crate) fn group(prompt: usize, completions: &[usize]) -> GroupLengths {
         GroupLengths { prompt, completions: completions.to_vec() }
     }
 
     /// Uneven groups, one without completions, one without a prompt, completions of equal and of no length.
-    fn groups() -> Vec<GroupLengths> {
+    pub(crate) fn groups() -> Vec<GroupLengths> {
         let groups = [(3, vec![17, 1, 9]), (40, vec![]), (9, vec![9, 9]), (0, vec![5]), (2, vec![0, 30])];
         groups.map(|(prompt, completions)| group(prompt, &completions)).into()
     }
@@ -238,42 +281,72 @@ mod tests {
         weights.matmul(&v).transpose(0, 1).reshape([n, h * d])
     }
 
-    #[track_caller]
-    fn check(groups: &[GroupLengths], kind: Kind, is_merged: bool, tolerance: f64) {
-        tch::manual_seed(1);
-        let n: usize = groups.iter().map(|group| group.prompt + group.completions.iter().sum::<usize>()).sum();
-        let random = |heads: i64| Tensor::randn([n as i64, heads, 8], (kind, Device::Cpu));
-        let inputs = [random(4), random(2), random(2)];
-        let direction = Tensor::randn([n as i64, 32], (kind, Device::Cpu));
-        let run = |kind: Kind, f: &dyn Fn(&[Tensor; 3]) -> Tensor| {
-            let leaves = inputs.each_ref().map(|x| x.to_kind(kind).copy().set_requires_grad(true));
-            let output = f(&leaves);
-            let loss = (&output * direction.to_kind(kind)).sum(kind);
-            let grads = crate::autograd::grad(&[loss], &leaves, &[None], false).unwrap();
-            let mut results = vec![output];
-            results.extend(grads.into_iter().map(Option::unwrap));
-            results
-        };
-        let plan = Rc::new(PackedAttention::new(groups, Device::Cpu, is_merged));
-        let ours = run(kind, &|leaves| plan.forward(leaves.each_ref().map(Tensor::shallow_clone)));
-        let theirs = run(Kind::Double, &|leaves| reference(groups, leaves));
-        for (index, (ours, theirs)) in ours.iter().zip(&theirs).enumerate() {
-            let difference = f64::try_from((ours.to_kind(Kind::Double) - theirs).abs().max()).unwrap();
-            assert!(difference < tolerance, "{groups:?}: result {index} differs by {difference}");
+    /// Inputs that attention is compared on with the formula in f64 on the CPU.
+    #[derive(Debug, Clone, Copy)]
+    pub(crate) struct Comparison {
+        pub(crate) kind: Kind,
+        pub(crate) device: Device,
+        /// Of queries, and of keys and values.
+        pub(crate) heads: [i64; 2],
+        pub(crate) head_dim: i64,
+    }
+
+    impl Default for Comparison {
+        fn default() -> Self {
+            Self { kind: Kind::Float, device: Device::Cpu, heads: [4, 2], head_dim: 8 }
         }
+    }
+
+    impl Comparison {
+        /// Output and gradients differ by less than `tolerance`, of the largest where that is above 1.
+        #[track_caller]
+        pub(crate) fn check(self, groups: &[GroupLengths], tolerance: f64, attention: impl Fn([Tensor; 3]) -> Tensor) {
+            let Self { kind, device, heads: [h, kv], head_dim } = self;
+            tch::manual_seed(1);
+            let n: usize = groups.iter().map(|group| group.prompt + group.completions.iter().sum::<usize>()).sum();
+            let random = |size: &[i64]| Tensor::randn(size, (Kind::Double, Device::Cpu)).to_kind(kind);
+            let inputs = [h, kv, kv].map(|heads| random(&[n as i64, heads, head_dim]));
+            let direction = random(&[n as i64, h * head_dim]);
+            let run = |(kind, device): (Kind, Device), f: &dyn Fn(&[Tensor; 3]) -> Tensor| {
+                let place = |x: &Tensor| x.to_kind(kind).to_device(device);
+                let leaves = inputs.each_ref().map(|x| place(x).copy().set_requires_grad(true));
+                let output = f(&leaves);
+                let direction = place(&direction);
+                let grads =
+                    crate::autograd::grad(&[output.shallow_clone()], &leaves, &[Some(direction)], false).unwrap();
+                let mut results = vec![output];
+                results.extend(grads.into_iter().map(Option::unwrap));
+                results
+            };
+            let ours = run((kind, device), &|leaves| attention(leaves.each_ref().map(Tensor::shallow_clone)));
+            let theirs = run((Kind::Double, Device::Cpu), &|leaves| reference(groups, leaves));
+            for (index, (ours, theirs)) in ours.iter().zip(&theirs).enumerate() {
+                let ours = ours.to_device(Device::Cpu).to_kind(Kind::Double);
+                let largest = |x: &Tensor| x.abs().max().double_value(&[]);
+                let difference = largest(&(ours - theirs)) / largest(theirs).max(1.0);
+                assert!(difference < tolerance, "{self:?}, {groups:?}: result {index} differs by {difference}");
+            }
+        }
+    }
+
+    #[track_caller]
+    fn check(groups: &[GroupLengths], kind: Kind, tolerance: f64) {
+        let plan = PackedAttention::new(groups, Device::Cpu, kind, 8);
+        assert_eq!(matches!(plan.0, Method::Merged(_)), kind == Kind::Float);
+        Comparison { kind, ..Comparison::default() }.check(groups, tolerance, |qkv| plan.forward(qkv));
     }
 
     #[test]
     fn forward_and_gradients_equal_the_formula() {
-        check(&groups(), Kind::Double, false, 1e-10);
-        check(&[3, 17, 1, 9, 9, 40].map(|length| group(length, &[])), Kind::Double, false, 1e-10);
+        check(&groups(), Kind::Double, 1e-10);
+        check(&[3, 17, 1, 9, 9, 40].map(|length| group(length, &[])), Kind::Double, 1e-10);
     }
 
     #[test]
     fn merged_attention_equals_the_formula() {
-        check(&groups(), Kind::Float, true, 1e-5);
-        check(&[3, 17, 1, 9, 9, 40].map(|length| group(length, &[])), Kind::Float, true, 1e-5);
-        check(&[group(700, &[600, 3, 520])], Kind::Float, true, 2e-5);
-        check(&[group(12, &[])], Kind::Float, true, 1e-5);
+        check(&groups(), Kind::Float, 1e-5);
+        check(&[3, 17, 1, 9, 9, 40].map(|length| group(length, &[])), Kind::Float, 1e-5);
+        check(&[group(700, &[600, 3, 520])], Kind::Float, 2e-5);
+        check(&[group(12, &[])], Kind::Float, 1e-5);
     }
 }

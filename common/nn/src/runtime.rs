@@ -2,9 +2,10 @@
 
 use std::fs;
 use std::num::NonZeroUsize;
+
 use tch::{Cuda, Device};
 
-use crate::shim::{aha_cache_cpu_memory, aha_map_large_blocks, aha_release_cpu_memory};
+use crate::shim::{self, aha_cache_cpu_memory, aha_map_large_blocks, aha_peak_memory, aha_release_cpu_memory};
 
 /// Sets how many threads one operator may use. libtorch keeps them in a pool for the whole process.
 pub fn set_num_threads(num_threads: NonZeroUsize) {
@@ -64,6 +65,24 @@ pub fn memory_together(pid: u32) -> Option<u64> {
         [&own, &other].map(|status| Some((status_bytes(status, "VmRSS")?, status_bytes(status, "RssFile")?)));
     let ((own, own_files), (other, other_files)) = (own?, other?);
     Some(own + other - own_files.min(other_files))
+}
+
+/// The most memory that computing on `device` ever took, in bytes: tensors on a GPU, this process on a CPU. Where it is
+/// known.
+pub fn peak_memory(device: Device) -> Option<u64> {
+    let Device::Cuda(index) = device else { return Some(memory()?.peak_rss) };
+    let mut bytes = 0;
+    // SAFETY: the shim writes one number.
+    let message = unsafe { aha_peak_memory(i32::try_from(index).ok()?, &raw mut bytes) };
+    // SAFETY: the shim returned `message` just now.
+    unsafe { shim::check(message) }.ok().map(|()| bytes)
+}
+
+/// Waits for what is queued on `device`.
+pub fn synchronize(device: Device) {
+    if let Device::Cuda(index) = device {
+        Cuda::synchronize(index as i64);
+    }
 }
 
 /// A device that cannot be had.

@@ -46,6 +46,22 @@ pub(crate) struct AhaAdamW {
 }
 
 #[repr(C)]
+pub(crate) struct AhaPackedHeads {
+    pub(crate) q: *const C_tensor,
+    pub(crate) k: *const C_tensor,
+    pub(crate) v: *const C_tensor,
+}
+
+#[repr(C)]
+pub(crate) struct AhaSequences {
+    pub(crate) query_starts: *const C_tensor,
+    pub(crate) key_starts: *const C_tensor,
+    pub(crate) max_queries: i64,
+    pub(crate) max_keys: i64,
+    pub(crate) is_causal: bool,
+}
+
+#[repr(C)]
 pub(crate) struct AhaBackward {
     pub(crate) call: unsafe extern "C" fn(*mut c_void, *const *const C_tensor, usize, *mut *mut C_tensor, usize),
     pub(crate) drop: unsafe extern "C" fn(*mut c_void),
@@ -152,6 +168,12 @@ unsafe extern "C" {
         addend: *const C_tensor,
         out: *mut *mut C_tensor,
     ) -> *mut c_char;
+    pub(crate) fn aha_flash_attention(
+        heads: *const AhaPackedHeads,
+        sequences: *const AhaSequences,
+        out: *mut *mut C_tensor,
+        log_sums: *mut *mut C_tensor,
+    ) -> *mut c_char;
     pub(crate) fn aha_parallel_for(
         end: i64,
         grain: i64,
@@ -178,6 +200,8 @@ unsafe extern "C" {
     pub(crate) fn aha_release_cpu_memory();
 
     pub(crate) fn aha_set_device(device: i32) -> *mut c_char;
+
+    pub(crate) fn aha_peak_memory(device: i32, bytes: *mut u64) -> *mut c_char;
     pub(crate) fn aha_cuda_own_stream(device: i32) -> *mut c_char;
     pub(crate) fn aha_cuda_synchronize(device: i32) -> *mut c_char;
     pub(crate) fn aha_cuda_empty_cache() -> *mut c_char;

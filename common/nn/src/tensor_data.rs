@@ -1,8 +1,16 @@
 //! A CPU tensor's memory as a slice, for kernels and files.
 
+use tch::kind::Element;
 use tch::{Device, Kind, Tensor};
 
 use crate::storage;
+
+/// Values on `device`. On a GPU by way of pinned memory, from which the copy is queued like anything else: the host does
+/// not wait for what is queued before it.
+pub fn to_device<T: Element>(values: &[T], device: Device) -> Tensor {
+    let tensor = Tensor::from_slice(values);
+    if device.is_cuda() { tensor.pin_memory(device).to_device_(device, T::KIND, true, false) } else { tensor }
+}
 
 /// The elements of a contiguous fp32 CPU tensor.
 ///

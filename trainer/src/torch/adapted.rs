@@ -12,7 +12,6 @@ use tch::Tensor;
 
 use super::learner::{LayerTape, Learner, LearnerOptions, MicroBatch, StepError, StepOutput, defined, leaf};
 use super::prompt_groups::{prompt_groups, tokens};
-use super::step_times::Lap;
 
 /// A model that does not train, and what the adapters in training are to it.
 #[derive(Debug)]
@@ -52,7 +51,7 @@ impl Learner {
         (dropout, is_last): (Option<&Dropout>, bool),
         output: &mut StepOutput,
     ) -> Result<(), StepError> {
-        let mut lap = Lap::start();
+        let mut lap = self.lap();
         let mut walk = Walk::forward_and_back(&self.config);
         let (mut tapes, last) = self.pass(base, batch, dropout).forward(&mut walk)?;
         output.times.forward += lap.take();

@@ -25,11 +25,12 @@ use aha_nn::unit::{ModelWeights, Unit, Walk};
 use tch::{Device, Kind, Tensor};
 
 use super::adapted::FrozenBase;
-use super::objective::{Loss, LossSums, Objective, Streams, Tokens};
+use super::objective::{LossSums, Objective, Streams, Tokens};
 use super::parameters::Parameters;
 use super::prompt_groups;
 use super::step_times::{Lap, StepTimes};
 use super::targets::Targets;
+use super::unread::Unread;
 use super::zero::{Zero, ZeroError};
 
 /// What a step needs beside its data.
@@ -57,6 +58,8 @@ pub struct Learner {
     pub(super) config: ModelConfig,
     pub(super) options: LearnerOptions,
     table: RotaryTable,
+    /// Wait for the device before each look at the clock.
+    times_device: bool,
     reference: Option<Parameters>,
     /// Where `zero` has adapters, the model that they belong to.
     base: Option<Rc<FrozenBase>>,
@@ -89,6 +92,7 @@ pub struct StepOutput {
     pub entropy_sum: f64,
     pub sums: LossSums,
     pub times: StepTimes,
+    pub(super) unread: Unread,
 }
 
 /// What the current weights say of the completion tokens of every sequence; empty for those of other ranks.
@@ -147,7 +151,7 @@ impl Learner {
     /// `reference` is the frozen policy of the KL penalty, sharded as the policy; the objective says whether it is needed.
     pub fn new(config: ModelConfig, options: LearnerOptions, zero: Zero, reference: Option<Parameters>) -> Self {
         let table = RotaryTable::new(&config, options.max_length, zero.weights().device());
-        Self { config, options, table, reference, base: None, zero }
+        Self { config, options, table, times_device: false, reference, base: None, zero }
     }
 
     /// A learner of the adapters in `zero`. The reference policy, where the objective needs one, is `base` without them.
@@ -207,8 +211,9 @@ impl Learner {
                 None => self.no_micro_batch(is_last)?,
             }
         }
-        let mut lap = Lap::start();
+        let mut lap = self.lap();
         output.grad_norm = self.zero.reduce_gradients()?;
+        output.read();
         output.times.reduce += lap.take();
         if !output.grad_norm.is_finite() {
             output.num_skipped = 1;
@@ -245,10 +250,20 @@ impl Learner {
                 }
                 None => self.frozen_statistics(self.zero.weights(), &packed, &targets)?,
             };
-            targets.scatter(&logprobs, &mut statistics.logprobs);
-            targets.scatter(&entropies, &mut statistics.entropies);
+            targets.pieces.scatter(&logprobs, &mut statistics.logprobs);
+            targets.pieces.scatter(&entropies, &mut statistics.entropies);
         }
         Ok(statistics)
+    }
+
+    /// From now on the times of a step are the device's: the host waits for it after each part. That makes steps on a GPU
+    /// slower.
+    pub fn time_device(&mut self) {
+        self.times_device = true;
+    }
+
+    pub(super) fn lap(&self) -> Lap {
+        Lap::start(self.times_device.then(|| self.zero.weights().device()))
     }
 
     pub fn reference(&self) -> Option<&Parameters> {
@@ -274,7 +289,7 @@ impl Learner {
         let (packed, targets) = self.pack(sequences, indices);
         output.num_packed_tokens += packed.tokens.numel();
         let mut streams = targets.streams(sequences);
-        let mut lap = Lap::start();
+        let mut lap = self.lap();
         streams.reference_logprobs = self.reference_logprobs(&packed, &targets)?;
         output.times.reference += lap.take();
         let batch = MicroBatch { packed, targets, streams };
@@ -415,7 +430,7 @@ impl Learner {
                 Some(d_tokens) => d_tokens.iter().map(|all| all.narrow(0, start, len)).collect(),
                 None => self.token_gradients(&chunk.logprobs, &chunk.entropies, &streams.narrow(start, len), output)?,
             };
-            output.entropy_sum += chunk.entropies.sum(Kind::Double).double_value(&[]);
+            output.unread.add_entropies(&chunk.entropies);
             logprobs.push(chunk.logprobs.shallow_clone());
             if is_frozen {
                 d_hidden.push(chunk.backward_frozen(&d_chunk[0], d_chunk.get(1)));
@@ -426,7 +441,7 @@ impl Learner {
             d_matrix = Some(sum);
         }
         output.num_tokens += num_rows as usize;
-        targets.scatter(&Tensor::cat(&logprobs, 0), &mut output.logprobs);
+        output.unread.add_logprobs(targets, Tensor::cat(&logprobs, 0));
 
         let d_hidden = Some(Tensor::cat(&d_hidden, 0)); // [M, C]
         let [d_x, d_norm] = required(grad(&[hidden], &[x.shallow_clone(), norm], &[d_hidden], false)?);
@@ -453,7 +468,7 @@ impl Learner {
         let entropies = streams.entropy_weights.as_ref().map(|_| leaf(entropies));
         let tokens = Tokens { logprobs: leaf(logprobs), entropies };
         let loss = self.options.objective.loss(&tokens, streams);
-        output.add(&loss);
+        output.unread.add_loss(&loss);
         Ok(defined(grad(&[loss.loss], &tokens.outputs(), &[None], false)?))
     }
 
@@ -508,11 +523,6 @@ impl StepOutput {
         self.entropy_sum += other.entropy_sum;
         self.sums.add(&other.sums);
         self.times.add(&other.times);
-    }
-
-    fn add(&mut self, loss: &Loss) {
-        self.loss += loss.loss.double_value(&[]);
-        self.sums.add(&loss.sums);
     }
 }
 

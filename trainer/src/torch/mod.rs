@@ -7,6 +7,8 @@ mod adapted_tests;
 mod emulated_gpu;
 #[cfg(test)]
 mod golden_tests;
+#[cfg(test)]
+mod half_tests;
 pub mod learner;
 pub mod objective;
 pub mod optimizer;
@@ -17,4 +19,5 @@ mod step_times;
 mod targets;
 #[cfg(test)]
 mod tests;
+mod unread;
 pub mod zero;

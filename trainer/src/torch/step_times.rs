@@ -2,7 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-/// Where the time of a step went. On a GPU these are the host's times: it runs ahead until a result is read.
+use aha_nn::runtime;
+use tch::Device;
+
+/// Where the time of a step went. On a GPU these are the host's times, which runs ahead until
+/// the gradients' norm is read, unless the learner is told to wait for the device.
 #[derive(Debug, Default, Clone, Copy)]
 pub struct StepTimes {
     /// The reference policy's log-probs.
@@ -41,16 +45,22 @@ impl StepTimes {
 }
 
 /// Time since the last look.
-pub(super) struct Lap(Instant);
+pub(super) struct Lap {
+    last: Instant,
+    /// What is waited for before each look.
+    device: Option<Device>,
+}
 
 impl Lap {
-    pub(super) fn start() -> Self {
-        Self(Instant::now())
+    pub(super) fn start(device: Option<Device>) -> Self {
+        device.into_iter().for_each(runtime::synchronize);
+        Self { last: Instant::now(), device }
     }
 
     pub(super) fn take(&mut self) -> Duration {
-        let elapsed = self.0.elapsed();
-        self.0 += elapsed;
+        self.device.into_iter().for_each(runtime::synchronize);
+        let elapsed = self.last.elapsed();
+        self.last += elapsed;
         elapsed
     }
 }

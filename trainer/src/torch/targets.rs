@@ -1,6 +1,7 @@
 //! Where the loss is: completion tokens among packed rows, and their streams.
 
 use aha_core::batch::TrainSequence;
+use aha_nn::tensor_data::to_device;
 use tch::{Kind, Tensor};
 
 use super::objective::Streams;
@@ -11,9 +12,12 @@ pub(super) struct Targets {
     pub(super) rows: Tensor,
     /// `[M]`, i64: the completion tokens.
     pub(super) tokens: Tensor,
-    /// Sequence and number of completion tokens, in packed order.
-    pieces: Vec<(usize, usize)>,
+    pub(super) pieces: Pieces,
 }
+
+/// Sequence and number of completion tokens, in packed order.
+#[derive(Debug, Clone)]
+pub(super) struct Pieces(Vec<(usize, usize)>);
 
 impl Targets {
     /// For groups whose prompt is packed once, before their completions.
@@ -33,19 +37,18 @@ impl Targets {
                 next_row += completion.len() as i64;
             }
         }
-        let to_device = |values: &[i64]| Tensor::from_slice(values).to_device(device);
-        Self { rows: to_device(&rows), tokens: to_device(&tokens), pieces }
+        Self { rows: to_device(&rows, device), tokens: to_device(&tokens, device), pieces: Pieces(pieces) }
     }
 
     pub(super) fn streams(&self, sequences: &[TrainSequence]) -> Streams {
         let device = self.rows.device();
         let gather = |stream: fn(&TrainSequence) -> &Vec<f32>| {
             let values: Vec<f32> =
-                self.pieces.iter().flat_map(|&(index, _)| stream(&sequences[index]).iter().copied()).collect();
-            (values.len() as i64 == self.rows.size()[0]).then(|| Tensor::from_slice(&values).to_device(device))
+                self.pieces.0.iter().flat_map(|&(index, _)| stream(&sequences[index]).iter().copied()).collect();
+            (values.len() as i64 == self.rows.size()[0]).then(|| to_device(&values, device))
         };
         let weights = gather(|sequence| &sequence.weights);
-        let ids = self.pieces.iter().enumerate().flat_map(|(id, &(_, len))| std::iter::repeat_n(id as i64, len));
+        let ids = self.pieces.0.iter().enumerate().flat_map(|(id, &(_, len))| std::iter::repeat_n(id as i64, len));
         Streams {
             weights: weights.expect("every completion token has a weight"),
             advantages: gather(|sequence| &sequence.advantages),
@@ -54,16 +57,18 @@ impl Targets {
             reference_logprobs: None,
             policy_mask: gather(|sequence| &sequence.policy_mask),
             entropy_weights: gather(|sequence| &sequence.entropy_weights),
-            sequence_ids: Tensor::from_slice(&ids.collect::<Vec<_>>()).to_device(device),
-            num_sequences: self.pieces.len() as i64,
+            sequence_ids: to_device(&ids.collect::<Vec<_>>(), device),
+            num_sequences: self.pieces.0.len() as i64,
         }
     }
+}
 
+impl Pieces {
     /// Cuts `[M]` values up by sequence.
     pub(super) fn scatter(&self, values: &Tensor, by_sequence: &mut [Vec<f32>]) {
         let values = Vec::<f32>::try_from(values.to_kind(Kind::Float)).expect("log-probs are a vector of floats");
         let mut rest = values.as_slice();
-        for &(index, len) in &self.pieces {
+        for &(index, len) in &self.0 {
             let (piece, tail) = rest.split_at(len);
             by_sequence[index] = piece.to_vec();
             rest = tail;

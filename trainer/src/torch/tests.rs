@@ -40,7 +40,7 @@ pub(super) fn config(family: &str, tied: bool) -> ModelConfig {
 }
 
 /// Where a learner that is alone computes.
-fn device() -> Device {
+pub(super) fn device() -> Device {
     let name = std::env::var("AHA_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
     aha_nn::runtime::device(&name, 0).unwrap()
 }

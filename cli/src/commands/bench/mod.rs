@@ -4,6 +4,7 @@ mod decode;
 mod roofline;
 mod shapes;
 mod step;
+mod train;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -21,6 +22,7 @@ pub(crate) struct Args {
 enum What {
     Decode(decode::Args),
     Step(step::Args),
+    Train(train::Args),
     /// Write a model folder of a known shape without weights, for --load-format dummy here and elsewhere
     Shape {
         shape: shapes::ModelShape,
@@ -33,6 +35,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     match &args.what {
         What::Decode(args) => decode::run(args),
         What::Step(args) => step::run(args),
+        What::Train(args) => train::run(args),
         What::Shape { shape, folder } => {
             std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
             shape.write(folder).map(|()| ExitCode::SUCCESS)

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use aha_nn::model_config::ModelConfig;
 use anyhow::{Context, Result};
 use serde_json::json;
 
@@ -39,6 +40,11 @@ impl ModelShape {
             std::fs::write(&path, content.to_string()).with_context(|| format!("cannot write {}", path.display()))?;
         }
         Ok(())
+    }
+
+    pub(super) fn model_config(self) -> Result<ModelConfig> {
+        let raw = self.config().as_object().cloned().unwrap_or_default();
+        ModelConfig::from_json(raw).map_err(anyhow::Error::msg)
     }
 
     fn config(self) -> serde_json::Value {
@@ -90,7 +96,6 @@ impl ModelShape {
 
 #[cfg(test)]
 mod tests {
-    use aha_nn::model_config::ModelConfig;
     use clap::ValueEnum;
 
     use super::*;

@@ -15,6 +15,7 @@ mod correction;
 mod kl;
 mod ratio;
 mod streams;
+mod sums;
 mod surrogate;
 
 use aha_core::config::Train;
@@ -24,6 +25,8 @@ use tch::{Kind, Tensor};
 pub use correction::{Bounds, RolloutCorrection};
 pub use kl::KlPenalty;
 pub use streams::{Streams, Tokens};
+use sums::total;
+pub use sums::{Count, LossSums};
 pub use surrogate::Surrogate;
 
 /// What a token's loss is.
@@ -52,23 +55,8 @@ pub struct PolicyObjective {
 pub struct Loss {
     /// Scalar.
     pub loss: Tensor,
-    pub sums: LossSums,
-}
-
-/// Sums over completion tokens, for the metrics.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct LossSums {
-    /// The KL term, before `beta`.
-    pub kl: f64,
-    /// Tokens whose ratio was clipped from below and above.
-    pub clipped_low: f64,
-    pub clipped_high: f64,
-    /// Tokens whose policy loss was left out: by the policy mask, by the correction's, or as too far off the policy.
-    pub masked: f64,
-    /// The ratio between trainer and generator that the policy loss is multiplied by.
-    pub correction: f64,
-    pub correction_min: f64,
-    pub correction_max: f64,
+    /// Scalars for the metrics, on the loss's device.
+    pub counts: Vec<(Count, Tensor)>,
 }
 
 impl Objective {
@@ -80,7 +68,7 @@ impl Objective {
     pub fn loss(&self, tokens: &Tokens, streams: &Streams) -> Loss {
         let mut loss = match self {
             Self::Supervised => {
-                Loss { loss: -(&tokens.logprobs * &streams.weights).sum(Kind::Float), sums: LossSums::default() }
+                Loss { loss: -(&tokens.logprobs * &streams.weights).sum(Kind::Float), counts: Vec::new() }
             }
             Self::Policy(policy) => policy.loss(&tokens.logprobs, streams),
         };
@@ -139,7 +127,7 @@ impl PolicyObjective {
             rho: rho.as_ref(),
             streams,
         }); // [M]
-        let mut sums = self.surrogate.clipped(&ratio, advantages);
+        let mut counts = self.surrogate.clipped(&ratio, advantages);
 
         let mut factor = streams.policy_mask.as_ref().map(Tensor::shallow_clone);
         if let Some(threshold) = self.off_policy_mask_threshold {
@@ -148,60 +136,28 @@ impl PolicyObjective {
             factor = Some(times(factor, &keep));
         }
         if let Some(rho) = &rho {
-            sums.count_correction(rho);
+            counts.push((Count::Correction, total(rho)));
+            if rho.numel() > 0 {
+                counts.extend([(Count::CorrectionMin, rho.min()), (Count::CorrectionMax, rho.max())]);
+            }
             if !self.surrogate.weighs_sequences() {
                 factor = Some(times(factor, rho));
             }
         }
         if let Some(factor) = &factor {
-            sums.masked = factor.eq(0.0).sum(Kind::Double).double_value(&[]);
+            counts.push((Count::Masked, total(&factor.eq(0.0))));
             losses *= factor;
         }
         if let Some(penalty) = self.kl {
             let reference = streams.reference_logprobs.as_ref().expect("a KL penalty has a reference policy");
             let kl = penalty.estimate(reference, logprobs, &ratio); // [M]
-            sums.kl = kl.detach().sum(Kind::Double).double_value(&[]);
+            counts.push((Count::Kl, total(&kl)));
             losses += kl * penalty.beta;
         }
-        Loss { loss: (losses * &streams.weights).sum(Kind::Float), sums }
+        Loss { loss: (losses * &streams.weights).sum(Kind::Float), counts }
     }
 }
 
 fn times(factor: Option<Tensor>, other: &Tensor) -> Tensor {
     factor.map_or_else(|| other.shallow_clone(), |factor| factor * other)
-}
-
-impl Default for LossSums {
-    fn default() -> Self {
-        Self {
-            kl: 0.0,
-            clipped_low: 0.0,
-            clipped_high: 0.0,
-            masked: 0.0,
-            correction: 0.0,
-            correction_min: f64::INFINITY,
-            correction_max: f64::NEG_INFINITY,
-        }
-    }
-}
-
-impl LossSums {
-    /// Adds what other tokens gave.
-    pub fn add(&mut self, other: &Self) {
-        self.kl += other.kl;
-        self.clipped_low += other.clipped_low;
-        self.clipped_high += other.clipped_high;
-        self.masked += other.masked;
-        self.correction += other.correction;
-        self.correction_min = self.correction_min.min(other.correction_min);
-        self.correction_max = self.correction_max.max(other.correction_max);
-    }
-
-    fn count_correction(&mut self, rho: &Tensor) {
-        self.correction = rho.sum(Kind::Double).double_value(&[]);
-        if rho.numel() > 0 {
-            self.correction_min = rho.min().double_value(&[]);
-            self.correction_max = rho.max().double_value(&[]);
-        }
-    }
 }

@@ -4,7 +4,8 @@ use aha_core::batch::LossType;
 use aha_core::config::Train;
 use tch::{Kind, Tensor};
 
-use super::{LossSums, Streams};
+use super::sums::total;
+use super::{Count, Streams};
 
 /// A token's policy loss, from its ratio r, advantage A and log-prob.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -86,18 +87,16 @@ impl Surrogate {
     }
 
     /// Counts tokens whose ratio is outside of the bounds on the side where its advantage would push it further.
-    pub(super) fn clipped(self, ratio: &Tensor, advantages: &Tensor) -> LossSums {
+    pub(super) fn clipped(self, ratio: &Tensor, advantages: &Tensor) -> Vec<(Count, Tensor)> {
         let (low, high) = match self {
             Self::Clip { epsilon, epsilon_high, .. } => (1.0 - epsilon, 1.0 + epsilon_high),
             Self::Cispo { epsilon_high } => (f64::NEG_INFINITY, epsilon_high),
-            Self::Sapo { .. } | Self::Vespo { .. } => return LossSums::default(),
+            Self::Sapo { .. } | Self::Vespo { .. } => return Vec::new(),
         };
-        let count = |outside: Tensor| outside.sum(Kind::Double).double_value(&[]);
-        LossSums {
-            clipped_low: count(ratio.lt(low).logical_and(&advantages.lt(0.0))),
-            clipped_high: count(ratio.gt(high).logical_and(&advantages.gt(0.0))),
-            ..LossSums::default()
-        }
+        vec![
+            (Count::ClippedLow, total(&ratio.lt(low).logical_and(&advantages.lt(0.0)))),
+            (Count::ClippedHigh, total(&ratio.gt(high).logical_and(&advantages.gt(0.0)))),
+        ]
     }
 }
 
