@@ -21,6 +21,7 @@ use tch::{Device, Kind};
 
 use crate::adapters;
 use crate::checkpoint::{self, Checkpoint};
+use crate::entropy::EntropyControl;
 use crate::loggers::{LoggerOptions, Loggers};
 use crate::prompts::PromptSource;
 use crate::run_dir::RunDir;
@@ -40,6 +41,7 @@ pub struct Session {
     pub run_dir: RunDir,
     pub prompts: PromptSource,
     pub learner: Learner,
+    pub entropy: EntropyControl,
     /// Steps that are done; training goes on with this one, counted from 0.
     pub step: u64,
     /// Only rank 0 writes.
@@ -79,6 +81,8 @@ impl Session {
         let group = Arc::new(group);
         let learner = learner((config, objective), &model_config, checkpoint.as_ref(), &group)?;
         let step = checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.state.step);
+        let remembered = checkpoint.as_ref().and_then(|checkpoint| checkpoint.state.entropy);
+        let entropy = remembered.unwrap_or_else(|| EntropyControl::new(&config.train));
         let loggers = if world.rank == 0 { Some(loggers(config, &run_dir, step)?) } else { None };
         Ok(Self {
             config: config.clone(),
@@ -86,6 +90,7 @@ impl Session {
             run_dir,
             prompts,
             learner,
+            entropy,
             step,
             loggers,
             started,
@@ -161,7 +166,8 @@ impl Session {
         if let Some(loggers) = &self.loggers {
             loggers.sync()?;
         }
-        checkpoint::save(&self.run_dir, &self.config, &self.learner, step)?;
+        let entropy = self.config.train.use_adaptive_entropy.then_some(self.entropy);
+        checkpoint::save(&self.run_dir, &self.config, &self.learner, (step, entropy))?;
         self.saved = step;
         self.stop.saved_in(started.elapsed());
         Ok(())
@@ -242,7 +248,8 @@ fn learner(
         let base = adapters::base(config, &model_config, (kind, device))?;
         return Ok(Learner::of_adapters(model_config, options, zero, base));
     }
-    let reference = if objective.needs_reference() {
+    let in_reward = objective != Objective::Supervised && config.train.use_kl_in_reward;
+    let reference = if objective.needs_reference() || in_reward {
         Some(reference_weights(config, &model_config, checkpoint, builder())?)
     } else {
         None
