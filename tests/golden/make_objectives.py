@@ -7,7 +7,8 @@ log-probs and entropies of fixed logits. Advantages and the ratio between traine
 `_generate_and_score_completions` themselves (RLOO's from `RLOOTrainer`), cut out of TRL's source and executed, and the
 soft overlong punishment from `trl.rewards`. What TRL does not have is written out here: `transcribed` (GSPO-token,
 arXiv 2507.18071, equation 14, as in TRL 0.22; the KL estimators k1 and k2) and `whitened` (verl's `masked_whiten`).
-Options are named as in aha's `train` section.
+Options are named as in aha's `train` section; `use_kl_in_reward`, with which the loss has no KL term, is what TRL's
+`RLOOTrainer` does.
 """
 import inspect
 import json
@@ -50,7 +51,8 @@ DEFAULTS = dict(
     soft_punish_weight=1.0, mask_truncated_completions=False, rollout_importance_sampling_correction=False,
     rollout_importance_sampling_mode="sequence_mask", rollout_importance_sampling_clip_max=3.0,
     rollout_importance_sampling_clip_min=None, off_policy_mask_threshold=None, top_entropy_quantile=1.0,
-    entropy_coef=0.0,
+    entropy_coef=0.0, use_kl_in_reward=False, use_adaptive_entropy=False, entropy_coef_min=0.0, entropy_coef_max=1.0,
+    entropy_coef_delta=0.005, entropy_target=0.2,
 )
 
 
@@ -65,7 +67,7 @@ def lines(function, first, last):
 class World:
     """An accelerate.Accelerator of one process."""
 
-    num_processes, sync_gradients = 1, False
+    num_processes, sync_gradients = 1, True
 
     def gather(self, value):
         return value
@@ -99,11 +101,12 @@ def advantages_of(options, mask):
     stub = SimpleNamespace(
         multi_objective_aggregation=options["multi_objective_aggregation"], scale_rewards=options["scale_rewards"],
         reward_weights=weights, reward_funcs=list(range(len(weights))),
-        reward_clip_range=None, beta=0.0, normalize_advantages=options["normalize_advantages"],
+        reward_clip_range=None, beta=options["beta"] if options["use_kl_in_reward"] else 0.0, normalize_advantages=options["normalize_advantages"],
     )
     names = dict(
         self=stub, torch=torch, nanstd=grpo_trainer.nanstd, rewards_per_func=scores, num_generations=GROUP,
-        device=torch.device("cpu"), unscorable_mask=torch.zeros(B, dtype=torch.bool),
+        device=torch.device("cpu"), unscorable_mask=torch.zeros(B, dtype=torch.bool), completion_mask=mask,
+        old_per_token_logps=OLD, ref_per_token_logps=REFERENCE, gather=lambda value: value,
     )
     estimator = options["advantage_estimator"]
     if estimator == "grpo":
@@ -144,23 +147,27 @@ def correction(options, old, mask):
     return names["vllm_importance_sampling_ratio"]
 
 
-def trainer(options, logprobs, entropies, num_parts, steps_per_generation):
+def trainer(options, logprobs, entropies, num_parts, steps_per_generation, last_entropy):
     """What `_compute_loss` needs of a trainer."""
     epsilon_high = options["epsilon_high"]
     names = ("delta", "use_bias_correction_kl", "sapo_temperature_pos", "sapo_temperature_neg", "vespo_k_pos",
-             "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
+             "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg", "entropy_target", "entropy_coef_min",
+             "entropy_coef_max", "entropy_coef_delta")
     stub = SimpleNamespace(
         args=SimpleNamespace(steps_per_generation=steps_per_generation, **{name: options[name] for name in names}),
         accelerator=World(), model=SimpleNamespace(training=True), aux_loss_enabled=False,
         top_entropy_quantile=options["top_entropy_quantile"],
         off_policy_mask_threshold=options["off_policy_mask_threshold"],
-        importance_sampling_level=options["importance_sampling_level"], beta=options["beta"],
+        importance_sampling_level=options["importance_sampling_level"],
+        beta=0.0 if options["use_kl_in_reward"] else options["beta"],
         loss_type=options["loss_type"], epsilon_low=options["epsilon"],
         epsilon_high=options["epsilon"] if epsilon_high is None else epsilon_high,
         use_vllm=True, vllm_importance_sampling_correction=options["rollout_importance_sampling_correction"],
         current_gradient_accumulation_steps=num_parts, max_completion_length=LONGEST,
-        _entropy_bonus_enabled=options["entropy_coef"] != 0.0, entropy_coef=options["entropy_coef"],
-        use_adaptive_entropy=False, _metrics={"train": defaultdict(list)},
+        _entropy_bonus_enabled=options["entropy_coef"] != 0.0 or options["use_adaptive_entropy"],
+        entropy_coef=options["entropy_coef"], use_adaptive_entropy=options["use_adaptive_entropy"],
+        _last_world_entropy=math.inf if last_entropy is None else last_entropy, _entropy_window_stats=None,
+        _metrics={"train": defaultdict(list)},
         _get_per_token_logps_and_entropies=lambda *args, **kwargs: (logprobs, entropies, None),
         get_off_policy_mask=GRPOTrainer.get_off_policy_mask, get_gamma_weights=GRPOTrainer.get_gamma_weights,
     )
@@ -187,7 +194,7 @@ def transcribed(options, advantages, logprobs, old, mask):
     return (loss * mask).sum() / mask.sum(), (kl * mask).sum() / mask.sum()
 
 
-def case(name, moved=True, members=None, steps_per_generation=1, **options):
+def case(name, moved=True, members=None, steps_per_generation=1, last_entropy=None, **options):
     """One record; `members` are the completions of this update, all without."""
     unknown = set(options) - set(DEFAULTS)
     assert not unknown, unknown
@@ -209,7 +216,7 @@ def case(name, moved=True, members=None, steps_per_generation=1, **options):
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]
         loss, metrics = 0.0, {}
         for part in parts:
-            stub = trainer(full, logprobs[part], entropies[part], len(parts), steps_per_generation)
+            stub = trainer(full, logprobs[part], entropies[part], len(parts), steps_per_generation, last_entropy)
             inputs = dict(
                 prompt_ids=torch.zeros(len(part), 1, dtype=torch.long), prompt_mask=torch.ones(len(part), 1),
                 completion_ids=TOKENS[part], completion_mask=mask[part], advantages=advantages[part],
@@ -233,6 +240,8 @@ def case(name, moved=True, members=None, steps_per_generation=1, **options):
     }
     if full["loss_type"] == "bnpo":
         record["train"]["bnpo_batch_size"] = full["bnpo_batch_size"]
+    if full["use_adaptive_entropy"]:
+        record |= {"last_entropy": last_entropy, "entropy_coef": stub.entropy_coef}
     if full["entropy_coef"]:
         record["d_logits"] = cut(logits.grad)
     # The sign of an advantage that is 0 but for rounding decides what counts as clipped.
@@ -287,12 +296,25 @@ def cases():
     yield case("entropy bonus of gspo", loss_type="grpo", importance_sampling_level="sequence", entropy_coef=0.03)
     yield case("entropy bonus of the high entropies, truncated masked", entropy_coef=0.03, top_entropy_quantile=0.3,
                mask_truncated_completions=True)
+    adaptive = dict(use_adaptive_entropy=True, entropy_coef=0.03, entropy_coef_max=0.033)
+    for last_entropy in [None, 1.0, 1.3]:
+        # The mean entropy lies between 1.1 and 1.4 nats.
+        for target in [1.1, 1.4]:
+            yield case(f"adaptive entropy bonus, {last_entropy} before, target {target}", last_entropy=last_entropy,
+                       entropy_target=target, **adaptive)
+    yield case("adaptive entropy bonus at its bound", last_entropy=1.0, entropy_target=1.1, entropy_coef_min=0.029,
+               **adaptive)
+    yield case("adaptive entropy bonus of the high entropies", last_entropy=1.0, entropy_target=1.4,
+               top_entropy_quantile=0.3, **adaptive)
     for scale in ["group", "batch", "none"]:
         yield case(f"scaled by {scale}", scale_rewards=scale)
     yield case("normalize then sum", multi_objective_aggregation="normalize_then_sum")
     yield case("soft overlong punishment", soft_punish_cache=4, soft_punish_weight=0.7)
     yield case("rloo", advantage_estimator="rloo")
     yield case("rloo, normalized", advantage_estimator="rloo", normalize_advantages=True)
+    yield case("rloo, kl in the reward", advantage_estimator="rloo", beta=0.3, use_kl_in_reward=True)
+    yield case("rloo, kl in the reward, normalized, truncated masked", advantage_estimator="rloo", beta=0.3,
+               use_kl_in_reward=True, normalize_advantages=True, mask_truncated_completions=True)
     yield case("reinforce++", advantage_estimator="reinforce_plus_plus")
     yield case("reinforce++ baseline", advantage_estimator="reinforce_plus_plus_baseline")
     yield case("reinforce++ baseline, truncated masked", advantage_estimator="reinforce_plus_plus_baseline",

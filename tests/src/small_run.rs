@@ -11,7 +11,7 @@ use tch::{Device, Kind};
 use crate::golden::copy_tokenizer;
 
 /// Steps of the run.
-pub const MAX_STEPS: u64 = 6;
+pub const MAX_STEPS: u64 = 10;
 
 /// Writes `model/` and `run.yaml` into `folder`; the run is called `small` and lies below `runs/`.
 ///

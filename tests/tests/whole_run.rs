@@ -96,6 +96,7 @@ fn interrupted_and_resumed(overrides: &[&str]) -> tempfile::TempDir {
     assert_eq!(processes_in(&folder), Vec::<String>::new(), "processes stayed behind");
     let saved = metrics(&folder).len();
     assert!(folder.join(format!("runs/small/checkpoints/step-{saved}")).is_dir(), "step {saved} is not saved");
+    assert!(saved as u64 + 5 <= MAX_STEPS, "interrupted after step {saved} only: fewer than five follow");
     launch(&folder, overrides);
     interrupted
 }
@@ -142,7 +143,7 @@ fn a_run_stops_before_its_time_is_over() {
 }
 
 /// Options with state, draws or exchanges of their own, all at once.
-const EVERY_OPTION: [&str; 15] = [
+const EVERY_OPTION: [&str; 18] = [
     "train.loss_type=grpo",
     "train.importance_sampling_level=sequence",
     "train.num_iterations=2",
@@ -155,6 +156,9 @@ const EVERY_OPTION: [&str; 15] = [
     "train.off_policy_mask_threshold=0.5",
     "train.top_entropy_quantile=0.5",
     "train.entropy_coef=0.01",
+    "train.use_adaptive_entropy=true",
+    "train.entropy_target=9",
+    "train.entropy_coef_delta=0.001",
     "train.soft_punish_cache=23",
     "train.dynamic_sampling=true",
     "train.max_resample_rounds=2",
@@ -175,9 +179,16 @@ fn a_run_with_every_option_of_the_loss_is_repeatable_and_resumes() {
     }
     assert!(numbers("policy_loss/masked_ratio").iter().all(|&masked| masked > 0.3 && masked < 0.6));
     assert!(numbers("rewards/soft_overlong_punishment/mean").iter().all(|&mean| mean < 0.0));
+    // Entropies are under the target: the weight rises with each of a step's six updates.
+    let coefs = numbers("entropy_coef");
+    assert!(
+        coefs.iter().enumerate().all(|(step, coef)| (coef - 0.016 - 0.006 * step as f64).abs() < 1e-5),
+        "{coefs:?}"
+    );
     // The reference has just become a mix of itself and the policy: it is near, and not there.
     assert!(numbers("kl")[MAX_STEPS as usize - 1] > 0.0);
-    assert!(whole.path().join("runs/small/checkpoints/step-6/trainer_state/reference/model.safetensors").is_file());
+    let checkpoint = whole.path().join(format!("runs/small/checkpoints/step-{MAX_STEPS}"));
+    assert!(checkpoint.join("trainer_state/reference/model.safetensors").is_file());
     assert_eq!(metrics(interrupted_and_resumed(&EVERY_OPTION).path()), steps);
 }
 
@@ -223,8 +234,8 @@ fn check_run_folder(run: &Path) {
         "model/model.safetensors",
         "model/config.json",
         "model/tokenizer.json",
-        "checkpoints/step-6/model.safetensors",
-        "checkpoints/step-6/trainer_state/state.json",
+        &format!("checkpoints/step-{MAX_STEPS}/model.safetensors"),
+        &format!("checkpoints/step-{MAX_STEPS}/trainer_state/state.json"),
         "completions/step_000001.jsonl",
         "tensorboard",
         "logs/generator-0.log",

@@ -5,29 +5,79 @@
 
 use aha_core::batch::TrainSequence;
 use aha_core::config::Train;
-use aha_nn::comm::CommError;
+use aha_nn::comm::{CommError, ProcessGroup, ReduceOp};
+use serde::{Deserialize, Serialize};
+use tch::Tensor;
 
-use crate::torch::learner::Learner;
+use crate::torch::learner::{Learner, StepOutput};
 use crate::training_batch::{Plan, TrainingBatch};
 
 /// Entropies this close are equal, in nats. The completions of a prompt share the context of their first token, whose
 /// entropies differ by rounding alone: without this, how sequences are packed would decide which of them count.
 const TIE: f32 = 1e-5;
 
-/// Fills `policy_mask` and `entropy_weights` of this rank's sequences of one update, a plan and its index. With neither
-/// `train.top_entropy_quantile` under 1 nor `train.entropy_coef` over 0 it does nothing.
+/// The weight of the mean entropy, and how it follows the entropy (`train.use_adaptive_entropy`): what a run remembers of it
+/// from update to update.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct EntropyControl {
+    pub entropy_coef: f32,
+    /// Mean over the tokens that counted in the last update, in nats; none before the first.
+    pub last_entropy: Option<f64>,
+}
+
+impl EntropyControl {
+    /// Before the first update.
+    #[must_use]
+    pub fn new(train: &Train) -> Self {
+        Self { entropy_coef: train.entropy_coef, last_entropy: None }
+    }
+
+    /// The weight in the next update.
+    #[must_use]
+    pub fn weight(&self, train: &Train) -> f32 {
+        let is_low = |entropy: f64| entropy <= f64::from(train.entropy_target);
+        if train.use_adaptive_entropy && !self.last_entropy.is_some_and(is_low) { 0.0 } else { self.entropy_coef }
+    }
+
+    /// Takes note of the mean entropy in an update. One that is not finite, in an update that is left out, changes nothing.
+    pub fn follow(&mut self, train: &Train, entropy: f64) {
+        if !train.use_adaptive_entropy || !entropy.is_finite() {
+            return;
+        }
+        let is_low = entropy <= f64::from(train.entropy_target);
+        let moved = self.entropy_coef + if is_low { train.entropy_coef_delta } else { -train.entropy_coef_delta };
+        self.entropy_coef = moved.clamp(train.entropy_coef_min, train.entropy_coef_max);
+        self.last_entropy = Some(entropy);
+    }
+}
+
+/// Mean over all ranks' tokens of what their steps of one update say. All ranks call this together.
+///
+/// # Errors
+/// If the reduction fails.
+pub(crate) fn mean_entropy(group: &ProcessGroup, output: &StepOutput) -> Result<f64, CommError> {
+    let mut sums = Tensor::from_slice(&[output.entropy_sum, output.num_tokens as f64]).to_device(group.device());
+    group.all_reduce(&mut sums, ReduceOp::Sum)?;
+    Ok(sums.double_value(&[0]) / sums.double_value(&[1]).max(1.0))
+}
+
+/// Fills `policy_mask` and `entropy_weights` of this rank's sequences of one update, a plan and its index, with `weight` for
+/// the mean entropy. With neither `train.top_entropy_quantile` under 1 nor an entropy bonus it does nothing.
+///
+/// Returns the mean entropy of the tokens that count where not all do.
 ///
 /// # Errors
 /// If the ranks cannot exchange their entropies.
 pub(crate) fn weigh(
     learner: &Learner,
-    train: &Train,
+    (train, weight): (&Train, f32),
     batch: &mut TrainingBatch,
     (plan, index): (&Plan, usize),
-) -> Result<(), CommError> {
+) -> Result<Option<f64>, CommError> {
     let own: Vec<usize> = plan.micro_batches.concat();
     let mut num_counted: usize =
         batch.updates[index].iter().map(|&index| batch.sequences[index].num_completion_tokens()).sum();
+    let mut mean = None;
     if train.top_entropy_quantile < 1.0 {
         let entropies = learner.statistics(&plan.of(&batch.sequences))?.entropies;
         let flat: Vec<u8> =
@@ -35,31 +85,53 @@ pub(crate) fn weigh(
         let everyone = learner.zero().group().all_gather_bytes(&flat)?.concat();
         let (values, _) = everyone.as_chunks::<4>();
         let all: Vec<f32> = values.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
-        num_counted = fill_masks(train, &mut batch.sequences, &entropies, &all);
+        let counted = fill_masks(train, &mut batch.sequences, &entropies, &all);
+        num_counted = counted.num;
+        mean = Some(counted.mean());
     }
-    fill_weights(train, &own, num_counted, &mut batch.sequences);
-    Ok(())
+    if train.has_entropy_bonus() {
+        fill_weights(weight, &own, num_counted, &mut batch.sequences);
+    }
+    Ok(mean)
 }
 
-/// Masks the tokens of low entropy of every sequence whose entropies are given; returns how many of `all` are left.
-pub(crate) fn fill_masks(train: &Train, sequences: &mut [TrainSequence], entropies: &[Vec<f32>], all: &[f32]) -> usize {
+/// Tokens of high entropy.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Counted {
+    pub(crate) num: usize,
+    pub(crate) entropy_sum: f64,
+}
+
+impl Counted {
+    pub(crate) fn mean(self) -> f64 {
+        self.entropy_sum / self.num.max(1) as f64
+    }
+}
+
+/// Masks the tokens of low entropy of every sequence whose entropies are given; returns what is left of `all`.
+pub(crate) fn fill_masks(
+    train: &Train,
+    sequences: &mut [TrainSequence],
+    entropies: &[Vec<f32>],
+    all: &[f32],
+) -> Counted {
     let threshold = quantile(all, 1.0 - train.top_entropy_quantile) - TIE;
     for (sequence, entropies) in sequences.iter_mut().zip(entropies) {
         sequence.policy_mask = mask(entropies, threshold);
     }
-    all.iter().filter(|&&entropy| entropy >= threshold).count()
+    let counted = all.iter().filter(|&&entropy| entropy >= threshold);
+    Counted { num: counted.clone().count(), entropy_sum: counted.map(|&entropy| f64::from(entropy)).sum() }
 }
 
-/// Gives the tokens that the policy loss of these sequences counts equal weights, whose sum over `num_counted` is
-/// `train.entropy_coef`.
-pub(crate) fn fill_weights(train: &Train, indices: &[usize], num_counted: usize, sequences: &mut [TrainSequence]) {
-    if train.entropy_coef == 0.0 {
-        return;
-    }
-    let weight = train.entropy_coef / num_counted.max(1) as f32;
+/// Gives the tokens that the policy loss of these sequences counts equal weights, whose sum over `num_counted` is `weight`;
+/// none where that is 0.
+pub(crate) fn fill_weights(weight: f32, indices: &[usize], num_counted: usize, sequences: &mut [TrainSequence]) {
+    let weight = weight / num_counted.max(1) as f32;
     for &index in indices {
         let sequence = &mut sequences[index];
-        sequence.entropy_weights = if sequence.policy_mask.is_empty() {
+        sequence.entropy_weights = if weight == 0.0 {
+            Vec::new()
+        } else if sequence.policy_mask.is_empty() {
             vec![weight; sequence.num_completion_tokens()]
         } else {
             sequence.policy_mask.iter().map(|mask| mask * weight).collect()

@@ -164,7 +164,7 @@ impl Batch {
                         token_ids,
                         num_prompt_tokens: *prompt_tokens,
                         // Signs alternate as those of good and bad completions do.
-                        advantages: vec![if next % 2 == 0 { 1.0 } else { -1.0 }; len],
+                        advantages: vec![if next.is_multiple_of(2) { 1.0 } else { -1.0 }; len],
                         ..TrainSequence::default()
                     });
                 }

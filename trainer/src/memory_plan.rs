@@ -6,8 +6,10 @@
 //! `aha_nn::fused_ops`, which a test measures on the CPU in fp32, and libtorch's where there are none of ours. Nothing has
 //! been measured on a GPU.
 
-use aha_core::config::{RunConfig, Train};
-use aha_core::manifest::{ParamSpec, SHARD_BLOCK, UnitSpec};
+mod adapters;
+
+use aha_core::config::{Lora, RunConfig, Train};
+use aha_core::manifest::{Manifest, ParamSpec, SHARD_BLOCK, UnitSpec};
 use aha_core::optimizer::OptimizerKind;
 use aha_nn::kernels::cuda::MAX_NORM_WIDTH;
 use aha_nn::logprob::chunk_rows_on;
@@ -24,6 +26,7 @@ const FLOAT: usize = 4;
 pub struct Setting<'a> {
     pub model: &'a ModelConfig,
     pub train: &'a Train,
+    pub lora: &'a Lora,
     /// Type and place of the weights.
     pub kind: Kind,
     pub device: Device,
@@ -69,23 +72,26 @@ pub fn largest_micro_batch(config: &RunConfig, world_size: usize) -> (usize, usi
 #[must_use]
 pub fn trainer(setting: &Setting<'_>) -> TrainerPlan {
     let Setting { train, device, world_size, .. } = *setting;
-    let padded: usize = setting.model.manifest().units.iter().map(|unit| unit.padded_numel(world_size)).sum();
+    let trained = setting.trained();
+    let padded: usize = trained.units.iter().map(|unit| unit.padded_numel(world_size)).sum();
     let share = |is_shared: bool| if is_shared { padded / world_size } else { padded };
-    let has_master = setting.kind != Kind::Float;
-    let weights = share(train.zero_stage == 3) * setting.element();
+    let has_master = setting.trained_element() != FLOAT;
+    let weights = share(train.zero_stage == 3) * setting.trained_element();
     let masters = if has_master { share(train.zero_stage >= 1) * FLOAT } else { 0 };
     let ranks = if train.zero_stage >= 1 { world_size } else { 1 };
-    let optimizer = masters + moments(setting.model, train.optimizer) / ranks;
-    let reference = if train.beta > 0.0 { weights } else { 0 };
+    let optimizer = masters + moments(&trained, train.optimizer) / ranks;
+    let reference = if train.beta > 0.0 && !setting.lora.is_on() { weights } else { 0 };
 
     let kept = setting.kept_activations();
     let chunk = setting.logit_chunk();
     let gathered = setting.gathered();
     // A step is highest either where the head's gradient is taken, or where that of the last layer is.
     let height = (gathered + setting.head()).max(gathered + setting.last_layer()).max(chunk);
+    let height = height.max(setting.dequantising());
     let is_host = device == Device::Cpu;
     let (on_device, on_host): (Vec<_>, Vec<_>) = [
-        ("weights", weights, train.offload_params),
+        ("frozen base", setting.base(), false),
+        (if setting.lora.is_on() { "adapters" } else { "weights" }, weights, train.offload_params),
         ("gradients", share(train.zero_stage >= 2) * FLOAT, false),
         ("optimizer", optimizer, train.offload_optimizer),
         ("update on the CPU", setting.host_stage(), true),
@@ -101,10 +107,9 @@ pub fn trainer(setting: &Setting<'_>) -> TrainerPlan {
     TrainerPlan { device: plan(on_device), host: plan(on_host) }
 }
 
-/// Bytes of the optimizer's state of a whole model, masters left out.
-fn moments(model: &ModelConfig, optimizer: OptimizerKind) -> usize {
-    let manifest = model.manifest();
-    let params = manifest.units.iter().flat_map(|unit| unit.params.iter().map(move |param| (unit, param)));
+/// Bytes of the optimizer's state of all that trains, masters left out.
+fn moments(trained: &Manifest, optimizer: OptimizerKind) -> usize {
+    let params = trained.units.iter().flat_map(|unit| unit.params.iter().map(move |param| (unit, param)));
     let bytes = |(unit, param): (&UnitSpec, &ParamSpec)| match optimizer {
         // Two bytes an element, and two scales a block.
         OptimizerKind::Adamw8bit if param.numel() >= LEAST_8BIT_NUMEL => {
@@ -180,12 +185,16 @@ impl Setting<'_> {
         } else {
             3 * hidden_size + 3 * q + 2 * kv + 4 * intermediate_size + 2 * head_norms
         };
-        self.num_tokens * per_token * self.element()
+        self.num_tokens * per_token * self.element() + self.adapter_activations()
     }
 
     /// Layers whose activations are kept, and those that compute them again.
     fn layers(&self) -> (usize, usize) {
         let num_layers = self.model.num_layers;
+        if self.is_quantised() {
+            // Matrices that come and go can be on no graph that is kept.
+            return (0, num_layers);
+        }
         let interval = self.train.gradient_checkpointing_interval.max(1);
         let recomputed = if self.train.gradient_checkpointing { num_layers.div_ceil(interval) } else { 0 };
         (num_layers - recomputed, recomputed)
@@ -213,23 +222,27 @@ impl Setting<'_> {
         let is_chunked = self.num_targets > chunk_rows_on(self.device, self.model.vocab_size as i64) as usize;
         // A GPU adds to the matrix's gradient in place.
         let has_sum = is_chunked && self.device == Device::Cpu;
-        let matrix = self.matrix() * self.element() * (1 + usize::from(has_sum));
+        let is_frozen = self.lora.is_on();
+        let matrix = if is_frozen { 0 } else { self.matrix() * self.element() * (1 + usize::from(has_sum)) };
         self.logit_chunk() + 3 * self.target_rows() + matrix
     }
 
     /// While the last layer's gradient is taken: what it computes again, gradients of its widest part, of its output and of
     /// its parameters, on their way to other ranks where there are some; and the head's, where that is the embedding's too.
+    /// Beside a frozen matrix with an adapter, the gradient of their input comes from both before it is summed.
     fn last_layer(&self) -> usize {
         let again = if self.layers().1 > 0 { self.layer_activations() } else { 0 };
-        let wide = self.num_tokens * self.model.intermediate_size * self.element();
-        let unit = self.model.manifest().units[1].numel();
-        let mut parameters = unit * self.element();
+        let is_frozen = self.lora.is_on();
+        let wide = (1 + usize::from(is_frozen)) * self.num_tokens * self.model.intermediate_size * self.element();
+        let unit = self.trained().units[usize::from(!is_frozen)].numel();
+        let mut parameters = unit * self.trained_element();
         if self.world_size > 1 && self.train.zero_stage >= 2 {
             // As one tensor, two more of which may be on their way.
             parameters += 3 * unit * FLOAT;
         }
-        let tied = if self.model.tie_word_embeddings { self.matrix() * self.element() } else { 0 };
-        again + wide + 2 * self.rows() + parameters + tied
+        let is_tied = self.model.tie_word_embeddings && !is_frozen;
+        let tied = if is_tied { self.matrix() * self.element() } else { 0 };
+        self.dequantised() + again + wide + 2 * self.rows() + parameters + tied
     }
 
     /// Units that are whole while they are used: two layers, and with them the largest other one.
@@ -243,10 +256,10 @@ impl Setting<'_> {
 
     /// Where the optimizer's state is offloaded: one unit's owned weights and gradients.
     fn host_stage(&self) -> usize {
-        let units = self.model.manifest().units;
+        let units = self.trained().units;
         let largest = units.iter().map(|unit| unit.padded_numel(self.world_size)).max().unwrap_or(0);
         let owned = if self.train.zero_stage > 0 { largest / self.world_size } else { largest };
-        if self.train.offload_optimizer { owned * (FLOAT + self.element()) } else { 0 }
+        if self.train.offload_optimizer { owned * (FLOAT + self.trained_element()) } else { 0 }
     }
 }
 

@@ -4,11 +4,11 @@ use aha_core::config::Train;
 use aha_nn::optim::AdamW;
 use anyhow::Result;
 
-use crate::entropy;
+use crate::entropy::{self, EntropyControl};
 use crate::torch::learner::{Learner, StepOutput};
 use crate::training_batch::{Plan, TrainingBatch};
 
-/// Takes the updates of one step.
+/// Takes the updates of one step, and lets the weight of the entropy follow them.
 ///
 /// The first update needs no old log-probs, since its policy sampled the batch; it leaves those that later passes compare
 /// with. Those of the other updates' sequences are computed before the policy moves.
@@ -22,7 +22,7 @@ pub fn optimize(
     learner: &mut Learner,
     train: &Train,
     batch: &mut TrainingBatch,
-    options: &AdamW,
+    (options, control): (&AdamW, &mut EntropyControl),
 ) -> Result<StepOutput> {
     let group = learner.zero().group();
     let plans = batch.plans(train, (group.rank(), group.size()))?;
@@ -33,8 +33,14 @@ pub fn optimize(
     let mut total = StepOutput::default();
     for iteration in 0..train.num_iterations {
         for (index, plan) in plans.iter().enumerate() {
-            entropy::weigh(learner, train, batch, (plan, index))?;
+            let weight = control.weight(train);
+            let counted = entropy::weigh(learner, (train, weight), batch, (plan, index))?;
             let mut output = learner.step(&plan.of(&batch.sequences), options)?;
+            if train.use_adaptive_entropy {
+                let group = learner.zero().group();
+                let mean = counted.map_or_else(|| entropy::mean_entropy(group, &output), Ok)?;
+                control.follow(train, mean);
+            }
             if (iteration, index) == (0, 0) {
                 keep_old_logprobs(batch, plan, std::mem::take(&mut output.logprobs));
             }

@@ -10,6 +10,7 @@ use anyhow::Result;
 use serde::Serialize;
 
 use crate::evaluate::{self, Evaluation, evaluate};
+use crate::kl_reward::divergences;
 use crate::loggers::{CompletionRecord, Metrics};
 use crate::optimize::optimize;
 use crate::publish::Publisher;
@@ -85,6 +86,12 @@ fn train_step(session: &mut Session, rollouts: &mut dyn Rollouts, publisher: &mu
     clock.split_off("time/exchange", sampled.exchange);
     let groups = sampled.groups;
     let mut batch = TrainingBatch::new(&groups, &config, step);
+    let mut divergence = None;
+    if config.train.use_kl_in_reward {
+        let found = divergences(&session.learner, &config.train, &batch)?;
+        batch = TrainingBatch::with_divergences(&groups, &config, step, &found.by_completion);
+        divergence = Some(found.mean);
+    }
     metrics.extend(rollout_metrics(&groups, &batch, &config).iter());
     if config.train.dynamic_sampling {
         metrics.set("sampling/dropped_groups", sampled.num_dropped as f64);
@@ -92,7 +99,7 @@ fn train_step(session: &mut Session, rollouts: &mut dyn Rollouts, publisher: &mu
     }
     let adamw = session.adamw(step);
     publisher.sleep()?;
-    let output = optimize(&mut session.learner, &config.train, &mut batch, &adamw)?;
+    let output = optimize(&mut session.learner, &config.train, &mut batch, (&adamw, &mut session.entropy))?;
     clock.lap("time/train");
     make_room(session);
     let push = publisher.publish(&*session.learner.policy(), PolicyVersion(step + 1))?;
@@ -101,6 +108,12 @@ fn train_step(session: &mut Session, rollouts: &mut dyn Rollouts, publisher: &mu
     let logprobs: Vec<&[f32]> =
         groups.iter().flat_map(|group| &group.completions).map(|completion| completion.logprobs.as_slice()).collect();
     step_metrics((session.group(), &config), &output, &logprobs, &mut metrics)?;
+    if let Some(divergence) = divergence {
+        metrics.set("kl", divergence);
+    }
+    if config.train.has_entropy_bonus() {
+        metrics.set("entropy_coef", f64::from(session.entropy.entropy_coef));
+    }
     metrics.set("learning_rate", adamw.lr);
     metrics.set("policy/lag", lag(&groups, step));
     metrics.set("weights/swap_seconds", push.swap_seconds);

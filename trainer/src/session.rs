@@ -23,6 +23,7 @@ use tch::{Device, Kind};
 
 use crate::adapters;
 use crate::checkpoint::{self, Checkpoint};
+use crate::entropy::EntropyControl;
 use crate::loggers::{LoggerOptions, Loggers};
 use crate::prompts::PromptSource;
 use crate::run_dir::RunDir;
@@ -42,6 +43,7 @@ pub struct Session {
     pub run_dir: RunDir,
     pub prompts: PromptSource,
     pub learner: Learner,
+    pub entropy: EntropyControl,
     /// Steps that are done; training goes on with this one, counted from 0.
     pub step: u64,
     /// Only rank 0 writes.
@@ -83,6 +85,8 @@ impl Session {
         load_kernels(config, &model_config, device)?;
         let learner = learner((config, objective), &model_config, checkpoint.as_ref(), &group)?;
         let step = checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.state.step);
+        let remembered = checkpoint.as_ref().and_then(|checkpoint| checkpoint.state.entropy);
+        let entropy = remembered.unwrap_or_else(|| EntropyControl::new(&config.train));
         let loggers = if world.rank == 0 { Some(loggers(config, &run_dir, step)?) } else { None };
         Ok(Self {
             config: config.clone(),
@@ -90,6 +94,7 @@ impl Session {
             run_dir,
             prompts,
             learner,
+            entropy,
             step,
             loggers,
             started,
@@ -165,7 +170,8 @@ impl Session {
         if let Some(loggers) = &self.loggers {
             loggers.sync()?;
         }
-        checkpoint::save(&self.run_dir, &self.config, &self.learner, step)?;
+        let entropy = self.config.train.use_adaptive_entropy.then_some(self.entropy);
+        checkpoint::save(&self.run_dir, &self.config, &self.learner, (step, entropy))?;
         self.saved = step;
         self.stop.saved_in(started.elapsed());
         Ok(())
@@ -196,6 +202,8 @@ pub(crate) fn random_learner(
 ) -> Result<(Learner, Option<Store>)> {
     let device = device(config, world)?;
     runtime::set_num_threads(num_threads(config, world));
+    runtime::cache_memory();
+    load_kernels(config, model_config, device)?;
     let (group, store) = join(config, world, device)?;
     let objective = Objective::Policy(PolicyObjective::new(&config.train));
     Ok((learner((config, objective), model_config, None, &Arc::new(group))?, store))
@@ -262,7 +270,8 @@ fn learner(
         let base = adapters::base(config, &model_config, (kind, device))?;
         return Ok(Learner::of_adapters(model_config, options, zero, base));
     }
-    let reference = if objective.needs_reference() {
+    let in_reward = objective != Objective::Supervised && config.train.use_kl_in_reward;
+    let reference = if objective.needs_reference() || in_reward {
         Some(reference_weights(config, &model_config, checkpoint, builder())?)
     } else {
         None

@@ -21,7 +21,7 @@ const ORDER: u64 = 0x4f52_4445;
 pub struct TrainingBatch {
     /// One a completion, group after group.
     pub sequences: Vec<TrainSequence>,
-    /// `[P * G]`, weighted sums of the reward functions' scores and of the soft overlong punishment.
+    /// `[P * G]`, weighted sums of the reward functions' scores, of the soft overlong punishment, and of divergences.
     pub rewards: Vec<f32>,
     /// `[P * G]`.
     pub advantages: Vec<f32>,
@@ -44,6 +44,12 @@ impl TrainingBatch {
     /// A pure function of its arguments. `step` is counted from 0.
     #[must_use]
     pub fn new(groups: &[Group], config: &RunConfig, step: u64) -> Self {
+        Self::with_divergences(groups, config, step, &[])
+    }
+
+    /// The same with `train.beta` times the divergence of each completion, `[P * G]`, taken off its reward.
+    #[must_use]
+    pub fn with_divergences(groups: &[Group], config: &RunConfig, step: u64, divergences: &[f32]) -> Self {
         let train = &config.train;
         let completions: Vec<&Completion> = groups.iter().flat_map(|group| &group.completions).collect();
         let masked = |completion: &Completion| {
@@ -55,7 +61,11 @@ impl TrainingBatch {
             .map(|completion| if masked(completion) { 0 } else { completion.token_ids.len() })
             .collect();
         let soft_punishments = soft_punishments(&completions, config);
-        let (by_function, weights) = scores(&completions, &soft_punishments, config);
+        let (mut by_function, mut weights) = scores(&completions, &soft_punishments, config);
+        if !divergences.is_empty() {
+            by_function.push(divergences.to_vec());
+            weights.push(-train.beta);
+        }
         let group_size = config.rollout.num_generations;
         let scores = Scores { by_function: &by_function, weights: &weights, num_tokens: &num_tokens, group_size };
         let rewards = scores.rewards();

@@ -1,6 +1,7 @@
-//! `cargo xtask bench`: builds for speed, then measures; decoding beside transformers, and whole steps beside TRL, on the
-//! same prompts.
+//! `cargo xtask bench`: builds for speed, then measures; decoding beside transformers, whole steps beside TRL, and whole runs
+//! beside TRL, on the same prompts.
 
+mod curves;
 mod step;
 
 use std::fs;
@@ -24,6 +25,8 @@ pub(crate) enum Bench {
     Decode(Decode),
     /// Take GRPO steps with aha and with TRL in turns, on the same prompts, and print how they compare
     Step(step::Step),
+    /// Train on Countdown with several losses, with aha and with TRL, and write how the rewards rise to bench/results
+    Curves(curves::Curves),
     /// Anything else goes to `aha bench`, as in `cargo xtask bench shape --help`
     #[command(external_subcommand)]
     Other(Vec<String>),
@@ -60,6 +63,9 @@ pub(crate) struct Decode {
 }
 
 pub(crate) fn run(workspace: &Workspace, bench: &Bench) -> anyhow::Result<Status> {
+    if let Bench::Curves(args @ curves::Curves { aha: Some(aha), .. }) = bench {
+        return curves::curves(workspace, &std::path::absolute(aha)?, args).map(|()| Status::Success);
+    }
     libtorch::setup(workspace, None, false)?;
     let build = run_stage("build", workspace.cargo().args(["build", "--release", "--package", "aha"]))?;
     if build.status != Status::Success {
@@ -69,6 +75,7 @@ pub(crate) fn run(workspace: &Workspace, bench: &Bench) -> anyhow::Result<Status
     match bench {
         Bench::Decode(args) => decode(workspace, &aha, args).map(|()| Status::Success),
         Bench::Step(args) => step::step(workspace, &aha, args).map(|()| Status::Success),
+        Bench::Curves(args) => curves::curves(workspace, &aha, args).map(|()| Status::Success),
         Bench::Other(args) => {
             let error = workspace.command(&aha).arg("bench").args(args).exec();
             Err(error).with_context(|| format!("cannot start {}", aha.display()))

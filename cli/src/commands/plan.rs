@@ -15,8 +15,6 @@ const GIB: f64 = (1_u64 << 30) as f64;
 
 /// Predict the memory of trainer ranks and generators, without loading anything.
 ///
-/// Runs that train adapters (lora.r over 0) are refused: there are no formulas for them.
-///
 /// What libtorch takes for itself is not counted: about 0.2 GiB of a process, and more on a GPU.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  aha plan configs/countdown-tiny.yaml --world-size 4 --device-memory 80")]
@@ -45,7 +43,6 @@ struct Row {
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     ensure!(args.world_size > 0, "--world-size: must be at least 1");
     let config = args.config.load()?;
-    check(&config)?;
     let model = ModelConfig::load(&config.model.path)?;
     let rows = rows(&config, &model, args.world_size);
     if args.json {
@@ -69,17 +66,6 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The formulas are of a whole model in training.
-fn check(config: &RunConfig) -> Result<()> {
-    ensure!(
-        !config.lora.is_on(),
-        "lora.r: {} trains adapters beside a frozen base, for which aha plan has no formulas; --set lora.r=0 \
-         --set lora.quantization=none plans the whole model in training",
-        config.lora.r
-    );
-    Ok(())
-}
-
 fn rows(config: &RunConfig, model: &ModelConfig, world_size: usize) -> Vec<Row> {
     // A plan for GPUs is made on machines without one: only `cpu` is not planned for a GPU, and `auto` where there is none.
     let device = match config.model.device {
@@ -92,8 +78,8 @@ fn rows(config: &RunConfig, model: &ModelConfig, world_size: usize) -> Vec<Row> 
         (Dtype::Bfloat16, _) | (Dtype::Auto, _) => Kind::BFloat16,
     };
     let (num_tokens, num_targets) = memory_plan::largest_micro_batch(config, world_size);
-    let train = &config.train;
-    let setting = Setting { model, train, kind, device, world_size, num_tokens, num_targets };
+    let (train, lora) = (&config.train, &config.lora);
+    let setting = Setting { model, train, lora, kind, device, world_size, num_tokens, num_targets };
     let TrainerPlan { device: on_device, host } = memory_plan::trainer(&setting);
     let trainer = format!("trainer rank of {world_size}, {num_tokens} tokens at a time");
     let mut rows = vec![Row { process: trainer, plan: on_device, is_on_device: true }];
@@ -124,15 +110,6 @@ fn to_json(rows: &[Row]) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn adapters_are_not_planned_for_as_if_the_model_trained() {
-        let mut config = RunConfig::default();
-        assert!(check(&config).is_ok());
-        config.lora.r = 8;
-        let error = check(&config).unwrap_err().to_string();
-        assert!(error.starts_with("lora.r: 8 ") && error.contains("--set lora.r=0"), "{error}");
-    }
 
     #[test]
     fn the_columns_of_a_table_are_aligned() {

@@ -6,7 +6,7 @@
 //! - `grpo`: `(r - mean(group)) / divisor` (Shao et al., "DeepSeekMath", arXiv 2402.03300, section 4.1.2). Dr. GRPO
 //!   (Liu et al., arXiv 2503.20783) leaves the divisor out, because it up-weights groups that are nearly solved.
 //! - `rloo`: `r - mean(the others of the group)` (Ahmadian et al., arXiv 2402.14740), on request normalised over the
-//!   batch afterwards. As TRL's `RLOOTrainer`, without its KL term in the reward.
+//!   batch afterwards. As TRL's `RLOOTrainer`, whose KL term comes with the reward.
 //! - `reinforce_plus_plus`: `(r - mean) / std` over the tokens of the batch (Hu et al., arXiv 2501.03262), and
 //!   `reinforce_plus_plus_baseline`: the same of `r - mean(group)`. Every token of a completion counts once in mean and
 //!   deviation, and 1e-8 is added to the variance, as in verl's `masked_whiten`.

@@ -1,7 +1,7 @@
 //! The trainer's operations, differentiable, over packed sequences: our own where there are some for the device and the
 //! type, else plain libtorch.
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use crate::fused_kernels::{Angles, Kernels};
 use crate::fused_ops;
@@ -178,6 +178,8 @@ impl Ops for PackedBatch {
 #[cfg(test)]
 mod tests {
     use aha_core::random::derive_seed;
+
+    use tch::Device;
 
     use super::*;
     use crate::autograd::grad;

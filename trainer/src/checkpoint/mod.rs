@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 use tch::Kind;
 
 use crate::agreement::Disagreement;
+use crate::entropy::EntropyControl;
 use crate::run_dir::RunDir;
 use crate::torch::learner::Learner;
 use crate::torch::zero::FullState;
@@ -45,7 +46,7 @@ pub struct Checkpoint {
 }
 
 /// What `state.json` holds.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct State {
     /// Steps done: training goes on with this one, counted from 0.
     pub step: u64,
@@ -56,6 +57,9 @@ pub struct State {
     /// Ranks that wrote it. Any number can read it.
     pub world_size: usize,
     pub seed: u64,
+    /// Where `train.use_adaptive_entropy` is on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub entropy: Option<EntropyControl>,
     /// Every other file of the folder, by its path within.
     pub files: BTreeMap<String, FileRecord>,
 }
@@ -94,12 +98,18 @@ pub enum CheckpointError {
 ///
 /// # Errors
 /// On all ranks alike, naming the path and the reason. Nothing is left of the attempt, and earlier checkpoints stay.
-pub fn save(run_dir: &RunDir, config: &RunConfig, learner: &Learner, step: u64) -> Result<PathBuf, CheckpointError> {
+pub fn save(
+    run_dir: &RunDir,
+    config: &RunConfig,
+    learner: &Learner,
+    (step, entropy): (u64, Option<EntropyControl>),
+) -> Result<PathBuf, CheckpointError> {
     let zero = learner.zero();
     let snapshot = Snapshot {
         step,
         num_updates: zero.num_updates(),
         seed: config.run.seed,
+        entropy,
         base_model: &config.model.path,
         model_config: learner.config(),
         weights: zero.weights(),

@@ -16,6 +16,8 @@ use crate::torch::zero::ShardState;
 /// What the seed of a reference policy's weights is more than the policy's.
 const REFERENCE: u64 = 1000;
 
+const ENTROPY: EntropyControl = EntropyControl { entropy_coef: 0.015, last_entropy: Some(0.25) };
+
 /// A base model and a folder for checkpoints.
 struct Fixture {
     folder: tempfile::TempDir,
@@ -57,6 +59,7 @@ impl Fixture {
             step,
             num_updates: 2 * step,
             seed: 42,
+            entropy: Some(ENTROPY),
             base_model: &self.base(),
             model_config: &self.model,
             weights: &weights,
@@ -122,7 +125,8 @@ fn what_any_number_of_ranks_writes_one_rank_reads() {
         assert!(paths.iter().all(|path| *path == fixture.checkpoints().join("step-7")));
 
         let checkpoint = fixture.latest().unwrap().unwrap();
-        let State { step, version, num_updates, seed, .. } = checkpoint.state;
+        let State { step, version, num_updates, seed, entropy, .. } = checkpoint.state;
+        assert_eq!(entropy, Some(ENTROPY));
         assert_eq!((step, version, num_updates, seed), (7, PolicyVersion(7), 14, 42));
         assert_eq!(checkpoint.state.world_size, world_size);
         assert_eq!(ModelConfig::load(&checkpoint.folder).unwrap().manifest(), fixture.model.manifest());
@@ -158,6 +162,7 @@ fn shared_weights_are_written_as_if_one_rank_had_them_whole() {
             step: 7,
             num_updates: 14,
             seed: 42,
+            entropy: Some(ENTROPY),
             base_model: &shared.base(),
             model_config: &shared.model,
             weights: &weights,
@@ -327,6 +332,7 @@ fn saving_until_it_is_killed() {
             step: 2,
             num_updates: 4,
             seed: 42,
+            entropy: Some(ENTROPY),
             base_model: &dir.join("base"),
             model_config: &scratch.model,
             weights: &weights,
@@ -378,6 +384,7 @@ fn saving_to_a_full_disk() {
         step: 2,
         num_updates: 4,
         seed: 42,
+        entropy: Some(ENTROPY),
         base_model: &base,
         model_config: &scratch.model,
         weights: &weights,

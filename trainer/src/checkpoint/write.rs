@@ -14,6 +14,7 @@ use tch::Kind;
 
 use super::{CheckpointError, FileRecord, REFERENCE_DIR, STATE_DIR, STATE_FILE, State, folder, optimizer};
 use crate::agreement::agree;
+use crate::entropy::EntropyControl;
 use crate::torch::zero::ShardState;
 use crate::{durable, failpoint};
 
@@ -43,6 +44,7 @@ pub(super) struct Snapshot<'a> {
     pub(super) step: u64,
     pub(super) num_updates: u64,
     pub(super) seed: u64,
+    pub(super) entropy: Option<EntropyControl>,
     pub(super) base_model: &'a Path,
     pub(super) model_config: &'a ModelConfig,
     /// What trains: the model, or adapters. Equal on all ranks; rank 0 writes them.
@@ -135,6 +137,7 @@ impl Snapshot<'_> {
             num_updates: self.num_updates,
             world_size: records.len(),
             seed: self.seed,
+            entropy: self.entropy,
             files,
         };
         let path = partial.join(STATE_FILE);

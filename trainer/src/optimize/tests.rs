@@ -13,6 +13,7 @@ use aha_nn::weights::Weights;
 use tch::{Device, Kind, Tensor};
 
 use super::*;
+use crate::kl_reward::divergences;
 use crate::test_ranks::{flatten, run_ranks};
 use crate::torch::learner::LearnerOptions;
 use crate::torch::objective::{Objective, PolicyObjective};
@@ -73,6 +74,9 @@ fn config(draw: Draw) -> RunConfig {
     train.beta = draw.pick("beta", &[0.0, 0.1]);
     train.kl_estimator = draw.pick("kl", &[KlEstimator::K2, KlEstimator::K3]);
     train.use_bias_correction_kl = draw.chance("bias");
+    if train.beta > 0.0 && draw.chance("kl in reward") {
+        (train.use_kl_in_reward, train.kl_estimator, train.use_bias_correction_kl) = (true, KlEstimator::K3, false);
+    }
     train.rollout_importance_sampling_correction = draw.chance("correct");
     use RolloutImportanceSamplingMode::{SequenceMask, SequenceTruncate, TokenMask, TokenTruncate};
     let modes: &[_] = &[TokenMask, TokenTruncate, SequenceMask, SequenceTruncate];
@@ -83,6 +87,10 @@ fn config(draw: Draw) -> RunConfig {
     train.off_policy_mask_threshold = draw.pick("off", &[None, Some(0.01)]);
     train.top_entropy_quantile = draw.pick("top", &[1.0, 1.0, 0.3]);
     train.entropy_coef = draw.pick("entropy", &[0.0, 0.02]);
+    // Entropies are about 3 nats here, so that a target of 2 keeps the bonus off after the first update and 9 turns it on.
+    train.use_adaptive_entropy = draw.chance("adaptive");
+    train.entropy_target = draw.pick("target", &[2.0, 9.0]);
+    train.entropy_coef_delta = 0.01;
     train.mask_truncated_completions = draw.chance("truncated");
     train.soft_punish_cache = draw.pick("soft", &[0, 4]);
     use AdvantageEstimator::{ReinforcePlusPlus, ReinforcePlusPlusBaseline, Rloo};
@@ -90,7 +98,7 @@ fn config(draw: Draw) -> RunConfig {
         draw.pick("estimator", &[AdvantageEstimator::Grpo, Rloo, ReinforcePlusPlus, ReinforcePlusPlusBaseline]);
     if train.advantage_estimator == AdvantageEstimator::Grpo {
         train.scale_rewards = draw.pick("scale", &[ScaleRewards::Group, ScaleRewards::Batch, ScaleRewards::None]);
-        if draw.chance("aggregation") {
+        if draw.chance("aggregation") && !train.use_kl_in_reward {
             train.multi_objective_aggregation = MultiObjectiveAggregation::NormalizeThenSum;
         }
     }
@@ -100,11 +108,9 @@ fn config(draw: Draw) -> RunConfig {
     config
 }
 
-fn learner(config: &RunConfig, group: ProcessGroup, logit_rows: i64) -> Learner {
-    let model = model();
-    let objective = Objective::Policy(PolicyObjective::new(&config.train));
-    let options = LearnerOptions {
-        objective,
+fn options(config: &RunConfig, logit_rows: i64) -> LearnerOptions {
+    LearnerOptions {
+        objective: Objective::Policy(PolicyObjective::new(&config.train)),
         temperature: 0.9,
         max_grad_norm: 0.0,
         gradient_checkpointing: false,
@@ -112,11 +118,15 @@ fn learner(config: &RunConfig, group: ProcessGroup, logit_rows: i64) -> Learner 
         share_prompts: config.train.share_prompts,
         max_length: 32,
         logit_rows,
-    };
+    }
+}
+
+fn learner(config: &RunConfig, group: ProcessGroup, logit_rows: i64) -> Learner {
+    let model = model();
     let weights = Weights::random(&model, 5, group.size(), Kind::Float, Device::Cpu);
-    let reference = objective.needs_reference().then(|| Weights::random(&model, 6, 1, Kind::Float, Device::Cpu));
+    let reference = (config.train.beta > 0.0).then(|| Weights::random(&model, 6, 1, Kind::Float, Device::Cpu));
     let reference = reference.map(Parameters::from);
-    Learner::new(model, options, Zero::new(config.train.zero_stage, group, weights), reference)
+    Learner::new(model, options(config, logit_rows), Zero::new(config.train.zero_stage, group, weights), reference)
 }
 
 /// Groups of random tokens, sampled with nearly the log-probs that the learner has for them.
@@ -168,7 +178,12 @@ fn groups(draw: Draw, config: &RunConfig) -> Vec<Group> {
 fn train(groups: &[Group], config: &RunConfig, group: ProcessGroup, logit_rows: i64) -> (Tensor, f64, f64) {
     let mut learner = learner(config, group, logit_rows);
     let mut batch = TrainingBatch::new(groups, config, 0);
-    let output = optimize(&mut learner, &config.train, &mut batch, &ADAMW).unwrap();
+    if config.train.use_kl_in_reward {
+        let found = divergences(&learner, &config.train, &batch).unwrap();
+        batch = TrainingBatch::with_divergences(groups, config, 0, &found.by_completion);
+    }
+    let mut control = EntropyControl::new(&config.train);
+    let output = optimize(&mut learner, &config.train, &mut batch, (&ADAMW, &mut control)).unwrap();
     (flatten(learner.zero().weights()), output.loss, output.grad_norm)
 }
 
@@ -199,6 +214,41 @@ fn any_split_over_ranks_micro_batches_and_chunks_gives_the_same_update() {
             assert!(difference < 1e-5, "{size} ranks: weights differ by {difference}: {:?}", config.train);
             assert!((norm - grad_norm).abs() < 1e-4 * (grad_norm + 1e-3), "{norm}, not {grad_norm}");
         }
+    }
+}
+
+#[test]
+fn divergences_are_sums_of_log_ratios() {
+    let mut config = config(Draw(1));
+    config.train = Train { beta: 0.1, use_kl_in_reward: true, mask_truncated_completions: true, ..Train::default() };
+    let groups = groups(Draw(1), &config);
+    let logprobs = |seed: u64| {
+        let weights = Weights::random(&model(), seed, 1, Kind::Float, Device::Cpu);
+        let zero = Zero::new(0, ProcessGroup::solo("test", Device::Cpu), weights);
+        let learner = Learner::new(model(), options(&config, 1000), zero, None);
+        let batch = TrainingBatch::new(&groups, &config, 0);
+        let plan = batch.plans(&config.train, (0, 1)).unwrap().remove(0);
+        learner.statistics(&plan.of(&batch.sequences)).unwrap().logprobs
+    };
+    let sums = |logprobs: Vec<Vec<f32>>| logprobs.iter().map(|tokens| tokens.iter().sum::<f32>()).collect::<Vec<_>>();
+    let (policy, reference) = (sums(logprobs(5)), sums(logprobs(6)));
+    let (config, groups) = (&config, &groups);
+    for size in [1, 2, 3] {
+        let found = run_ranks(size, |group| {
+            let learner = learner(config, group, 1000);
+            divergences(&learner, &config.train, &TrainingBatch::new(groups, config, 0)).unwrap()
+        });
+        let mut num_tokens = 0;
+        let completions = groups.iter().flat_map(|group| &group.completions);
+        for (index, (completion, kl)) in completions.zip(&found[0].by_completion).enumerate() {
+            let is_masked = completion.finish_reason == FinishReason::Length;
+            num_tokens += if is_masked { 0 } else { completion.token_ids.len() };
+            let expect = if is_masked { 0.0 } else { policy[index] - reference[index] };
+            assert!((kl - expect).abs() < 1e-4, "{size} ranks, completion {index}: {kl} is not {expect}");
+            assert!(is_masked || expect.abs() > 1e-3);
+        }
+        let mean = found[0].by_completion.iter().map(|&kl| f64::from(kl)).sum::<f64>() / num_tokens as f64;
+        assert!(found.iter().all(|other| *other == found[0]) && (found[0].mean - mean).abs() < 1e-9);
     }
 }
 

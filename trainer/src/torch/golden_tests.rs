@@ -9,7 +9,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::objective::{LossSums, Objective, PolicyObjective, Tokens};
 use super::targets::Targets;
-use crate::entropy::{fill_masks, fill_weights};
+use crate::entropy::{EntropyControl, fill_masks, fill_weights};
 use crate::training_batch::TrainingBatch;
 
 const LOSS_TOLERANCE: f64 = 1e-5;
@@ -49,6 +49,9 @@ struct Case {
     advantages: Vec<f32>,
     d_logprobs: Vec<Vec<f32>>,
     d_logits: Option<Vec<Vec<f32>>>,
+    /// In the update before this one, and the weight of the entropy after it.
+    last_entropy: Option<f64>,
+    entropy_coef: Option<f32>,
     kl: Option<f64>,
     clipped_low: Option<f64>,
     clipped_high: Option<f64>,
@@ -104,6 +107,17 @@ impl Batch {
         (0..self.tokens.len()).step_by(self.num_generations).map(group).collect()
     }
 
+    /// Sums over the tokens of every completion that carries loss.
+    fn divergences(&self, train: &Train) -> Vec<f32> {
+        let pairs = self.old_logprobs.iter().zip(&self.reference_logprobs).zip(&self.truncated);
+        pairs
+            .map(|((old, reference), truncated)| {
+                let sum: f32 = old.iter().zip(reference).map(|(old, reference)| old - reference).sum();
+                if train.mask_truncated_completions && *truncated { 0.0 } else { sum }
+            })
+            .collect()
+    }
+
     /// Values of some sequences one after the other.
     fn gather(values: &[Vec<f32>], indices: &[usize]) -> Tensor {
         Tensor::from_slice(&indices.iter().flat_map(|&index| values[index].clone()).collect::<Vec<_>>())
@@ -121,7 +135,8 @@ fn check(data: &Batch, case: &Case) {
     let config = data.config(case);
     let train = &config.train;
     let name = case.name.as_str();
-    let mut batch = TrainingBatch::new(&data.groups(), &config, 0);
+    let divergences = if train.use_kl_in_reward { data.divergences(train) } else { Vec::new() };
+    let mut batch = TrainingBatch::with_divergences(&data.groups(), &config, 0, &divergences);
     let advantages = Tensor::from_slice(&batch.advantages);
     check_close(name, "advantages", &advantages, &Tensor::from_slice(&case.advantages), LOSS_TOLERANCE);
     if case.moved {
@@ -138,20 +153,12 @@ fn check(data: &Batch, case: &Case) {
     let targets = Targets::new(&batch.sequences, &alone, Device::Cpu);
     let logprobs = all.gather(1, &targets.tokens.unsqueeze(1), false).squeeze_dim(1); // [M]
     let entropies = -(all.exp() * &all).sum_dim_intlist(-1, false, Kind::Float); // [M]
-    let mut num_counted = all.size()[0] as usize;
-    if train.top_entropy_quantile < 1.0 {
-        let mut by_sequence = vec![Vec::new(); batch.sequences.len()];
-        targets.pieces.scatter(&entropies.detach(), &mut by_sequence);
-        let flat: Vec<f32> = by_sequence.concat();
-        num_counted = fill_masks(train, &mut batch.sequences, &by_sequence, &flat);
-    }
-    fill_weights(train, &members, num_counted, &mut batch.sequences);
+    let entropy_weight = weigh_entropies(case, &mut batch, &members, (&targets, &entropies.detach()));
     let mut streams = targets.streams(&batch.sequences);
     streams.reference_logprobs = Some(Batch::gather(&data.reference_logprobs, &members));
 
     let objective = Objective::Policy(PolicyObjective::new(train));
-    let tokens =
-        Tokens { logprobs: logprobs.shallow_clone(), entropies: (train.entropy_coef > 0.0).then_some(entropies) };
+    let tokens = Tokens { logprobs: logprobs.shallow_clone(), entropies: (entropy_weight > 0.0).then_some(entropies) };
     let loss = objective.loss(&tokens, &streams);
     let value = loss.loss.double_value(&[]);
     assert!((value - case.loss).abs() <= LOSS_TOLERANCE, "{name}: loss {value} is not {}", case.loss);
@@ -192,10 +199,38 @@ fn check(data: &Batch, case: &Case) {
     }
 }
 
+/// Fills masks and weights as an update does, and checks how the weight goes on; returns it.
+fn weigh_entropies(
+    case: &Case,
+    batch: &mut TrainingBatch,
+    members: &[usize],
+    (targets, entropies): (&Targets, &Tensor),
+) -> f32 {
+    let train = &case.train;
+    let mut num_counted = entropies.numel();
+    let mut mean_entropy = entropies.mean(Kind::Double).double_value(&[]);
+    if train.top_entropy_quantile < 1.0 {
+        let mut by_sequence = vec![Vec::new(); batch.sequences.len()];
+        targets.pieces.scatter(entropies, &mut by_sequence);
+        let flat: Vec<f32> = by_sequence.concat();
+        let counted = fill_masks(train, &mut batch.sequences, &by_sequence, &flat);
+        (num_counted, mean_entropy) = (counted.num, counted.mean());
+    }
+    let mut control = EntropyControl { last_entropy: case.last_entropy, ..EntropyControl::new(train) };
+    let weight = control.weight(train);
+    fill_weights(weight, members, num_counted, &mut batch.sequences);
+    control.follow(train, mean_entropy);
+    if let Some(expect) = case.entropy_coef {
+        assert!((control.entropy_coef - expect).abs() < 1e-7, "{}: {control:?}, not {expect}", case.name);
+        assert_eq!(control.last_entropy, Some(mean_entropy), "{}", case.name);
+    }
+    weight
+}
+
 #[test]
 fn losses_gradients_and_advantages_are_trl_s() {
     let golden = Golden::load();
-    assert!(golden.cases.len() > 90);
+    assert!(golden.cases.len() > 100);
     for case in &golden.cases {
         check(&golden.batch, case);
     }

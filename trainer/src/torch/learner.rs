@@ -266,6 +266,30 @@ impl Learner {
         Lap::start(self.times_device.then(|| self.zero.weights().device()))
     }
 
+    /// What the reference policy says of a batch; empty for sequences of other ranks. All ranks call this together.
+    ///
+    /// # Errors
+    /// If a collective fails.
+    ///
+    /// # Panics
+    /// If there is no reference policy.
+    pub fn reference_logprobs_of(&self, batch: &LocalBatch<'_>) -> Result<Vec<Vec<f32>>, CommError> {
+        let base = self.base.as_ref().map(|base| &*base.weights);
+        let weights = base.or(self.reference.as_ref().map(|reference| reference as _)).expect("there is a reference");
+        let mut logprobs = vec![Vec::new(); batch.sequences.len()];
+        for index in 0..batch.num_micro_batches {
+            let Some(indices) = batch.micro_batches.get(index) else {
+                if self.base.is_none() {
+                    Walk::forward(&self.config).finish(weights)?;
+                }
+                continue;
+            };
+            let (packed, targets) = self.pack(batch.sequences, indices);
+            targets.pieces.scatter(&self.frozen_statistics(weights, &packed, &targets)?.0, &mut logprobs);
+        }
+        Ok(logprobs)
+    }
+
     pub fn reference(&self) -> Option<&Parameters> {
         self.reference.as_ref()
     }
@@ -310,8 +334,10 @@ impl Learner {
 
     /// Of the tokens of a micro-batch, `[M]`; `None` where the objective has no reference policy.
     fn reference_logprobs(&self, packed: &PackedBatch, targets: &Targets) -> Result<Option<Tensor>, CommError> {
-        let base = self.base.as_ref().filter(|_| self.options.objective.needs_reference());
-        let weights: &dyn ModelWeights = match (base, &self.reference) {
+        if !self.options.objective.needs_reference() {
+            return Ok(None);
+        }
+        let weights: &dyn ModelWeights = match (&self.base, &self.reference) {
             (Some(base), _) => &*base.weights,
             (None, Some(reference)) => reference,
             (None, None) => return Ok(None),
@@ -328,7 +354,7 @@ impl Learner {
             }
             return Ok(());
         }
-        if let Some(reference) = &self.reference {
+        if let Some(reference) = self.reference.as_ref().filter(|_| self.options.objective.needs_reference()) {
             Walk::forward(&self.config).finish(reference)?;
         }
         let mut walk = Walk::forward_and_back(&self.config);

@@ -60,6 +60,9 @@ pub struct Train {
     /// Weight of the KL divergence from the reference policy; 0 loads no reference model.
     pub beta: f32,
     pub kl_estimator: KlEstimator,
+    /// Take `beta` times the KL divergence of a completion, a sum of log-ratios over its tokens, off its reward, as TRL's
+    /// `RLOOTrainer` and verl's option of that name; the loss then has no KL term.
+    pub use_kl_in_reward: bool,
     /// Multiply the KL term by the ratio, with its gradient (DeepSeek-V3.2, arXiv 2512.02556). TRL 1.16's default is
     /// true; false is what TRL did up to 1.9, and what the recipes here were made with.
     pub use_bias_correction_kl: bool,
@@ -101,8 +104,16 @@ pub struct Train {
     /// Share of tokens, those of the highest entropy, that the policy loss counts (arXiv 2506.01939, which takes 0.2).
     /// Under 1, one more forward pass over the tokens of a step finds the bound.
     pub top_entropy_quantile: f32,
-    /// Weight of the mean entropy, which is taken off the loss.
+    /// Weight of the mean entropy, which is taken off the loss; where it adapts, the one that it begins with.
     pub entropy_coef: f32,
+    /// Adapt the weight to the entropy (Skywork-OR1, arXiv 2505.22312): after each update it rises by `entropy_coef_delta`
+    /// where the mean entropy was at most `entropy_target`, in nats, and falls by as much where it was over; it counts in
+    /// an update only after one of at most the target.
+    pub use_adaptive_entropy: bool,
+    pub entropy_coef_min: f32,
+    pub entropy_coef_max: f32,
+    pub entropy_coef_delta: f32,
+    pub entropy_target: f32,
 
     /// Passes over each batch of rollouts.
     pub num_iterations: u32,
@@ -143,6 +154,7 @@ pub struct Train {
 }
 
 impl Default for Train {
+    #[expect(clippy::too_many_lines, reason = "a line a key")]
     fn default() -> Self {
         Self {
             max_steps: 100,
@@ -173,6 +185,7 @@ impl Default for Train {
             vespo_lambda_neg: 2.0,
             beta: 0.0,
             kl_estimator: KlEstimator::K3,
+            use_kl_in_reward: false,
             use_bias_correction_kl: false,
             sync_ref_model: false,
             ref_model_mixup_alpha: 0.6,
@@ -193,6 +206,11 @@ impl Default for Train {
             off_policy_mask_threshold: None,
             top_entropy_quantile: 1.0,
             entropy_coef: 0.0,
+            use_adaptive_entropy: false,
+            entropy_coef_min: 0.0,
+            entropy_coef_max: 1.0,
+            entropy_coef_delta: 0.005,
+            entropy_target: 0.2,
             num_iterations: 1,
             steps_per_generation: 1,
             zero_stage: 2,
@@ -246,6 +264,18 @@ impl Train {
     pub fn masks_tokens(&self) -> bool {
         let corrected = self.rollout_importance_sampling_correction && self.rollout_importance_sampling_mode.masks();
         corrected || self.off_policy_mask_threshold.is_some() || self.top_entropy_quantile < 1.0
+    }
+
+    /// Weight of the KL term in the loss.
+    #[must_use]
+    pub fn loss_beta(&self) -> f32 {
+        if self.use_kl_in_reward { 0.0 } else { self.beta }
+    }
+
+    /// Whether the mean entropy may take part in the loss.
+    #[must_use]
+    pub fn has_entropy_bonus(&self) -> bool {
+        self.entropy_coef > 0.0 || self.use_adaptive_entropy
     }
 
     /// Whether the loss looks at the log-probs that completions were sampled with.

@@ -163,11 +163,25 @@ impl Train {
             ("vespo_k_neg", self.vespo_k_neg),
             ("vespo_lambda_neg", self.vespo_lambda_neg),
             ("entropy_coef", self.entropy_coef),
+            ("entropy_coef_min", self.entropy_coef_min),
+            ("entropy_coef_delta", self.entropy_coef_delta),
+            ("entropy_target", self.entropy_target),
             ("soft_punish_weight", self.soft_punish_weight),
         ] {
             problems.at_least_0(key, f64::from(value));
         }
         problems.share("top_entropy_quantile", f64::from(self.top_entropy_quantile));
+        let (least, most) = (self.entropy_coef_min, self.entropy_coef_max);
+        problems.unless(most.is_finite() && most >= least, || {
+            format!("train.entropy_coef_max: {most} must be at least train.entropy_coef_min {least}")
+        });
+        let starts_within = !self.use_adaptive_entropy || (least..=most).contains(&self.entropy_coef);
+        problems.unless(starts_within, || {
+            format!(
+                "train.entropy_coef: {} must be in [{least}, {most}], train.entropy_coef_min and _max, where it adapts",
+                self.entropy_coef
+            )
+        });
         problems.unless(!self.dynamic_sampling || self.max_resample_rounds > 0, || {
             "train.max_resample_rounds: must be at least 1 for train.dynamic_sampling".to_owned()
         });
@@ -183,6 +197,15 @@ impl Train {
         problems.unless(!self.sync_ref_model || self.beta > 0.0, || {
             "train.sync_ref_model: there is no reference model to move, since train.beta is 0".to_owned()
         });
+        problems.unless(!self.use_kl_in_reward || self.beta > 0.0, || {
+            "train.use_kl_in_reward: the divergence has no weight, since train.beta is 0".to_owned()
+        });
+        let has_effect = self.kl_estimator == KlEstimator::K3 && !self.use_bias_correction_kl;
+        problems.unless(!self.use_kl_in_reward || has_effect, || {
+            "train.use_kl_in_reward: takes the log-ratio itself; train.kl_estimator and train.use_bias_correction_kl are \
+             options of the loss, without effect on it"
+                .to_owned()
+        });
         problems.share("ref_model_mixup_alpha", self.ref_model_mixup_alpha);
         problems.unless(self.ref_model_sync_steps > 0, || "train.ref_model_sync_steps: must be at least 1".to_owned());
     }
@@ -192,6 +215,12 @@ impl Train {
         let grpo = estimator == AdvantageEstimator::Grpo;
         problems.unless(grpo || self.multi_objective_aggregation == MultiObjectiveAggregation::SumThenNormalize, || {
             format!("train.multi_objective_aggregation: normalize_then_sum goes with advantage_estimator grpo alone, got {estimator:?}")
+        });
+        let sums = self.multi_objective_aggregation == MultiObjectiveAggregation::SumThenNormalize;
+        problems.unless(sums || !self.use_kl_in_reward, || {
+            "train.use_kl_in_reward: normalize_then_sum has no one reward to take the divergence off; use \
+             multi_objective_aggregation sum_then_normalize"
+                .to_owned()
         });
         problems.unless(grpo || self.scale_rewards != ScaleRewards::Batch, || {
             format!("train.scale_rewards: batch goes with advantage_estimator grpo alone, got {estimator:?}")
@@ -273,7 +302,15 @@ mod tests {
 
     #[test]
     fn numbers_out_of_range_are_named_with_their_bound() {
-        for key in ["beta", "epsilon_high", "entropy_coef", "soft_punish_weight", "vespo_k_pos", "vespo_lambda_neg"] {
+        for key in [
+            "beta",
+            "epsilon_high",
+            "entropy_coef",
+            "entropy_target",
+            "soft_punish_weight",
+            "vespo_k_pos",
+            "vespo_lambda_neg",
+        ] {
             check(json!({key: -0.5}), &[&format!("train.{key}: "), ">= 0", "-0.5"]);
         }
         for key in ["epsilon", "top_entropy_quantile", "ref_model_mixup_alpha"] {
@@ -348,6 +385,25 @@ mod tests {
         check(json!({"beta": 0.1, "kl_estimator": "k1"}), &["train.kl_estimator: k1", "use_bias_correction_kl"]);
         assert!(problems(json!({"beta": 0.1, "kl_estimator": "k1", "use_bias_correction_kl": true})).is_empty());
         check(json!({"sync_ref_model": true}), &["train.sync_ref_model: ", "train.beta is 0"]);
+        check(json!({"use_kl_in_reward": true}), &["train.use_kl_in_reward: ", "train.beta is 0"]);
+        assert!(problems(json!({"use_kl_in_reward": true, "beta": 0.1})).is_empty());
+        for option in [json!({"kl_estimator": "k2"}), json!({"use_bias_correction_kl": true})] {
+            let mut train = option;
+            (train["use_kl_in_reward"], train["beta"]) = (json!(true), json!(0.1));
+            check(train, &["train.use_kl_in_reward: ", "train.kl_estimator"]);
+        }
+        check(
+            json!({"use_kl_in_reward": true, "beta": 0.1, "multi_objective_aggregation": "normalize_then_sum"}),
+            &["train.use_kl_in_reward: normalize_then_sum", "sum_then_normalize"],
+        );
+    }
+
+    #[test]
+    fn an_adaptive_entropy_coefficient_begins_within_its_bounds() {
+        let adaptive = |coef: f32| json!({"use_adaptive_entropy": true, "entropy_coef": coef, "entropy_coef_max": 0.1});
+        assert!(problems(adaptive(0.1)).is_empty());
+        check(adaptive(0.2), &["train.entropy_coef: 0.2", "[0, 0.1]"]);
+        check(json!({"entropy_coef_min": 2.0}), &["train.entropy_coef_max: 1", "entropy_coef_min 2"]);
     }
 
     #[test]

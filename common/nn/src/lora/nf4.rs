@@ -83,6 +83,14 @@ impl Nf4Matrix {
         values.view([-1]).narrow(0, 0, numel).to_kind(kind).view(self.shape.as_slice())
     }
 
+    /// Bytes that a matrix of so many elements takes.
+    #[must_use]
+    pub fn bytes_of(numel: usize, options: Nf4Options) -> usize {
+        let blocks = numel.div_ceil(BLOCK as usize);
+        let scales = if options.double_quant { blocks + 4 * blocks.div_ceil(SCALE_BLOCK as usize) } else { 4 * blocks };
+        numel.div_ceil(2) + scales
+    }
+
     /// Bytes in memory.
     #[must_use]
     pub fn num_bytes(&self) -> usize {
@@ -218,6 +226,7 @@ mod tests {
             let scales = blocks.abs().amax([1], true).expand_as(&blocks).reshape([-1]).narrow(0, 0, numel);
             for double_quant in [false, true] {
                 let quantised = Nf4Matrix::quantise(&matrix, Nf4Options { double_quant });
+                assert_eq!(quantised.num_bytes(), Nf4Matrix::bytes_of(numel as usize, Nf4Options { double_quant }));
                 let error = (quantised.dequantise(Kind::Float) - &matrix).abs().view([-1]);
                 // Half of the widest step, 1 - 0.696, and what 8 bits leave of a scale.
                 let bound = &scales * (0.152 + if double_quant { 0.05 } else { 0.0 }) + 1e-6;

@@ -15,8 +15,8 @@ pub struct KlPenalty {
 
 impl KlPenalty {
     pub(super) fn new(train: &Train) -> Option<Self> {
-        (train.beta > 0.0).then(|| Self {
-            beta: f64::from(train.beta),
+        (train.loss_beta() > 0.0).then(|| Self {
+            beta: f64::from(train.loss_beta()),
             estimator: train.kl_estimator,
             bias_correction: train.use_bias_correction_kl,
         })

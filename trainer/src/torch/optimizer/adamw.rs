@@ -130,12 +130,13 @@ impl Adamw {
         for (owned, kept) in self.selection.pairs() {
             for (piece, decays) in decay_pieces(owned, decayed) {
                 let kept = Range { start: kept.start + piece.start - owned.start, len: piece.len };
+                let part_copy = copy.map(|copy| piece.of(copy));
                 let part = ShardPart {
                     weights: &piece.of(target),
                     grad: &piece.of(grad),
                     exp_avg: &kept.of(&self.moments.exp_avg),
                     exp_avg_sq: &kept.of(&self.moments.exp_avg_sq),
-                    copy: copy.map(|copy| piece.of(copy)).as_ref(),
+                    copy: part_copy.as_ref(),
                     decays,
                 };
                 gpu_adamw(&part, update.scale, update.step, update.options)?;
