@@ -57,6 +57,9 @@ KERNEL_TESTS = [
     ("embedding, norm, SwiGLU", "kernels::cuda::elementwise::"),
     ("sampling", "kernels::cuda::sampling::"),
     ("advancing rows", "kernels::cuda::step::"),
+    ("the trainer's kernels", "kernels::cuda::training::"),
+    ("a layer by the trainer's kernels", "autograd_ops::"),
+    ("the head by the trainer's kernels", "logprob::"),
     ("the trainer's flash attention against f64", "varlen_attention::tests::flash_attention_on_a_gpu_equals_the_formula"),
 ]
 PARITY_TESTS = [
@@ -66,10 +69,18 @@ PARITY_TESTS = [
         "the trainer's step against whole-graph autograd",
         "aha_trainer",
         [
-            "torch::tests::the_step_equals_whole_graph_autograd",
-            "torch::tests::recomputing_activations_changes_nothing",
-            "torch::tests::two_runs_are_equal_to_the_last_bit",
-            "torch::tests::a_policy_that_has_not_moved_has_ratio_one",
+            "torch::tests::whole_graph::the_step_equals_whole_graph_autograd",
+            "torch::tests::invariance::recomputing_activations_changes_nothing",
+            "torch::tests::invariance::two_runs_are_equal_to_the_last_bit",
+            "torch::tests::invariance::a_policy_that_has_not_moved_has_ratio_one",
+        ],
+    ),
+    (
+        "the trainer's step by its kernels",
+        "aha_trainer",
+        [
+            "torch::tests::gpu_kernels::the_step_by_the_kernels_of_a_gpu_equals_whole_graph_autograd",
+            "torch::tests::gpu_kernels::a_step_in_bf16_by_the_kernels_of_a_gpu_is_as_near_to_fp32_as_libtorchs",
         ],
     ),
     (

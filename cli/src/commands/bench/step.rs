@@ -150,6 +150,9 @@ fn config(args: &Args, folder: &Path, address: &str) -> Result<RunConfig> {
         config.data.countdown.size = 1000;
         config.data.prompt.user = USER.to_owned();
     }
+    // As long as a micro-batch lets it be.
+    let most = args.micro_batch_tokens.saturating_sub(args.new_tokens as usize);
+    config.data.max_prompt_length = config.data.max_prompt_length.min(most);
     config.data.prompt.system = Some(SYSTEM.to_owned());
     config.rewards = vec![RewardSpec { function: "format".to_owned(), weight: 1.0 }];
     config.rollout.num_generations = args.group;
