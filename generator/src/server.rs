@@ -53,7 +53,6 @@ impl GeneratorServer {
     pub async fn bind(options: &GeneratorOptions, listen: SocketAddr) -> anyhow::Result<Self> {
         // The kernels have threads of their own, which libtorch's would take turns with.
         aha_nn::runtime::set_num_threads(NonZeroUsize::MIN);
-        aha_nn::runtime::map_large_blocks();
         let incoming =
             TcpIncoming::bind(listen).with_context(|| format!("listening on {listen}"))?.with_nodelay(Some(true));
         let metrics = MetricsServer::bind(&options.model, &options.generator)?;

@@ -26,6 +26,8 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     supervised::follow_parent()?;
+    // Weights and caches come and go, and what they leave is for others on this machine.
+    aha_nn::runtime::map_large_blocks();
     let mut config = args.config.load()?;
     config.generator.metrics_address = args.metrics_address.or(config.generator.metrics_address);
     let grace = Duration::from_secs_f64(config.launch.grace_seconds);
