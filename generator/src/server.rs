@@ -29,6 +29,9 @@ const MAX_RESPONSE_BYTES: usize = 64 << 20;
 /// Calls that a connection may have open; what a client starts beyond that waits on its side. Leaves room for other calls
 /// beside as many requests as are taken.
 const MAX_STREAMS: u32 = 8192;
+/// Bytes a connection may send ahead of their being read. HTTP/2 servers close a connection whose unread small frames
+/// would take more than half of this, at 256 bytes each; a request is one such frame.
+const CONNECTION_WINDOW: u32 = 2 * 256 * 2 * MAX_STREAMS;
 /// A client whose machine is gone is noticed after this long.
 const KEEPALIVE: Duration = Duration::from_secs(30);
 /// What streams may take to end once the engine has aborted their requests.
@@ -98,6 +101,7 @@ impl GeneratorServer {
         let router = Server::builder()
             .http2_keepalive_interval(Some(KEEPALIVE))
             .max_concurrent_streams(MAX_STREAMS)
+            .initial_connection_window_size(CONNECTION_WINDOW)
             .add_service(service)
             .add_service(health_service)
             .add_service(reflection);

@@ -153,8 +153,9 @@ impl Generator for Service {
             self.receiver.release_spare().await?;
         }
         self.engine().sleep(drop_weights).await?;
-        // What was freed in small pieces is otherwise kept by the allocator.
-        aha_nn::runtime::release_memory();
+        // What was freed in small pieces is otherwise kept by the allocator; giving it back takes its time.
+        let released = tokio::task::spawn_blocking(aha_nn::runtime::release_memory).await;
+        released.map_err(|error| Status::internal(format!("giving memory back: {error}")))?;
         Ok(Response::new(v1::SleepResponse {}))
     }
 

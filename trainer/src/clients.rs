@@ -9,6 +9,9 @@ use tonic::{Code, Status};
 
 /// Largest message: completions with their texts, far over what a model's context can fill.
 const MAX_MESSAGE_BYTES: usize = 64 << 20;
+/// Bytes a generator may send ahead of their being read. HTTP/2 clients close a connection whose unread small frames
+/// would take more than half of this, at 256 bytes each: as many as the completions a generator may have in flight.
+const CONNECTION_WINDOW: u32 = 2 * 256 * (256 << 10);
 
 /// A connection on which nothing arrives is probed this often, and given up when the probe is not answered. Finds a
 /// generator whose machine is gone, or that is stopped.
@@ -93,6 +96,7 @@ impl Client {
         let channel = endpoint
             .connect_timeout(PROBE_TIMEOUT)
             .tcp_nodelay(true)
+            .initial_connection_window_size(CONNECTION_WINDOW)
             .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
             .keep_alive_timeout(KEEPALIVE_TIMEOUT)
             .keep_alive_while_idle(true)

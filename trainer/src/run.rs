@@ -84,6 +84,7 @@ fn train_step(session: &mut Session, rollouts: &mut dyn Rollouts, publisher: &mu
     let sampled = sampler.sample(prompts, replacements)?;
     clock.lap("time/generate");
     clock.split_off("time/exchange", sampled.exchange);
+    publisher.sleep()?;
     let groups = sampled.groups;
     let mut batch = TrainingBatch::new(&groups, &config, step);
     let mut divergence = None;
@@ -98,7 +99,6 @@ fn train_step(session: &mut Session, rollouts: &mut dyn Rollouts, publisher: &mu
         metrics.set("sampling/resample_rounds", f64::from(sampled.num_rounds));
     }
     let adamw = session.adamw(step);
-    publisher.sleep()?;
     let output = optimize(&mut session.learner, &config.train, &mut batch, (&adamw, &mut session.entropy))?;
     clock.lap("time/train");
     make_room(session);

@@ -140,6 +140,29 @@ mod tests {
         assert!(now.peak_rss >= now.rss && now.rss > 1 << 20);
     }
 
+    /// Tensors that come and go keep what was written to them, whichever block they get.
+    #[test]
+    fn cached_memory_belongs_to_one_tensor_at_a_time() {
+        cache_memory();
+        let mut held: Vec<(i64, tch::Tensor)> = Vec::new();
+        for index in 0..400_i64 {
+            let draw = aha_core::random::derive_seed(7, &[index as u64]);
+            match draw % 8 {
+                0 if index % 50 == 0 => release_memory(),
+                0..=3 if !held.is_empty() => drop(held.swap_remove(draw as usize / 8 % held.len())),
+                _ => {
+                    // From below the smallest block that is cached to 5 MB.
+                    let len = 200_000 + (draw / 8 % 1_000_000) as i64;
+                    held.push((index, tch::Tensor::full([len], index, (tch::Kind::Int, Device::Cpu))));
+                }
+            }
+            for (index, tensor) in &held {
+                assert_eq!(tensor.data_ptr() as usize % 64, 0, "aligned for vectors");
+                assert!([tensor.min(), tensor.max()].iter().all(|value| value.int64_value(&[]) == *index));
+            }
+        }
+    }
+
     #[test]
     fn devices_are_named_or_refused() {
         assert_eq!(device("cpu", 3).unwrap(), Device::Cpu);

@@ -88,24 +88,18 @@ pub(super) async fn update_all(
 /// Puts all generators to sleep, until [`wake_all`].
 pub(super) async fn sleep_all(clients: &[Client], drop_weights: bool, timeout: Duration) -> Result<(), PublishError> {
     let message = v1::SleepRequest { drop_weights };
-    let sleep = |client: &Client| {
-        let client = client.clone();
-        async move {
-            let call = async { client.rpc().sleep(with_timeout(message, timeout + GRACE)).await };
-            within(&client, timeout, call).await
-        }
+    let sleep = |client| async move {
+        let call = async { Client::rpc(client).sleep(with_timeout(message, timeout + GRACE)).await };
+        within(client, timeout, call).await
     };
     try_join_all(clients.iter().map(sleep)).await.map(drop)
 }
 
 /// Lets all generators go on; those that are awake do.
 pub(super) async fn wake_all(clients: &[Client], timeout: Duration) -> Result<(), PublishError> {
-    let wake = |client: &Client| {
-        let client = client.clone();
-        async move {
-            let call = async { client.rpc().wake(with_timeout(v1::WakeRequest {}, timeout + GRACE)).await };
-            within(&client, timeout, call).await
-        }
+    let wake = |client| async move {
+        let call = async { Client::rpc(client).wake(with_timeout(v1::WakeRequest {}, timeout + GRACE)).await };
+        within(client, timeout, call).await
     };
     try_join_all(clients.iter().map(wake)).await.map(drop)
 }
