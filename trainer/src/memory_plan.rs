@@ -173,15 +173,14 @@ impl Setting<'_> {
 
     /// What a layer keeps for its backward pass beside its input, in bytes.
     ///
-    /// Ours: two norms' outputs and the second's input, `3 C`; q and attention's output, `2 HD`; k and v, `2 KD`; gate, up
-    /// and their product, `3 F`; norms of q and k keep their inputs. libtorch also keeps attention's padded copies and
-    /// `silu(gate)`.
+    /// Ours: the second norm's input, `C`; q and attention's output, `2 HD`; k and v, `2 KD`; gate and up, `2 F`; norms of q
+    /// and k keep their inputs. libtorch also keeps what norms and products give, attention's padded copies and `silu(gate)`.
     fn layer_activations(&self) -> usize {
         let ModelConfig { hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, .. } = *self.model;
         let (q, kv) = (num_heads * head_dim, num_kv_heads * head_dim);
         let head_norms = if self.model.family == Family::Qwen3 { q + kv } else { 0 };
         let per_token = if self.is_fused() {
-            3 * hidden_size + 2 * q + 2 * kv + 3 * intermediate_size + head_norms
+            hidden_size + 2 * q + 2 * kv + 2 * intermediate_size + head_norms
         } else {
             3 * hidden_size + 3 * q + 2 * kv + 4 * intermediate_size + 2 * head_norms
         };
@@ -216,31 +215,35 @@ impl Setting<'_> {
         rows * self.model.vocab_size * logit
     }
 
-    /// While the head's gradient is taken: a chunk of logits, its rows before and after the norm and their gradients, the
-    /// matrix's gradient and, from the second chunk on, the sum that replaces it.
+    /// Whether gradients of matrices are added where they belong, instead of coming first.
+    fn adds_gradients(&self) -> bool {
+        let is_alone = self.world_size == 1 || self.train.zero_stage < 2;
+        self.is_fused() && self.kind == Kind::Float && is_alone && !self.lora.is_on()
+    }
+
+    /// While the head's gradient is taken: a chunk of logits, its rows before and after the norm and their gradients, and
+    /// the matrix's gradient.
     fn head(&self) -> usize {
-        let is_chunked = self.num_targets > chunk_rows_on(self.device, self.model.vocab_size as i64) as usize;
-        // A GPU adds to the matrix's gradient in place.
-        let has_sum = is_chunked && self.device == Device::Cpu;
-        let is_frozen = self.lora.is_on();
-        let matrix = if is_frozen { 0 } else { self.matrix() * self.element() * (1 + usize::from(has_sum)) };
+        let has_gradient = !self.lora.is_on() && !self.adds_gradients();
+        let matrix = if has_gradient { self.matrix() * self.element() } else { 0 };
         self.logit_chunk() + 3 * self.target_rows() + matrix
     }
 
-    /// While the last layer's gradient is taken: what it computes again, gradients of its widest part, of its output and of
-    /// its parameters, on their way to other ranks where there are some; and the head's, where that is the embedding's too.
-    /// Beside a frozen matrix with an adapter, the gradient of their input comes from both before it is summed.
+    /// While the last layer's gradient is taken: what it computes again, its widest part, gradients of that, of its output
+    /// and, unless they are added where they belong, of its parameters, on their way to other ranks where there are some; and
+    /// the head's, where that is the embedding's too. Beside a frozen matrix with an adapter, the gradient of their input
+    /// comes from both before it is summed.
     fn last_layer(&self) -> usize {
         let again = if self.layers().1 > 0 { self.layer_activations() } else { 0 };
         let is_frozen = self.lora.is_on();
-        let wide = (1 + usize::from(is_frozen)) * self.num_tokens * self.model.intermediate_size * self.element();
+        let wide = (2 + usize::from(is_frozen)) * self.num_tokens * self.model.intermediate_size * self.element();
         let unit = self.trained().units[usize::from(!is_frozen)].numel();
-        let mut parameters = unit * self.trained_element();
+        let mut parameters = if self.adds_gradients() { 0 } else { unit * self.trained_element() };
         if self.world_size > 1 && self.train.zero_stage >= 2 {
             // As one tensor, two more of which may be on their way.
             parameters += 3 * unit * FLOAT;
         }
-        let is_tied = self.model.tie_word_embeddings && !is_frozen;
+        let is_tied = self.model.tie_word_embeddings && !is_frozen && !self.adds_gradients();
         let tied = if is_tied { self.matrix() * self.element() } else { 0 };
         self.dequantised() + again + wide + 2 * self.rows() + parameters + tied
     }

@@ -2,7 +2,9 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/ones.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 
@@ -13,6 +15,13 @@
 
 #include "guard.h"
 #include "shim.h"
+
+// oneDNN's product of two matrices in any layout, `result = beta * result + alpha * mat1 mat2`. libtorch exports it and
+// has no header for it; null where it was built without oneDNN.
+namespace at::native {
+__attribute__((weak)) void mkldnn_matmul(const Tensor& mat1, const Tensor& mat2, const Tensor& result, float beta,
+                                         float alpha);
+}
 
 namespace {
 
@@ -64,6 +73,31 @@ std::optional<c10::TypedOperatorHandle<Signature>> find(const char* overload) {
   return op->typed<Signature>();
 }
 
+// Whether oneDNN multiplies fp32 on this processor.
+bool onednn_multiplies() {
+  static const bool it_does = [] {
+    if (at::native::mkldnn_matmul == nullptr) {
+      return false;
+    }
+    try {
+      const auto one = at::ones({2, 2});
+      at::native::mkldnn_matmul(one, one, at::ones({2, 2}), 1, 1);
+      return true;
+    } catch (const c10::Error&) {
+      return false;
+    }
+  }();
+  return it_does;
+}
+
+void matmul(const at::Tensor& a, const at::Tensor& b, at::Tensor& out, float beta) {
+  if (out.is_cpu() && out.scalar_type() == at::kFloat && out.numel() > 0 && a.numel() > 0 && onednn_multiplies()) {
+    at::native::mkldnn_matmul(a, b, out, beta, 1);
+  } else {
+    at::addmm_out(out, out, a, b, beta, 1);
+  }
+}
+
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                   const at::Tensor* addend) {
   static const auto plain = find<Linear>("");
@@ -103,6 +137,14 @@ char* aha_linear(const at::Tensor* x, const at::Tensor* weight, const at::Tensor
   return aha::guarded([&] {
     at::NoGradGuard no_grad;
     *out = new at::Tensor(linear(*x, *weight, bias != nullptr ? std::optional(*bias) : std::nullopt, addend));
+  });
+}
+
+char* aha_matmul(const at::Tensor* a, const at::Tensor* b, const at::Tensor* out, bool adds) {
+  return aha::guarded([&] {
+    at::NoGradGuard no_grad;
+    at::Tensor target = *out;
+    matmul(*a, *b, target, adds ? 1 : 0);
   });
 }
 

@@ -102,6 +102,8 @@ char* aha_record(const at::Tensor* const* inputs, size_t num_inputs, at::Tensor*
 // x W^T + bias + addend without a graph; both may be null. By oneDNN in fp32 on the CPU.
 char* aha_linear(const at::Tensor* x, const at::Tensor* weight, const at::Tensor* bias, const at::Tensor* addend,
                  at::Tensor** out);
+// Writes a b to `out`, or adds it, without a graph. By oneDNN in fp32 on the CPU. a and b may be transposed.
+char* aha_matmul(const at::Tensor* a, const at::Tensor* b, const at::Tensor* out, bool adds);
 // CUDA, bf16 or fp16: `out` [rows, H, D] and `log_sums` [H, rows], fp32, without a graph.
 char* aha_flash_attention(const AhaPackedHeads* heads, const AhaSequences* sequences, at::Tensor** out,
                           at::Tensor** log_sums);

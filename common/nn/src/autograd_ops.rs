@@ -3,8 +3,9 @@
 
 use tch::{Kind, Tensor};
 
+use crate::activation::Activation;
 use crate::fused_kernels::{Angles, Kernels};
-use crate::fused_ops;
+use crate::fused_ops::{self, TrainedMatrix};
 use crate::packed_attention::{GroupLengths, PackedAttention};
 use crate::rotary::RotaryTable;
 use crate::tensor_data::to_device;
@@ -93,28 +94,36 @@ impl PackedBatch {
     }
 }
 
-impl Ops for PackedBatch {
-    type Matrix = Tensor;
-    type Rows = Tensor;
+impl PackedBatch {
+    /// Whether [`TrainedMatrix::adding_to`] may be used.
+    #[must_use]
+    pub fn adds_gradients(&self) -> bool {
+        self.kernels.is_some()
+    }
+}
 
-    fn embed(&self, weight: &Tensor) -> Tensor {
-        Tensor::embedding(weight, &self.tokens, -1, false, false) // [N, C]
+impl Ops for PackedBatch {
+    type Matrix = TrainedMatrix;
+    type Rows = Activation;
+
+    fn embed(&self, weight: &Tensor) -> Activation {
+        Tensor::embedding(weight, &self.tokens, -1, false, false).into() // [N, C]
     }
 
-    fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
+    fn rms_norm(&self, x: &Activation, weight: &Tensor, eps: f64) -> Activation {
         match &self.kernels {
-            Some(kernels) => fused_ops::rms_norm(kernels, x, weight, eps),
-            None => x.rms_norm(weight.size(), Some(weight), Some(eps)),
+            Some(kernels) => fused_ops::rms_norm(kernels, &x.rows, weight, eps),
+            None => x.rows.rms_norm(weight.size(), Some(weight), Some(eps)).into(),
         }
     }
 
-    fn head_norm(&self, x: Tensor, weight: &Tensor, eps: f64) -> Tensor {
-        self.rms_norm(&self.heads(&x), weight, eps)
+    fn head_norm(&self, x: Activation, weight: &Tensor, eps: f64) -> Activation {
+        self.rms_norm(&self.heads(&x.rows).into(), weight, eps)
     }
 
-    fn residual_norm(&self, x: Tensor, weight: &Tensor, eps: f64) -> [Tensor; 2] {
+    fn residual_norm(&self, x: Activation, weight: &Tensor, eps: f64) -> [Activation; 2] {
         match &self.kernels {
-            Some(kernels @ Kernels::Gpu(_)) => fused_ops::add_norm(kernels, &x, None, weight, eps),
+            Some(kernels @ Kernels::Gpu(_)) => fused_ops::add_norm(kernels, &x.rows, None, weight, eps),
             _ => {
                 let normed = self.rms_norm(&x, weight, eps);
                 [x, normed]
@@ -122,55 +131,57 @@ impl Ops for PackedBatch {
         }
     }
 
-    fn linear<const P: usize>(&self, x: &Tensor, projections: [&Projection<Tensor>; P]) -> [Tensor; P] {
-        if self.kernels.is_some() {
+    fn linear<const P: usize>(&self, x: &Activation, projections: [&Projection<TrainedMatrix>; P]) -> [Activation; P] {
+        let outputs = if self.kernels.is_some() {
             fused_ops::linear(x, projections)
         } else {
-            projections.map(|projection| x.linear(&projection.weight, projection.bias.as_ref()))
-        }
+            projections.map(|projection| projection.of(&x.rows))
+        };
+        outputs.map(Activation::from)
     }
 
-    fn add_linear(&self, residual: Tensor, x: &Tensor, projection: &Projection<Tensor>) -> Tensor {
+    fn add_linear(&self, residual: Activation, x: &Activation, projection: &Projection<TrainedMatrix>) -> Activation {
+        let residual = residual.rows;
         if self.kernels.is_some() {
-            return fused_ops::add_linear(&residual, x, projection);
+            return fused_ops::add_linear(&residual, x, projection).into();
         }
-        let [delta] = self.linear(x, [projection]);
-        residual + delta
+        (residual + projection.of(&x.rows)).into()
     }
 
     fn add_linear_norm(
         &self,
-        residual: Tensor,
-        x: &Tensor,
-        projection: &Projection<Tensor>,
+        residual: Activation,
+        x: &Activation,
+        projection: &Projection<TrainedMatrix>,
         (weight, eps): (&Tensor, f64),
-    ) -> [Tensor; 2] {
+    ) -> [Activation; 2] {
         // oneDNN adds within the product instead.
         if let Some(kernels @ Kernels::Gpu(_)) = &self.kernels {
-            let [delta] = self.linear(x, [projection]);
-            return fused_ops::add_norm(kernels, &residual, Some(&delta), weight, eps);
+            let [delta] = fused_ops::linear(x, [projection]);
+            return fused_ops::add_norm(kernels, &residual.rows, Some(&delta), weight, eps);
         }
         self.residual_norm(self.add_linear(residual, x, projection), weight, eps)
     }
 
-    fn rope(&self, x: Tensor) -> Tensor {
+    fn rope(&self, x: Activation) -> Activation {
+        let x = x.rows;
         if let Some(kernels) = &self.kernels {
-            return fused_ops::rope(kernels, &x, &self.angles);
+            return fused_ops::rope(kernels, &x, &self.angles).into();
         }
         let x = self.heads(&x);
         let halves = x.chunk(2, -1);
         let rotated = Tensor::cat(&[-&halves[1], halves[0].shallow_clone()], -1); // [N, H, D]
-        x * &self.angles.cos + rotated * &self.angles.sin
+        (x * &self.angles.cos + rotated * &self.angles.sin).into()
     }
 
-    fn attention(&self, _layer_idx: usize, [q, k, v]: [Tensor; 3]) -> Tensor {
-        self.attention.forward([q, k, v].map(|x| self.heads(&x)))
+    fn attention(&self, _layer_idx: usize, qkv: [Activation; 3]) -> Activation {
+        self.attention.forward(qkv.map(|x| self.heads(&x.rows))).into()
     }
 
-    fn silu_mul(&self, [gate, up]: [Tensor; 2]) -> Tensor {
+    fn silu_mul(&self, [gate, up]: [Activation; 2]) -> Activation {
         match &self.kernels {
-            Some(kernels) => fused_ops::silu_mul(kernels, &gate, &up),
-            None => gate.silu() * up,
+            Some(kernels) => fused_ops::silu_mul(kernels, &gate.rows, &up.rows),
+            None => (gate.rows.silu() * up.rows).into(),
         }
     }
 }
@@ -240,7 +251,7 @@ mod tests {
         }
         let params = leaves[1..].iter().map(Tensor::shallow_clone).collect();
         let x = batch.embed(&leaves[0]);
-        let output = Layer::new(config, params, |weight| weight).forward(&batch, config, 0, x);
+        let output = Tensor::from(Layer::new(config, params, TrainedMatrix::from).forward(&batch, config, 0, x));
         let output = output.index_select(0, &Tensor::from_slice(rows).to_device(device)); // [M, C]
         let direction = Tensor::arange(output.numel() as i64, (Kind::Double, Device::Cpu)).sin().view_as(&output);
         let direction = direction.to_kind(kind).to_device(device);

@@ -4,6 +4,7 @@ use tch::{Kind, Tensor};
 
 use crate::autograd_ops::PackedBatch;
 use crate::comm::CommError;
+use crate::fused_ops::TrainedMatrix;
 use crate::logprob::token_statistics;
 use crate::model_config::ModelConfig;
 use crate::rotary::RotaryTable;
@@ -19,7 +20,7 @@ pub fn hidden_states(config: &ModelConfig, weights: &Weights, batch: &PackedBatc
     let mut walk = Walk::forward(config);
     let x = layers(config, weights, batch, &mut walk).expect(ALONE);
     let (_units, head, _) = head(weights, &mut walk).expect(ALONE);
-    tch::no_grad(|| batch.rms_norm(&x, &head.norm, config.rms_norm_eps))
+    tch::no_grad(|| batch.rms_norm(&x.into(), &head.norm, config.rms_norm_eps)).into()
 }
 
 /// The matrix of the head, `[V, C]`: its own, or the embedding where they are tied.
@@ -45,9 +46,9 @@ pub fn statistics(
     let mut walk = Walk::forward(config);
     let x = layers(config, weights, batch, &mut walk)?;
     let (_units, head, matrix) = head(weights, &mut walk)?;
-    let rows = x.index_select(0, rows); // [M, C]
+    let rows = x.index_select(0, rows).into(); // [M, C]
     let hidden = tch::no_grad(|| batch.rms_norm(&rows, &head.norm, config.rms_norm_eps));
-    Ok(token_statistics(&hidden, &matrix, tokens, temperature))
+    Ok(token_statistics(&hidden.into(), &matrix, tokens, temperature))
 }
 
 /// The head with its matrix, `[V, C]`: its own, or the embedding where they are tied. Both have memory while the units
@@ -80,10 +81,10 @@ fn layers(
     drop(embedding);
     for layer_idx in 0..config.num_layers {
         let unit = walk.next(weights)?;
-        let layer = Layer::new(config, unit.params(), |weight| weight);
+        let layer = Layer::new(config, unit.params(), TrainedMatrix::from);
         x = tch::no_grad(|| layer.forward(batch, config, layer_idx, x));
     }
-    Ok(x)
+    Ok(x.into())
 }
 
 /// Log-prob of each token of a sequence given those before it, through the trainer's path.

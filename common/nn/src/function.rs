@@ -12,7 +12,7 @@ use std::thread::{self, ThreadId};
 use tch::Tensor;
 use torch_sys::C_tensor;
 
-use crate::shim::{self, AhaBackward, aha_linear, aha_parallel_for, aha_record};
+use crate::shim::{self, AhaBackward, aha_linear, aha_matmul, aha_parallel_for, aha_record};
 
 /// From the gradients of the outputs (`None` where none flows) to those of the inputs.
 type Backward = Box<dyn FnOnce(Vec<Option<Tensor>>) -> Vec<Option<Tensor>>>;
@@ -120,6 +120,30 @@ pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, addend:
     }
     // SAFETY: the shim allocated the tensor for us to own.
     unsafe { Tensor::from_ptr(out) }
+}
+
+/// `a b`, by oneDNN where libtorch has it. No gradient flows.
+///
+/// # Shapes
+/// - a: `[M, K]`, b: `[K, N]`, of one type; either may be transposed. Returns `[M, N]`.
+pub(crate) fn matmul(a: &Tensor, b: &Tensor) -> Tensor {
+    let out = Tensor::empty([a.size()[0], b.size()[1]], (a.kind(), a.device()));
+    matmul_into(&out, a, b, false);
+    out
+}
+
+/// Adds [`matmul`] to `sum`, `[M, N]`, in its memory. No gradient flows.
+pub(crate) fn add_matmul(sum: &Tensor, a: &Tensor, b: &Tensor) {
+    matmul_into(sum, a, b, true);
+}
+
+fn matmul_into(out: &Tensor, a: &Tensor, b: &Tensor, adds: bool) {
+    // SAFETY: the pointers are live tensors; the shim checks their shapes, and writes to `out` alone.
+    let message = unsafe { aha_matmul(a.as_ptr(), b.as_ptr(), out.as_ptr(), adds) };
+    // SAFETY: the shim returned `message` just now.
+    if let Err(reason) = unsafe { shim::check(message) } {
+        panic!("{:?} times {:?} into {:?}: {reason}", a.size(), b.size(), out.size());
+    }
 }
 
 /// Calls `body` with ranges of at least `grain` numbers that cover `0..end`, on libtorch's threads.

@@ -1,5 +1,6 @@
 //! What generator and trainer share of libtorch: the transformer, weights, kernels and process groups.
 
+pub mod activation;
 pub mod autograd;
 pub mod autograd_ops;
 pub mod bandwidth;
@@ -8,7 +9,7 @@ mod flash_attention;
 pub mod forward;
 mod function;
 pub mod fused_kernels;
-mod fused_ops;
+pub mod fused_ops;
 pub mod gpu;
 pub mod kernels;
 pub mod logprob;

@@ -4,7 +4,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::function::linear;
 use crate::fused_kernels::{Kernels, Targets};
-use crate::fused_ops::add_product;
+use crate::fused_ops::added;
 
 /// Bytes of logits that one chunk may take.
 const CHUNK_BYTES: i64 = 64 << 20;
@@ -91,7 +91,7 @@ impl TargetLogprobs {
     ) -> (Tensor, Tensor) {
         let (hidden, head) = (self.hidden.shallow_clone(), self.head.shallow_clone());
         let d_logits = self.logits_backward(d_logprobs, d_entropies); // [M, V]
-        (linear(&d_logits, &head.tr(), None, None), add_product(d_head, &d_logits.tr(), &hidden.tr()))
+        (linear(&d_logits, &head.tr(), None, None), added(d_head, &d_logits.tr(), &hidden))
     }
 
     /// As [`TargetLogprobs::backward`] where the head is frozen: the gradients of the hidden states alone, `[M, C]`.

@@ -161,6 +161,7 @@ unsafe extern "C" {
         num_outputs: usize,
         backward: AhaBackward,
     ) -> *mut c_char;
+    pub(crate) fn aha_matmul(a: *const C_tensor, b: *const C_tensor, out: *const C_tensor, adds: bool) -> *mut c_char;
     pub(crate) fn aha_linear(
         x: *const C_tensor,
         weight: *const C_tensor,

@@ -42,9 +42,9 @@ impl DeviceWeights {
     ///
     /// # Errors
     /// If there is not enough memory on the GPU.
-    pub fn empty(config: &ModelConfig, format: WeightFormat, pool: &Pool) -> anyhow::Result<Self> {
+    pub fn empty(config: &ModelConfig, format: WeightFormat) -> anyhow::Result<Self> {
         match format.device {
-            Device::Cpu => Ok(Self::Cpu(ServingWeights::empty(config, format.quantization, pool))),
+            Device::Cpu => Ok(Self::Cpu(ServingWeights::empty(config, format.quantization))),
             device => Ok(Self::Gpu(GpuWeights::empty(config, device)?)),
         }
     }

@@ -20,6 +20,14 @@ impl Matrix {
         }
     }
 
+    /// A matrix `[out, in]` to be filled by [`Matrix::repack`].
+    pub(super) fn zeros(quantization: Quantization, shape: [usize; 2]) -> Self {
+        match quantization {
+            Quantization::None => Self::Exact(PackedMatrix::zeros(shape)),
+            Quantization::Int8 => Self::Int8(QuantizedMatrix::zeros(shape)),
+        }
+    }
+
     /// Replaces the values, in place.
     pub(super) fn repack(&mut self, pool: &Pool, weights: &[&[f32]]) {
         match self {

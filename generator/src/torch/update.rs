@@ -159,7 +159,7 @@ impl WeightReceiver {
         answer.await.unwrap_or(Err(UpdateError::Stopped))
     }
 
-    /// Gives the memory of the weights that do not serve back, until the next push.
+    /// Gives the memory that only pushes need back, until the next one: of the weights that do not serve, and of the buckets.
     ///
     /// # Errors
     /// If too many joins and pushes wait, or the thread has stopped.
@@ -216,6 +216,10 @@ impl Worker {
                 Command::Receive { push, reply } => drop(reply.send(self.take_push(&push))),
                 Command::ReleaseSpare { reply } => {
                     self.spare = None;
+                    if let Some(joined) = &mut self.joined {
+                        // Memory that was not written to yet takes none.
+                        joined.buffer = joined.buffer.empty_like();
+                    }
                     drop(reply.send(Ok(())));
                 }
             }
@@ -285,7 +289,7 @@ impl Worker {
         }
         let mut outcome = Ok(());
         if spare.is_none() {
-            let empty = DeviceWeights::empty(config, *format, pool).map(|set| *spare = Some(set));
+            let empty = DeviceWeights::empty(config, *format).map(|set| *spare = Some(set));
             outcome = empty.map_err(UpdateError::Weights);
         }
         for bucket in &joined.buckets {

@@ -7,7 +7,7 @@ use aha_nn::kernels::cpu::Pool;
 use aha_nn::model_config::ModelConfig;
 use aha_nn::tensor_data::f32_slice;
 use aha_nn::transformer::{Head, Layer, Projection};
-use aha_nn::weights::Weights;
+use aha_nn::weights::{Weights, split};
 use tch::{Device, Kind, Tensor};
 
 use super::matrix::Matrix;
@@ -40,23 +40,39 @@ impl ServingWeights {
     /// Packs a copy of `weights`, which are fp32 on the CPU.
     #[must_use]
     pub fn new(config: &ModelConfig, weights: &Weights, quantization: Quantization, pool: &Pool) -> Self {
-        let mut matrices = Vec::with_capacity(head_idx(config) + 1);
-        let mut place = |_, stacked: &[Tensor]| matrices.push(pack(quantization, stacked, pool));
-        let layers = (0..config.num_layers)
-            .map(|layer| new_layer(config, layer, weights.views(1 + layer), &mut place))
-            .collect();
-        let embedding = weights.embedding().copy(); // [V, C]
-        let head = Head::new(weights.views(1 + config.num_layers), |matrix| matrix);
-        let head_matrix = head.lm_head.map_or_else(|| embedding.shallow_clone(), |projection| projection.weight);
-        matrices.push(pack(Quantization::None, &[head_matrix], pool));
-        Self { config: config.clone(), embedding, layers, norm: head.norm.copy(), matrices }
+        Self::of(config, |unit_idx| weights.views(unit_idx), |stacked| pack(quantization, stacked, pool))
     }
 
-    /// A set to be filled unit by unit.
+    /// A set to be filled unit by unit. Its matrices take memory as they are filled.
     #[must_use]
-    pub fn empty(config: &ModelConfig, quantization: Quantization, pool: &Pool) -> Self {
-        let zeros = Weights::zeros(config.manifest(), 1, Kind::Float, Device::Cpu);
-        Self::new(config, &zeros, quantization, pool)
+    pub fn empty(config: &ModelConfig, quantization: Quantization) -> Self {
+        let manifest = config.manifest();
+        let blank = |unit_idx: usize| {
+            let flat = Tensor::empty([manifest.units[unit_idx].numel() as i64], (Kind::Float, Device::Cpu));
+            split(&flat, &manifest, unit_idx)
+        };
+        let zeros = |stacked: &[Tensor]| {
+            let num_outputs = stacked.iter().map(|part| part.size()[0] as usize).sum();
+            Matrix::zeros(quantization, [num_outputs, stacked[0].size()[1] as usize])
+        };
+        Self::of(config, blank, zeros)
+    }
+
+    /// `unit` gives the parameters of a unit, and `store` keeps projections that are stacked.
+    fn of(
+        config: &ModelConfig,
+        unit: impl Fn(usize) -> Vec<Tensor>,
+        mut store: impl FnMut(&[Tensor]) -> Matrix,
+    ) -> Self {
+        let mut matrices = Vec::with_capacity(head_idx(config) + 1);
+        let mut place = |_, stacked: &[Tensor]| matrices.push(store(stacked));
+        let layers =
+            (0..config.num_layers).map(|layer| new_layer(config, layer, unit(1 + layer), &mut place)).collect();
+        let embedding = unit(0).remove(0).copy(); // [V, C]
+        let head = Head::new(unit(1 + config.num_layers), |matrix| matrix);
+        let head_matrix = head.lm_head.map_or_else(|| embedding.shallow_clone(), |projection| projection.weight);
+        place(head_idx(config), &[head_matrix]);
+        Self { config: config.clone(), embedding, layers, norm: head.norm.copy(), matrices }
     }
 
     /// Replaces the parameters of one unit by copies of `params`, given in the order of the manifest.

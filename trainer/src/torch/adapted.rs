@@ -96,13 +96,13 @@ impl AdaptedPass<'_> {
     /// Returns the layers' tapes, and the input leaf of the head, `[N, C]`.
     fn forward(&self, walk: &mut Walk) -> Result<(Vec<LayerTape>, Tensor), CommError> {
         let embedding = walk.next(&*self.base.weights)?;
-        let mut x = self.packed.embed(&embedding.params()[0]).detach(); // [N, C]
+        let mut x = Tensor::from(self.packed.embed(&embedding.params()[0])).detach(); // [N, C]
         drop(embedding);
         let mut tapes = Vec::with_capacity(self.config.num_layers);
         for layer_idx in 0..self.config.num_layers {
             let (unit, adapters) = (walk.next(&*self.base.weights)?, self.adapters.unit(layer_idx)?);
             let params = adapters.params().iter().map(leaf).collect();
-            let mut tape = LayerTape { input: x, params, output: None };
+            let mut tape = LayerTape { input: x, params, sums: Vec::new(), output: None };
             let keeps_graph = !self.options.recomputes(layer_idx) && !self.base.is_quantised;
             let output = if keeps_graph {
                 self.layer(&unit, &tape, layer_idx)
@@ -122,7 +122,7 @@ impl AdaptedPass<'_> {
         unit: &Unit,
         (mut tape, layer_idx): (LayerTape, usize),
         d_output: Tensor,
-    ) -> Result<(Option<Tensor>, Vec<Tensor>), StepError> {
+    ) -> Result<(Option<Tensor>, Vec<Option<Tensor>>), StepError> {
         // The tape's leaves have memory while the unit is there.
         let _adapters = self.adapters.unit(layer_idx)?;
         let output = match tape.output.take() {
@@ -135,13 +135,13 @@ impl AdaptedPass<'_> {
         }
         let mut grads = defined(grad(&[output], &inputs, &[Some(d_output)], false)?);
         let d_input = if layer_idx > 0 { grads.pop() } else { None };
-        Ok((d_input, grads))
+        Ok((d_input, grads.into_iter().map(Some).collect()))
     }
 
     /// `unit` is the layer's of the base.
     fn layer(&self, unit: &Unit, tape: &LayerTape, layer_idx: usize) -> Tensor {
         let layer = lora::layer(self.config, &self.base.spec, unit.params(), &tape.params);
         let ops = LoraOps { packed: self.packed, scale: self.base.spec.scale(), dropout: self.dropout, layer_idx };
-        layer.forward(&ops, self.config, layer_idx, tape.input.shallow_clone())
+        layer.forward(&ops, self.config, layer_idx, tape.input.shallow_clone().into()).into()
     }
 }

@@ -121,13 +121,13 @@ fn logprobs(
                 };
                 let mut targets = TargetModule::ALL.into_iter();
                 let layer =
-                    Layer::new(model, base, |weight| merged(&weight, targets.next().unwrap()).unwrap_or(weight));
+                    Layer::new(model, base, |weight| merged(&weight, targets.next().unwrap()).unwrap_or(weight).into());
                 layer.forward(&packed, model, layer_idx, x)
             }
         };
     }
     let head = Head::new(unit(1 + model.num_layers), |weight| weight);
-    let x = packed.rms_norm(&x, &head.norm, model.rms_norm_eps);
+    let x = Tensor::from(packed.rms_norm(&x, &head.norm, model.rms_norm_eps));
     let matrix = head.lm_head.map_or(embedding, |projection| projection.weight);
     let (first, count) = (sequence.num_prompt_tokens as i64, sequence.num_completion_tokens() as i64);
     let logits = x.matmul(&matrix.transpose(0, 1)) / 0.8;

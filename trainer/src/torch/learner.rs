@@ -15,7 +15,7 @@ use aha_nn::autograd::{GradError, grad};
 use aha_nn::autograd_ops::PackedBatch;
 use aha_nn::comm::CommError;
 use aha_nn::forward;
-use aha_nn::logprob::{TargetLogprobs, token_statistics};
+use aha_nn::fused_ops::TrainedMatrix;
 use aha_nn::lora::{self, Merged};
 use aha_nn::model_config::ModelConfig;
 use aha_nn::optim::AdamW;
@@ -25,7 +25,8 @@ use aha_nn::unit::{ModelWeights, Unit, Walk};
 use tch::{Device, Kind, Tensor};
 
 use super::adapted::FrozenBase;
-use super::objective::{LossSums, Objective, Streams, Tokens};
+use super::head::HeadGradients;
+use super::objective::{LossSums, Objective, Streams};
 use super::parameters::Parameters;
 use super::prompt_groups;
 use super::step_times::{Lap, StepTimes};
@@ -62,7 +63,7 @@ pub struct Learner {
     times_device: bool,
     reference: Option<Parameters>,
     /// Where `zero` has adapters, the model that they belong to.
-    base: Option<Rc<FrozenBase>>,
+    pub(super) base: Option<Rc<FrozenBase>>,
     pub(super) zero: Zero,
 }
 
@@ -116,8 +117,8 @@ pub enum StepError {
 /// What the layers, the head and the objective need of a micro-batch.
 pub(super) struct MicroBatch {
     pub(super) packed: PackedBatch,
-    targets: Targets,
-    streams: Streams,
+    pub(super) targets: Targets,
+    pub(super) streams: Streams,
 }
 
 /// What the forward pass leaves behind.
@@ -134,17 +135,9 @@ struct Tapes {
 pub(super) struct LayerTape {
     pub(super) input: Tensor,
     pub(super) params: Vec<Tensor>,
+    /// Where the backward pass adds the gradients of the matrices among them, in their order; empty where it hands them on.
+    pub(super) sums: Vec<Tensor>,
     pub(super) output: Option<Tensor>,
-}
-
-/// What the head's pass over a micro-batch leaves behind.
-pub(super) struct HeadGradients {
-    /// With respect to the head unit's input, `[N, C]`.
-    pub(super) input: Tensor,
-    /// Of the head unit's parameters, in manifest order; none where it is frozen.
-    params: Vec<Tensor>,
-    /// Of the embedding, where the head is tied to it.
-    embedding: Option<Tensor>,
 }
 
 impl Learner {
@@ -187,7 +180,7 @@ impl Learner {
     }
 
     /// The model's own weights: those in training, or the frozen ones under the adapters.
-    fn model(&self) -> &dyn ModelWeights {
+    pub(super) fn model(&self) -> &dyn ModelWeights {
         match &self.base {
             Some(base) => &*base.weights,
             None => self.zero.weights(),
@@ -391,18 +384,24 @@ impl Learner {
         forward::statistics(&self.config, weights, packed, what, self.options.temperature)
     }
 
-    fn forward(&self, packed: &PackedBatch, walk: &mut Walk) -> Result<Tapes, CommError> {
-        let weights = self.zero.weights();
-        let unit = walk.next(weights)?;
+    /// Where the backward pass may add the gradients of a unit by itself.
+    pub(super) fn gradients(&mut self, unit_idx: usize, packed: &PackedBatch) -> Option<Vec<Tensor>> {
+        if packed.adds_gradients() && self.kind() == Kind::Float { self.zero.gradients(unit_idx) } else { None }
+    }
+
+    fn forward(&mut self, packed: &PackedBatch, walk: &mut Walk) -> Result<Tapes, CommError> {
+        let unit = walk.next(self.zero.weights())?;
         let embedding = leaf(&unit.params()[0]);
-        let embedded = packed.embed(&embedding); // [N, C]
+        let embedded = Tensor::from(packed.embed(&embedding)); // [N, C]
         drop(unit);
         let mut x = leaf(&embedded);
         let mut layers = Vec::with_capacity(self.config.num_layers);
         for layer_idx in 0..self.config.num_layers {
-            let unit = walk.next(weights)?;
+            let mut sums = self.gradients(1 + layer_idx, packed).unwrap_or_default();
+            sums.retain(|sum| sum.dim() == 2);
+            let unit = walk.next(self.zero.weights())?;
             let params = unit.params().iter().map(leaf).collect();
-            let mut tape = LayerTape { input: x, params, output: None };
+            let mut tape = LayerTape { input: x, params, sums, output: None };
             let is_recomputed = self.options.recomputes(layer_idx);
             let output = if is_recomputed {
                 tch::no_grad(|| self.layer(&tape, packed, layer_idx))
@@ -418,84 +417,13 @@ impl Learner {
 
     fn layer(&self, tape: &LayerTape, packed: &PackedBatch, layer_idx: usize) -> Tensor {
         let params = tape.params.iter().map(Tensor::shallow_clone).collect();
-        let x = tape.input.shallow_clone();
-        Layer::new(&self.config, params, |weight| weight).forward(packed, &self.config, layer_idx, x)
-    }
-
-    /// Log-probs, loss and gradients of the head unit, chunk by chunk.
-    pub(super) fn head(
-        &self,
-        batch: &MicroBatch,
-        x: &Tensor,
-        walk: &mut Walk,
-        output: &mut StepOutput,
-    ) -> Result<HeadGradients, StepError> {
-        let MicroBatch { packed, targets, streams } = batch;
-        let is_frozen = self.base.is_some();
-        let (_units, head, matrix) = forward::head(self.model(), walk)?;
-        let (norm, matrix) = (leaf(&head.norm), matrix.detach());
-        let rows = Tensor::embedding(x, &targets.rows, -1, false, false); // [M, C]
-        let hidden = packed.rms_norm(&rows, &norm, self.config.rms_norm_eps); // [M, C]
-
-        let rows = hidden.detach(); // [M, C]
-        let d_tokens = if self.options.objective.spans_sequences() {
-            // Costs the head's forward pass once more.
-            let (logprobs, entropies) = token_statistics(&rows, &matrix, &targets.tokens, self.options.temperature);
-            Some(self.token_gradients(&logprobs, &entropies, streams, output)?)
-        } else {
-            None
+        let mut sums = tape.sums.iter();
+        let matrix = |weight: Tensor| match sums.next() {
+            Some(sum) => TrainedMatrix::adding_to(sum.shallow_clone(), &weight),
+            None => weight.into(),
         };
-        let mut d_matrix: Option<Tensor> = None;
-        let (mut d_hidden, mut logprobs) = (Vec::new(), Vec::new());
-        let num_rows = targets.rows.size()[0];
-        for start in (0..num_rows).step_by(self.options.logit_rows as usize) {
-            let len = self.options.logit_rows.min(num_rows - start);
-            let [rows, tokens] = [&rows, &targets.tokens].map(|all| all.narrow(0, start, len));
-            let chunk = TargetLogprobs::new(&rows, &matrix, &tokens, self.options.temperature);
-            let d_chunk = match &d_tokens {
-                Some(d_tokens) => d_tokens.iter().map(|all| all.narrow(0, start, len)).collect(),
-                None => self.token_gradients(&chunk.logprobs, &chunk.entropies, &streams.narrow(start, len), output)?,
-            };
-            output.unread.add_entropies(&chunk.entropies);
-            logprobs.push(chunk.logprobs.shallow_clone());
-            if is_frozen {
-                d_hidden.push(chunk.backward_frozen(&d_chunk[0], d_chunk.get(1)));
-                continue;
-            }
-            let (d_rows, sum) = chunk.backward(&d_chunk[0], d_chunk.get(1), d_matrix.take());
-            d_hidden.push(d_rows);
-            d_matrix = Some(sum);
-        }
-        output.num_tokens += num_rows as usize;
-        output.unread.add_logprobs(targets, Tensor::cat(&logprobs, 0));
-
-        let d_hidden = Some(Tensor::cat(&d_hidden, 0)); // [M, C]
-        let [d_x, d_norm] = required(grad(&[hidden], &[x.shallow_clone(), norm], &[d_hidden], false)?);
-        if is_frozen {
-            return Ok(HeadGradients { input: d_x, params: Vec::new(), embedding: None });
-        }
-        let d_matrix = d_matrix.unwrap_or_else(|| matrix.zeros_like());
-        Ok(if head.lm_head.is_some() {
-            HeadGradients { input: d_x, params: vec![d_norm, d_matrix], embedding: None }
-        } else {
-            HeadGradients { input: d_x, params: vec![d_norm], embedding: Some(d_matrix) }
-        })
-    }
-
-    /// Adds the loss of some tokens to `output` and returns its gradients with respect to their log-probs and, where
-    /// they take part, their entropies: each `[M]`.
-    fn token_gradients(
-        &self,
-        logprobs: &Tensor,
-        entropies: &Tensor,
-        streams: &Streams,
-        output: &mut StepOutput,
-    ) -> Result<Vec<Tensor>, StepError> {
-        let entropies = streams.entropy_weights.as_ref().map(|_| leaf(entropies));
-        let tokens = Tokens { logprobs: leaf(logprobs), entropies };
-        let loss = self.options.objective.loss(&tokens, streams);
-        output.unread.add_loss(&loss);
-        Ok(defined(grad(&[loss.loss], &tokens.outputs(), &[None], false)?))
+        let x = tape.input.shallow_clone().into();
+        Layer::new(&self.config, params, matrix).forward(packed, &self.config, layer_idx, x).into()
     }
 
     fn backward(
@@ -511,19 +439,26 @@ impl Learner {
         for (layer_idx, mut tape) in layers.into_iter().enumerate().rev() {
             let unit: Unit = walk.next(self.zero.weights())?;
             let output = tape.output.take().unwrap_or_else(|| self.layer(&tape, packed, layer_idx));
+            let is_handed_on = |param: &&Tensor| tape.sums.is_empty() || param.dim() < 2;
             let mut inputs = vec![tape.input];
-            inputs.extend(tape.params);
-            let mut grads = defined(grad(&[output], &inputs, &[Some(d_output)], false)?);
+            inputs.extend(tape.params.iter().filter(is_handed_on).map(Tensor::shallow_clone));
+            let mut grads = defined(grad(&[output], &inputs, &[Some(d_output)], false)?).into_iter();
             drop(unit);
-            d_output = grads.remove(0);
-            self.zero.accumulate(1 + layer_idx, &grads, is_last)?;
+            d_output = grads.next().expect("autograd gives as many gradients as inputs");
+            let grads = tape.params.iter().map(|param| if is_handed_on(&param) { grads.next() } else { None });
+            self.zero.accumulate(1 + layer_idx, &grads.collect::<Vec<_>>(), is_last)?;
         }
-        let d_embedding = match head.embedding {
-            // Adds rows one by one, in order, instead of whole matrices.
-            Some(mut tied) if tied.device() == Device::Cpu => tied.index_add_(0, &packed.tokens, &d_output),
-            tied => {
+        let is_cpu = packed.tokens.device() == Device::Cpu;
+        // By index it adds rows one by one, in order, instead of whole matrices.
+        let d_embedding = match (self.gradients(0, packed), head.embedding) {
+            (Some(mut sums), None) if is_cpu => {
+                drop(sums[0].index_add_(0, &packed.tokens, &d_output));
+                None
+            }
+            (_, Some(mut tied)) if is_cpu => Some(tied.index_add_(0, &packed.tokens, &d_output)),
+            (_, tied) => {
                 let [d_embedding] = required(grad(&[embedded], &[embedding], &[Some(d_output)], false)?);
-                tied.map_or_else(|| d_embedding.shallow_clone(), |tied| &d_embedding + tied)
+                Some(tied.map_or_else(|| d_embedding.shallow_clone(), |tied| &d_embedding + tied))
             }
         };
         self.zero.accumulate(0, &[d_embedding], is_last)?;
@@ -561,6 +496,6 @@ pub(super) fn defined(grads: Vec<Option<Tensor>>) -> Vec<Tensor> {
     grads.into_iter().map(|grad| grad.expect("autograd gives every gradient unless told otherwise")).collect()
 }
 
-fn required<const N: usize>(grads: Vec<Option<Tensor>>) -> [Tensor; N] {
+pub(super) fn required<const N: usize>(grads: Vec<Option<Tensor>>) -> [Tensor; N] {
     defined(grads).try_into().expect("autograd gives as many gradients as inputs")
 }

@@ -9,6 +9,7 @@ mod emulated_gpu;
 mod golden_tests;
 #[cfg(test)]
 mod half_tests;
+mod head;
 pub mod learner;
 pub mod objective;
 pub mod optimizer;

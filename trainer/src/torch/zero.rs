@@ -14,7 +14,7 @@ use aha_nn::comm::{CommError, ProcessGroup, ReduceOp, Work};
 use aha_nn::optim::{AdamW, sum_of_squares};
 use aha_nn::storage::memory_bytes;
 use aha_nn::unit::ModelWeights;
-use aha_nn::weights::Weights;
+use aha_nn::weights::{Weights, split};
 use tch::{Device, Kind, Tensor};
 
 use super::optimizer::{OptimizerError, ShardOptimizer, StateTensor, Update};
@@ -157,23 +157,34 @@ impl Zero {
         }
     }
 
-    /// Adds to the gradient of a unit; `grads` are those of its parameters, in manifest order, or none from a rank that
-    /// has no data left. `is_last` with what is the last of the step for this unit, on all ranks alike.
-    pub fn accumulate(&mut self, unit_idx: usize, grads: &[Tensor], is_last: bool) -> Result<(), ZeroError> {
-        self.units[unit_idx].hold_gradient();
-        if self.group.size() == 1 {
-            self.units[unit_idx].add(grads);
-            return Ok(());
+    /// Where the gradients of a unit's parameters may be added, fp32, in their shapes and in manifest order. `None` where
+    /// ranks sum them before they are added up.
+    pub fn gradients(&mut self, unit_idx: usize) -> Option<Vec<Tensor>> {
+        if self.group.size() > 1 && self.sharding.stage > 1 {
+            return None;
         }
-        let flat = match self.sharding.stage {
-            0 | 1 => {
-                self.units[unit_idx].add(grads);
-                if !is_last {
-                    return Ok(());
+        self.units[unit_idx].hold_gradient();
+        Some(split(&self.units[unit_idx].grad, self.weights.manifest(), unit_idx))
+    }
+
+    /// Adds to the gradient of a unit; `grads` are those of its parameters, in manifest order, or none from a rank that
+    /// has no data left. One that was added by way of [`Zero::gradients`] is `None`. `is_last` with what is the last of the
+    /// step for this unit, on all ranks alike.
+    pub fn accumulate(&mut self, unit_idx: usize, grads: &[Option<Tensor>], is_last: bool) -> Result<(), ZeroError> {
+        let flat = if let Some(sums) = self.gradients(unit_idx) {
+            // In place, without a flat copy of them.
+            for (mut sum, grad) in sums.into_iter().zip(grads) {
+                if let Some(grad) = grad {
+                    sum += grad.to_kind(Kind::Float);
                 }
-                self.units[unit_idx].grad.shallow_clone()
             }
-            _ => self.flat_gradient(unit_idx, grads),
+            if self.group.size() == 1 || !is_last {
+                return Ok(());
+            }
+            self.units[unit_idx].grad.shallow_clone()
+        } else {
+            self.units[unit_idx].hold_gradient();
+            self.flat_gradient(unit_idx, grads)
         };
         self.reduce(unit_idx, flat)?;
         while self.pending.len() > MAX_PENDING {
@@ -318,14 +329,18 @@ impl Zero {
     }
 
     /// The gradients of a unit's parameters as one padded fp32 tensor.
-    fn flat_gradient(&self, unit_idx: usize, grads: &[Tensor]) -> Tensor {
+    fn flat_gradient(&self, unit_idx: usize, grads: &[Option<Tensor>]) -> Tensor {
         let unit = &self.weights.manifest().units[unit_idx];
         let padded = unit.padded_numel(self.group.size()) as i64;
         let options = (Kind::Float, self.weights.device());
         if grads.is_empty() {
             return Tensor::zeros([padded], options);
         }
-        let mut parts: Vec<Tensor> = grads.iter().map(|grad| grad.to_kind(Kind::Float).reshape([-1])).collect();
+        let flat = |grad: &Option<Tensor>| {
+            let grad = grad.as_ref().expect("only gradients that are added up here may be added elsewhere");
+            grad.to_kind(Kind::Float).reshape([-1])
+        };
+        let mut parts: Vec<Tensor> = grads.iter().map(flat).collect();
         let padding = padded - unit.numel() as i64;
         if padding > 0 {
             parts.push(Tensor::zeros([padding], options));
@@ -356,17 +371,6 @@ impl UnitState {
     fn hold_gradient(&mut self) {
         if !self.grad.is_contiguous() {
             self.grad = self.grad.contiguous();
-        }
-    }
-
-    /// Adds the gradients of the parameters in place, without a flat copy of them.
-    fn add(&mut self, grads: &[Tensor]) {
-        let mut offset = 0;
-        for grad in grads {
-            let numel = grad.numel() as i64;
-            let mut target = self.grad.narrow(0, offset, numel);
-            target += grad.to_kind(Kind::Float).reshape([-1]);
-            offset += numel;
         }
     }
 }

@@ -45,7 +45,7 @@ pub(crate) struct Step {
     #[arg(long, default_value_t = 0)]
     threads: usize,
     /// Most tokens of a micro-batch of ours; TRL's is a prompt with its completions
-    #[arg(long, default_value_t = 512)]
+    #[arg(long, default_value_t = 1280)]
     micro_batch_tokens: usize,
     /// What our generator gives back while the trainer trains: nothing, cache, or weights as well
     #[arg(long, default_value = "weights")]

@@ -22,7 +22,7 @@ pub fn layer(config: &ModelConfig, spec: &AdapterSpec, base: Vec<Tensor>, adapte
     Layer::new(config, base, |weight| {
         let target = targets.next().expect("a layer has as many matrices as targets");
         let adapter = spec.pair(adapters, target).map(|pair| {
-            let [a, b] = pair.map(|matrix| Projection { weight: of_kind(matrix, weight.kind()), bias: None });
+            let [a, b] = pair.map(|matrix| Projection { weight: of_kind(matrix, weight.kind()).into(), bias: None });
             Adapter { target, a, b }
         });
         AdaptedMatrix { weight, adapter }
@@ -51,9 +51,9 @@ pub fn statistics(
         x = tch::no_grad(|| layer.forward(&ops, config, layer_idx, x));
     }
     let (_units, head, matrix) = head(model.base, &mut walk)?;
-    let rows = x.index_select(0, rows); // [M, C]
+    let rows = Tensor::from(x).index_select(0, rows).into(); // [M, C]
     let hidden = tch::no_grad(|| packed.rms_norm(&rows, &head.norm, config.rms_norm_eps));
-    Ok(token_statistics(&hidden, &matrix, tokens, temperature))
+    Ok(token_statistics(&hidden.into(), &matrix, tokens, temperature))
 }
 
 /// Of this type, on the graph.

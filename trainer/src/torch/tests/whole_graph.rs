@@ -5,6 +5,7 @@ use aha_core::config::Train;
 use aha_core::objective::{ImportanceSamplingLevel, RolloutImportanceSamplingMode};
 use aha_nn::autograd_ops::PackedBatch;
 use aha_nn::comm::ProcessGroup;
+use aha_nn::fused_ops::TrainedMatrix;
 use aha_nn::model_config::ModelConfig;
 use aha_nn::rotary::RotaryTable;
 use aha_nn::transformer::{Head, Layer, Ops};
@@ -36,19 +37,10 @@ fn reference_gradients(model: &ModelConfig, weights: &Weights, sequences: &[Trai
             .map(|unit_idx| reference.views(unit_idx).iter().map(|view| view.to_kind(Kind::Double)).collect())
             .collect();
         let logprobs = |views: &dyn Fn(usize) -> Vec<Tensor>| {
-            let embedding = views(0).remove(0);
-            let mut x = packed.embed(&embedding);
-            for layer_idx in 0..model.num_layers {
-                x = Layer::new(model, views(1 + layer_idx), |weight| weight).forward(&packed, model, layer_idx, x);
-            }
-            let head = Head::new(views(1 + model.num_layers), |weight| weight);
-            let x = packed.rms_norm(&x, &head.norm, model.rms_norm_eps);
-            let matrix = head.lm_head.map_or(embedding, |projection| projection.weight);
-            let first = sequence.num_prompt_tokens as i64;
-            let count = sequence.num_completion_tokens() as i64;
-            let logits = x.matmul(&matrix.transpose(0, 1)) / 0.8;
+            let (first, count) = (sequence.num_prompt_tokens as i64, sequence.num_completion_tokens() as i64);
+            let logits = logits(model, views, &packed).narrow(0, first - 1, count);
             let targets = packed.tokens.narrow(0, first, count).unsqueeze(1);
-            logits.narrow(0, first - 1, count).log_softmax(-1, Kind::Double).gather(1, &targets, false).squeeze_dim(1)
+            logits.log_softmax(-1, Kind::Double).gather(1, &targets, false).squeeze_dim(1)
         };
         let ours = logprobs(&views);
         let theirs = logprobs(&|unit_idx| frozen[unit_idx].iter().map(Tensor::shallow_clone).collect());
@@ -106,22 +98,27 @@ pub(super) fn check_step() {
     }
 }
 
+/// Over the temperature, `[N, V]`; `views` gives the parameters of a unit.
+fn logits(model: &ModelConfig, views: &dyn Fn(usize) -> Vec<Tensor>, packed: &PackedBatch) -> Tensor {
+    let embedding = views(0).remove(0);
+    let mut x = packed.embed(&embedding);
+    for layer_idx in 0..model.num_layers {
+        x = Layer::new(model, views(1 + layer_idx), TrainedMatrix::from).forward(packed, model, layer_idx, x);
+    }
+    let head = Head::new(views(1 + model.num_layers), |weight| weight);
+    let x = Tensor::from(packed.rms_norm(&x, &head.norm, model.rms_norm_eps));
+    let matrix = head.lm_head.map_or(embedding, |projection| projection.weight);
+    x.matmul(&matrix.transpose(0, 1)) / 0.8
+}
+
 /// Log-softmax of the logits at every completion token of all sequences, `[M, V]`, on one graph with `leaves`.
 fn whole_graph(model: &ModelConfig, leaves: &[Vec<Tensor>], sequences: &[TrainSequence]) -> Tensor {
     let views = |unit_idx: usize| leaves[unit_idx].iter().map(Tensor::shallow_clone).collect::<Vec<_>>();
     let table = RotaryTable::new(model, 32, Device::Cpu);
     let rows = sequences.iter().map(|sequence| {
         let packed = PackedBatch::new(&[&sequence.token_ids], &table, Kind::Float);
-        let embedding = views(0).remove(0);
-        let mut x = packed.embed(&embedding);
-        for layer_idx in 0..model.num_layers {
-            x = Layer::new(model, views(1 + layer_idx), |weight| weight).forward(&packed, model, layer_idx, x);
-        }
-        let head = Head::new(views(1 + model.num_layers), |weight| weight);
-        let x = packed.rms_norm(&x, &head.norm, model.rms_norm_eps);
-        let matrix = head.lm_head.map_or(embedding, |projection| projection.weight);
         let (first, count) = (sequence.num_prompt_tokens as i64, sequence.num_completion_tokens() as i64);
-        (x.matmul(&matrix.transpose(0, 1)) / 0.8).narrow(0, first - 1, count).log_softmax(-1, Kind::Float)
+        logits(model, &views, &packed).narrow(0, first - 1, count).log_softmax(-1, Kind::Float)
     });
     Tensor::cat(&rows.collect::<Vec<_>>(), 0)
 }

@@ -47,10 +47,15 @@ impl PackedMatrix {
     pub fn pack(pool: &Pool, weights: &[&[f32]], in_features: usize) -> Self {
         assert!(in_features > 0, "a weight needs inputs");
         let out_features = weights.iter().map(|w| w.len()).sum::<usize>() / in_features;
-        let panels = AlignedBuf::zeros(out_features.div_ceil(PANEL) * PANEL * in_features);
-        let mut packed = Self { panels, in_features, out_features };
+        let mut packed = Self::zeros([out_features, in_features]);
         packed.repack(pool, weights);
         packed
+    }
+
+    /// A weight `[out, in]` to be filled by [`PackedMatrix::repack`].
+    pub fn zeros([out_features, in_features]: [usize; 2]) -> Self {
+        let panels = AlignedBuf::zeros(out_features.div_ceil(PANEL) * PANEL * in_features);
+        Self { panels, in_features, out_features }
     }
 
     /// Replaces the values, in place.

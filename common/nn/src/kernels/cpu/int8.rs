@@ -51,11 +51,16 @@ impl QuantizedMatrix {
     pub fn pack(pool: &Pool, weights: &[&[f32]], in_features: usize) -> Self {
         assert!((1..=MAX_IN_FEATURES).contains(&in_features), "{in_features} inputs, not 1 to {MAX_IN_FEATURES}");
         let out_features = weights.iter().map(|w| w.len()).sum::<usize>() / in_features;
-        let weights_len = in_features.div_ceil(DEPTH) * DEPTH * PANEL;
-        let empty = Panel { weights: vec![0; weights_len], scales: [0.0; PANEL], sums: [0; PANEL] };
-        let mut packed = Self { panels: vec![empty; out_features.div_ceil(PANEL)], in_features, out_features };
+        let mut packed = Self::zeros([out_features, in_features]);
         packed.repack(pool, weights);
         packed
+    }
+
+    /// A weight `[out, in]` to be filled by [`QuantizedMatrix::repack`].
+    pub fn zeros([out_features, in_features]: [usize; 2]) -> Self {
+        let weights_len = in_features.div_ceil(DEPTH) * DEPTH * PANEL;
+        let empty = Panel { weights: vec![0; weights_len], scales: [0.0; PANEL], sums: [0; PANEL] };
+        Self { panels: vec![empty; out_features.div_ceil(PANEL)], in_features, out_features }
     }
 
     /// Replaces the values, in place.
