@@ -105,6 +105,7 @@ impl Generator for Service {
                 Kind::BFloat16 => v1::WeightType::Bfloat16.into(),
                 _ => v1::WeightType::Float32.into(),
             },
+            update_group: self.receiver.group().unwrap_or_default(),
         }))
     }
 

@@ -87,7 +87,11 @@ impl Client {
         self.rpc.clone()
     }
 
-    fn new(address: &str) -> Result<Self, ConnectError> {
+    /// The generator at `address`, `host:port`, whether it is there or not.
+    ///
+    /// # Errors
+    /// If the address is none.
+    pub(crate) fn new(address: &str) -> Result<Self, ConnectError> {
         let bad = |reason: String| ConnectError::BadAddress { address: address.to_owned(), reason };
         let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|error| bad(error.to_string()))?;
         if endpoint.uri().port().is_none() {

@@ -11,6 +11,7 @@ pub mod evaluate;
 pub mod exchange;
 pub mod export;
 mod failpoint;
+pub mod fleet;
 pub mod flops;
 mod kl_reward;
 pub mod loggers;

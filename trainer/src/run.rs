@@ -10,11 +10,10 @@ use anyhow::Result;
 use serde::Serialize;
 
 use crate::evaluate::{self, Evaluation, evaluate};
+use crate::fleet::Fleet;
 use crate::kl_reward::divergences;
 use crate::loggers::{CompletionRecord, Metrics};
 use crate::optimize::optimize;
-use crate::publish::Publisher;
-use crate::rollouts::Rollouts;
 use crate::sampling::Sampler;
 use crate::session::Session;
 use crate::step_metrics::{rollout_metrics, step_metrics};
@@ -42,21 +41,20 @@ pub struct Summary {
 ///
 /// # Errors
 /// Names what failed and whom it waited for. The run can be started again.
-pub fn run<R: Rollouts>(
+pub fn run(
     config: &RunConfig,
     world: &World,
     stop: &StopRequest,
-    connect: impl FnOnce(&Session) -> Result<(R, Publisher)>,
+    connect: impl FnOnce(&Session) -> Result<Fleet>,
 ) -> Result<Outcome<Summary>> {
     let objective = Objective::Policy(PolicyObjective::new(&config.train));
     let mut session = Session::start(config, world, objective, stop)?;
-    let (mut rollouts, mut publisher) = connect(&session)?;
-    let rollouts = &mut rollouts;
-    publisher.sleep()?;
+    let mut fleet = connect(&session)?;
+    fleet.sleep()?;
     make_room(&mut session);
-    publisher.publish(&*session.learner.policy(), PolicyVersion(session.step))?;
+    fleet.publish(session.group(), &*session.learner.policy(), PolicyVersion(session.step))?;
     let first_step = session.step;
-    evaluate_if_due(&mut session, rollouts, first_step)?;
+    evaluate_if_due(&mut session, &mut fleet, first_step)?;
     for step in first_step..config.train.max_steps {
         if let Some(stopped) = session.stop_if_due(step)? {
             if let Some(loggers) = session.loggers {
@@ -64,9 +62,9 @@ pub fn run<R: Rollouts>(
             }
             return Ok(Outcome::Stopped(stopped));
         }
-        let num_skipped = train_step(&mut session, rollouts, &mut publisher, step)?;
+        let num_skipped = train_step(&mut session, &mut fleet, step)?;
         session.skips.note(step + 1, num_skipped)?;
-        evaluate_if_due(&mut session, rollouts, step + 1)?;
+        evaluate_if_due(&mut session, &mut fleet, step + 1)?;
         session.sync_reference_if_due(step + 1)?;
         session.save_if_due(step + 1)?;
     }
@@ -74,17 +72,20 @@ pub fn run<R: Rollouts>(
 }
 
 /// One step; returns how many of its updates were left out.
-fn train_step(session: &mut Session, rollouts: &mut dyn Rollouts, publisher: &mut Publisher, step: u64) -> Result<u32> {
+fn train_step(session: &mut Session, fleet: &mut Fleet, step: u64) -> Result<u32> {
     let mut clock = Clock::start();
     let mut metrics = Metrics::default();
     let config = session.config.clone();
     let prompts = session.prompts.step_prompts(step)?;
+    let policy = session.learner.policy();
+    let rollouts = &mut fleet.rollouts(session.group(), &*policy);
     let sampler = Sampler { rollouts, group: session.group(), config: &config, step };
     let replacements = |round, count, seen: &_| session.prompts.replacements((step, round), count, seen);
     let sampled = sampler.sample(prompts, replacements)?;
+    drop(policy);
     clock.lap("time/generate");
     clock.split_off("time/exchange", sampled.exchange);
-    publisher.sleep()?;
+    fleet.sleep()?;
     let groups = sampled.groups;
     let mut batch = TrainingBatch::new(&groups, &config, step);
     let mut divergence = None;
@@ -102,7 +103,7 @@ fn train_step(session: &mut Session, rollouts: &mut dyn Rollouts, publisher: &mu
     let output = optimize(&mut session.learner, &config.train, &mut batch, (&adamw, &mut session.entropy))?;
     clock.lap("time/train");
     make_room(session);
-    let push = publisher.publish(&*session.learner.policy(), PolicyVersion(step + 1))?;
+    let push = fleet.publish(session.group(), &*session.learner.policy(), PolicyVersion(step + 1))?;
     clock.lap("weights/push_seconds");
 
     let logprobs: Vec<&[f32]> =
@@ -116,6 +117,7 @@ fn train_step(session: &mut Session, rollouts: &mut dyn Rollouts, publisher: &mu
     }
     metrics.set("learning_rate", adamw.lr);
     metrics.set("policy/lag", lag(&groups, step));
+    metrics.set("generators", fleet.num_generators() as f64);
     metrics.set("weights/swap_seconds", push.swap_seconds);
     finish_metrics(&mut metrics, &clock, &groups);
     if let Some(loggers) = &mut session.loggers {
@@ -133,11 +135,14 @@ fn make_room(session: &mut Session) {
     }
 }
 
-fn evaluate_if_due(session: &mut Session, rollouts: &mut dyn Rollouts, step: u64) -> Result<()> {
+fn evaluate_if_due(session: &mut Session, fleet: &mut Fleet, step: u64) -> Result<()> {
     if !evaluate::is_due(&session.config, step) {
         return Ok(());
     }
-    let evaluation = evaluate(session, rollouts, PolicyVersion(step))?;
+    let policy = session.learner.policy();
+    let mut rollouts = fleet.rollouts(session.group(), &*policy);
+    let evaluation = evaluate(session, &mut rollouts, PolicyVersion(step))?;
+    drop(policy);
     if let Some(loggers) = &mut session.loggers {
         evaluate::record(session.run_dir.path(), &evaluation)?;
         loggers.log_evaluation(step, evaluation.accuracy, evaluation.prompts)?;

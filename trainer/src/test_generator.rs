@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use aha_core::manifest::Manifest;
 use aha_nn::comm::{Address, Backend, GroupSpec, ProcessGroup, Store};
@@ -107,12 +107,25 @@ impl TestGenerator {
             received: Vec::new(),
         };
         let service = Service(Arc::new(Shared { manifest, dtype, state: Mutex::new(state) }));
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        let listener = runtime.block_on(tokio::net::TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0)))).unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        let server = tonic::transport::Server::builder().add_service(GeneratorServer::new(service.clone()));
-        runtime.spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
-        Self { address, service, runtime: Mutex::new(Some(runtime)) }
+        let (address, runtime) = serve(&service, SocketAddr::from(([127, 0, 0, 1], 0)));
+        Self { address: address.to_string(), service, runtime: Mutex::new(Some(runtime)) }
+    }
+
+    /// A killed one comes back at its address, with the weights that it began with.
+    pub(crate) fn restart(&self) {
+        self.set_version(0);
+        let address = self.address.parse().unwrap();
+        // Until the killed one has let go of it.
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while std::net::TcpListener::bind(address).is_err() {
+            assert!(Instant::now() < deadline, "{address} stays in use");
+            std::thread::park_timeout(Duration::from_millis(10));
+        }
+        *self.runtime.lock().unwrap() = Some(serve(&self.service, address).1);
+    }
+
+    pub(crate) fn set_update(&self, update: Update) {
+        self.service.0.state.lock().unwrap().update = update;
     }
 
     /// Ends the generator as a kill would.
@@ -142,6 +155,15 @@ impl TestGenerator {
         let state = self.service.0.state.lock().unwrap();
         (state.version, state.received.clone())
     }
+}
+
+fn serve(service: &Service, address: SocketAddr) -> (SocketAddr, Runtime) {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let listener = runtime.block_on(tokio::net::TcpListener::bind(address)).unwrap();
+    let address = listener.local_addr().unwrap();
+    let server = tonic::transport::Server::builder().add_service(GeneratorServer::new(service.clone()));
+    runtime.spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+    (address, runtime)
 }
 
 impl Drop for TestGenerator {
@@ -219,12 +241,12 @@ impl Generator for Service {
     }
 
     async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusResponse>, Status> {
-        let version = self.0.state.lock().unwrap().version;
-        let manifest_hash = self.0.manifest.hash();
+        let state = self.0.state.lock().unwrap();
         Ok(Response::new(v1::StatusResponse {
-            version,
-            manifest_hash,
+            version: state.version,
+            manifest_hash: self.0.manifest.hash(),
             dtype: self.0.dtype.into(),
+            update_group: state.joined.as_ref().map(|(join, _)| join.group.clone()).unwrap_or_default(),
             ..Default::default()
         }))
     }

@@ -3,8 +3,7 @@
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use aha_trainer::publish::Publisher;
-use aha_trainer::rollouts::GeneratorPool;
+use aha_trainer::fleet::Fleet;
 use aha_trainer::run::{self, Summary};
 use aha_trainer::stop::Outcome;
 use aha_trainer::world::World;
@@ -37,10 +36,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let world = World::from_variables(std::env::vars())?;
     let runtime = Arc::new(network_runtime()?);
     let outcome = run::run(&config, &world, &stop_on_signals()?, |session| {
-        let pool = GeneratorPool::connect(&config, Arc::clone(&runtime))?;
-        let weights = session.learner.policy();
-        let publisher = Publisher::join(session.group(), &*weights, &config, &pool.clients(), runtime)?;
-        Ok((pool, publisher))
+        Ok(Fleet::connect(&config, session.group(), &*session.learner.policy(), runtime)?)
     })?;
     Ok(match outcome {
         Outcome::Finished(summary) => {

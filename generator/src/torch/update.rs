@@ -169,6 +169,12 @@ impl WeightReceiver {
         answer.await.unwrap_or(Err(UpdateError::Stopped))
     }
 
+    /// The group that it receives pushes in.
+    #[must_use]
+    pub fn group(&self) -> Option<String> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|group| group.name().to_owned())
+    }
+
     /// Ends whatever the thread waits for in its group.
     pub fn abort(&self, reason: &str) {
         if let Some(group) = self.current.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {

@@ -63,7 +63,7 @@ pub(super) async fn update_all(
     message: &v1::UpdateWeightsRequest,
     timeout: Duration,
     give_up: impl Fn(&str),
-) -> Result<Vec<v1::UpdateWeightsResponse>, Vec<String>> {
+) -> Result<Vec<v1::UpdateWeightsResponse>, Vec<PublishError>> {
     let calls = clients.iter().map(|client| update(client, message.clone(), timeout));
     let mut calls: FuturesUnordered<_> = calls.collect();
     let (mut answers, mut failures) = (Vec::new(), Vec::new());
@@ -74,11 +74,11 @@ pub(super) async fn update_all(
             Ok(answer) => answers.push(answer),
             Err(error) => {
                 tracing::error!("weight push: {error}");
-                failures.push(error.to_string());
                 if patience == Duration::MAX {
-                    give_up(&failures[0]);
+                    give_up(&error.to_string());
                     patience = LAST_WORDS;
                 }
+                failures.push(error);
             }
         }
     }

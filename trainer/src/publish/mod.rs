@@ -25,6 +25,7 @@ use aha_proto::v1;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 use tokio::runtime::Runtime;
+use tokio::task::JoinError;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::agreement::{Disagreement, agree};
@@ -78,6 +79,11 @@ pub struct PushReport {
 pub enum PublishError {
     #[error("there is no generator to publish to")]
     NoGenerators,
+    #[error(
+        "no generator has answered for {:.1} s: {}; start one of them again, or raise generator.connect_timeout_seconds",
+        waited.as_secs_f64(), generators.join(", ")
+    )]
+    Gone { waited: Duration, generators: Vec<String> },
     #[error("{0}")]
     Backend(String),
     #[error("generator {generator} {problem}")]
@@ -88,7 +94,13 @@ pub enum PublishError {
     )]
     Join { reason: String, num_trainers: usize, generators: Vec<String> },
     #[error("the push of {version} failed after {:.1} s: {}", waited.as_secs_f64(), reasons.join("; "))]
-    Push { version: PolicyVersion, waited: Duration, reasons: Vec<String> },
+    Push {
+        version: PolicyVersion,
+        waited: Duration,
+        reasons: Vec<String>,
+        /// Generators that failed, the first one first.
+        failed: Vec<String>,
+    },
     #[error("rank {rank}: {reason}")]
     Elsewhere { rank: usize, reason: String },
     #[error(transparent)]
@@ -169,6 +181,12 @@ impl Publisher {
         })
     }
 
+    /// What the generators call the group.
+    #[must_use]
+    pub fn group_name(&self) -> &str {
+        &self.update_name
+    }
+
     /// Lets the generators give back what `rollout.sleep_while_training` says, until the next push. All trainer ranks call
     /// this, when none waits for completions any more.
     ///
@@ -201,9 +219,9 @@ impl Publisher {
         let outcome = if self.update_group.rank() == 0 {
             self.lead(weights, version)
         } else {
-            self.follow(weights).map(|()| Vec::new()).map_err(|error| vec![error.to_string()])
+            self.follow(weights).map(|()| Vec::new()).map_err(|error| vec![error.into()])
         };
-        let outcome = outcome.map_err(|reasons| PublishError::Push { version, waited: started.elapsed(), reasons });
+        let outcome = outcome.map_err(|failures| PublishError::push(version, started.elapsed(), &failures));
         let answers = agree(&self.outcome_group, outcome)?;
         let answers: Answers = serde_json::from_slice(&answers[0])
             .map_err(|error| PublishError::Elsewhere { rank: 0, reason: format!("unreadable report: {error}") })?;
@@ -216,11 +234,11 @@ impl Publisher {
     }
 
     /// Rank 0's part: calls the generators while it broadcasts. A generator that fails ends the broadcasts of all.
-    fn lead(&self, weights: &dyn ModelWeights, version: PolicyVersion) -> Result<Vec<u8>, Vec<String>> {
+    fn lead(&self, weights: &dyn ModelWeights, version: PolicyVersion) -> Result<Vec<u8>, Vec<PublishError>> {
         let message = v1::UpdateWeightsRequest {
             group: self.update_name.clone(),
             version: version.0,
-            unit_hashes: unit_hashes(weights, self.scratch.kind()).map_err(|error| vec![error.to_string()])?,
+            unit_hashes: unit_hashes(weights, self.scratch.kind()).map_err(|error| vec![error.into()])?,
         };
         let (clients, timeout) = (self.clients.clone(), self.timeout);
         let (group, store) = (Arc::clone(&self.update_group), self.store.clone());
@@ -235,10 +253,11 @@ impl Publisher {
         if let Err(error) = &sent {
             self.update_group.abort(&error.to_string());
         }
-        let mut answers = self.runtime.block_on(calls).map_err(|error| vec![error.to_string()])?;
+        let ended = |error: JoinError| vec![PublishError::Elsewhere { rank: 0, reason: error.to_string() }];
+        let mut answers = self.runtime.block_on(calls).map_err(ended)?;
         if answers.is_ok() && self.sleep_mode != SleepMode::Nothing {
             let woken = self.runtime.block_on(wake_all(&self.clients, self.timeout));
-            answers = woken.map_err(|error| vec![error.to_string()]).and(answers);
+            answers = woken.map_err(|error| vec![error]).and(answers);
         }
         match (answers, sent) {
             (Ok(answers), Ok(())) => {
@@ -248,11 +267,11 @@ impl Publisher {
                     receive_seconds: slowest(|answer| answer.receive_seconds),
                     swap_seconds: slowest(|answer| answer.swap_seconds),
                 };
-                serde_json::to_vec(&answers).map_err(|error| vec![error.to_string()])
+                Ok(serde_json::to_vec(&answers).expect("two numbers are JSON"))
             }
-            (Ok(_), Err(error)) => Err(vec![error.to_string()]),
+            (Ok(_), Err(error)) => Err(vec![error.into()]),
             (Err(failures), Ok(())) => Err(failures),
-            (Err(failures), Err(error)) => Err([failures, vec![error.to_string()]].concat()),
+            (Err(failures), Err(error)) => Err(failures.into_iter().chain([error.into()]).collect()),
         }
     }
 
@@ -313,6 +332,21 @@ fn abort_when_failed(group: &ProcessGroup, store: &Store, is_over: &Receiver<()>
 }
 
 impl PublishError {
+    fn push(version: PolicyVersion, waited: Duration, failures: &[Self]) -> Self {
+        let reasons = failures.iter().map(Self::to_string).collect();
+        let failed = failures.iter().flat_map(Self::failed).cloned().collect();
+        Self::Push { version, waited, reasons, failed }
+    }
+
+    /// The generators that failed, the first one first.
+    pub(crate) fn failed(&self) -> &[String] {
+        match self {
+            Self::Push { failed, .. } => failed,
+            Self::Generator { generator, .. } => std::slice::from_ref(generator),
+            _ => &[],
+        }
+    }
+
     fn generator(client: &Client, problem: String) -> Self {
         Self::Generator { generator: client.address().to_owned(), problem }
     }

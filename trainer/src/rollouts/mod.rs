@@ -1,5 +1,6 @@
 //! Rollouts: prompts in, groups of scored completions out, whoever generates them.
 
+mod ledger;
 mod pool;
 mod receipt;
 #[cfg(test)]
@@ -9,10 +10,14 @@ use std::time::Duration;
 
 use aha_core::ids::{PolicyVersion, PromptId};
 use aha_core::rollout::{Group, Prompt, Sampling};
+use aha_nn::comm::CommError;
 
+pub use ledger::Ledger;
 pub use pool::GeneratorPool;
 
+use crate::agreement::Disagreement;
 use crate::clients::ConnectError;
+use crate::publish::PublishError;
 
 /// Samples completions. Calls block until every completion is there.
 pub trait Rollouts {
@@ -66,6 +71,30 @@ pub enum RolloutError {
     Deadline { generator: String, prompt: PromptId, missing: usize, expected: usize, waited: Duration },
     #[error("generator {generator} sampled {prompt} with policy {got}, but {expected} was published to it last")]
     WrongVersion { generator: String, prompt: PromptId, expected: PolicyVersion, got: PolicyVersion },
+    #[error(transparent)]
+    Publish(#[from] Box<PublishError>),
+    #[error("rank {rank}: {reason}")]
+    Elsewhere { rank: usize, reason: String },
+    #[error(transparent)]
+    Comm(#[from] CommError),
     #[error("generator {generator} sent a completion of {prompt} that cannot be used: {problem}")]
     BadCompletion { generator: String, prompt: PromptId, problem: String },
+}
+
+impl RolloutError {
+    /// Whether other generators, or these with the policy published to them, may have what is missing.
+    #[must_use]
+    pub fn is_want_of_generators(&self) -> bool {
+        matches!(self, Self::Failed { .. } | Self::WrongVersion { .. })
+    }
+}
+
+impl From<Disagreement<Self>> for RolloutError {
+    fn from(disagreement: Disagreement<Self>) -> Self {
+        match disagreement {
+            Disagreement::Here(error) => error,
+            Disagreement::Elsewhere { rank, reason } => Self::Elsewhere { rank, reason },
+            Disagreement::Comm(error) => Self::Comm(error),
+        }
+    }
 }

@@ -2,7 +2,8 @@
 //!
 //! Every prompt is one streaming call to the generator that owes the least. What a lost call still owed is asked for
 //! again, of another generator where there is one: equal seed and sample index give equal completions, so what has
-//! arrived stays, and nothing is counted twice.
+//! arrived stays, and nothing is counted twice. A generator whose call was lost is asked last from then on, and one that
+//! serves another policy no more.
 
 use std::cell::{Cell, RefCell};
 use std::collections::hash_map::RandomState;
@@ -15,13 +16,13 @@ use aha_core::config::RunConfig;
 use aha_core::random::derive_seed;
 use aha_core::rollout::{Completion, Group, Prompt};
 use aha_proto::{BadMessage, v1};
-use futures::{StreamExt, TryStreamExt, stream};
+use futures::{StreamExt, stream};
 use tokio::runtime::Runtime;
 use tokio::time::Instant;
 use tonic::Status;
 
 use super::receipt::{Receipt, Refusal, Taken};
-use super::{RolloutError, RolloutRequest, Rollouts};
+use super::{Ledger, RolloutError, RolloutRequest, Rollouts};
 use crate::clients::{Client, describe, is_passing, seconds, with_timeout};
 
 /// Prompts in flight for each generator: more than one batch of any engine, few enough to keep its queue short.
@@ -79,28 +80,46 @@ impl GeneratorPool {
         self.on_progress = Box::new(on_progress);
     }
 
-    /// The generators, in the order of `generator.addresses`.
+    /// The generators that are asked, at first in the order of `generator.addresses`.
     #[must_use]
-    pub fn clients(&self) -> Vec<Client> {
-        self.clients.clone()
+    pub fn clients(&self) -> &[Client] {
+        &self.clients
+    }
+
+    /// Asks others from now on.
+    pub fn set_clients(&mut self, clients: Vec<Client>) {
+        self.clients = clients;
+    }
+
+    /// Asks for what is missing until nothing is.
+    ///
+    /// # Errors
+    /// As [`Rollouts::roll_out`]; what has arrived stays in the ledger.
+    pub fn fill(&mut self, ledger: &mut Ledger<'_>) -> Result<(), RolloutError> {
+        if self.clients.is_empty() {
+            return Err(RolloutError::NoGenerators);
+        }
+        let call = Call {
+            request: ledger.request,
+            clients: &self.clients,
+            standing: self.clients.iter().map(|_| Standing::default()).collect(),
+            started: ledger.started,
+            deadline: ledger.started + self.deadline,
+            num_done: Cell::new(ledger.num_received()),
+            is_given_up: Cell::new(false),
+            on_progress: RefCell::new(&mut self.on_progress),
+            client_id: self.client_id,
+            num_requests: &self.num_requests,
+        };
+        self.runtime.block_on(call.run(ledger))
     }
 }
 
 impl Rollouts for GeneratorPool {
     fn roll_out(&mut self, request: &RolloutRequest) -> Result<Vec<Group>, RolloutError> {
-        let started = Instant::now();
-        let call = Call {
-            request,
-            clients: &self.clients,
-            owed: vec![Cell::new(0); self.clients.len()],
-            started,
-            deadline: started + self.deadline,
-            num_done: Cell::new(0),
-            on_progress: RefCell::new(&mut self.on_progress),
-            client_id: self.client_id,
-            num_requests: &self.num_requests,
-        };
-        self.runtime.block_on(call.run())
+        let mut ledger = Ledger::new(request);
+        self.fill(&mut ledger)?;
+        Ok(ledger.into_groups().expect("it was filled"))
     }
 }
 
@@ -113,15 +132,28 @@ impl fmt::Debug for GeneratorPool {
     }
 }
 
-/// One call to [`Rollouts::roll_out`]: a single future, whose parts take turns on one thread.
+/// What a call knows of a generator.
+#[derive(Debug, Default)]
+struct Standing {
+    /// Completions that it has been asked for and has not sent.
+    owed: Cell<usize>,
+    /// A call to it was lost, and none has succeeded since.
+    is_suspect: Cell<bool>,
+    /// It serves another policy.
+    is_stale: Cell<bool>,
+}
+
+/// One call to [`GeneratorPool::fill`]: a single future, whose parts take turns on one thread.
 struct Call<'a> {
     request: &'a RolloutRequest,
     clients: &'a [Client],
-    /// Completions that each generator has been asked for and has not sent.
-    owed: Vec<Cell<usize>>,
+    /// By client.
+    standing: Vec<Standing>,
     started: Instant,
     deadline: Instant,
     num_done: Cell<usize>,
+    /// For one prompt no generator was left, so that others are not begun.
+    is_given_up: Cell<bool>,
     on_progress: RefCell<&'a mut (dyn FnMut(Progress) + Send)>,
     client_id: u64,
     num_requests: &'a Cell<u64>,
@@ -131,41 +163,58 @@ struct Call<'a> {
 enum Failure {
     /// Another attempt may succeed.
     Passing(String),
+    /// Another generator may.
+    Stale(RolloutError),
     Final(RolloutError),
 }
 
 impl Call<'_> {
-    async fn run(&self) -> Result<Vec<Group>, RolloutError> {
-        let groups =
-            self.request.prompts.iter().enumerate().map(|(index, prompt)| async move {
-                Ok::<_, RolloutError>((index, self.roll_out_group(prompt).await?))
-            });
+    /// Stops at once for what no generator can mend, and else when all that can be had is there.
+    async fn run(&self, ledger: &mut Ledger<'_>) -> Result<(), RolloutError> {
         let limit = MAX_IN_FLIGHT * self.clients.len();
-        let mut groups: Vec<_> = stream::iter(groups).buffer_unordered(limit).try_collect().await?;
-        groups.sort_by_key(|(index, _)| *index);
-        Ok(groups.into_iter().map(|(_, group)| group).collect())
+        let groups = ledger.receipts.iter_mut().map(|receipt| self.complete(receipt));
+        let mut groups = stream::iter(groups).buffer_unordered(limit);
+        let mut want = None;
+        while let Some(outcome) = groups.next().await {
+            match outcome {
+                Ok(()) => {}
+                Err(error) if error.is_want_of_generators() => {
+                    self.is_given_up.set(true);
+                    want.get_or_insert(error);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        want.map_or(Ok(()), Err)
     }
 
-    async fn roll_out_group(&self, prompt: &Prompt) -> Result<Group, RolloutError> {
-        let mut receipt = Receipt::new(self.request, prompt);
+    async fn complete(&self, receipt: &mut Receipt<'_>) -> Result<(), RolloutError> {
         let mut last = None;
         for attempt in 1.. {
-            let missing = receipt.missing();
-            if missing.is_empty() {
+            if receipt.missing().is_empty() || self.is_given_up.get() {
                 break;
             }
-            let client_idx = self.choose(prompt, last);
-            let outcome = tokio::time::timeout_at(self.deadline, self.attempt(client_idx, &mut receipt)).await;
+            let client_idx = self.choose(receipt.prompt(), last);
+            let outcome = tokio::time::timeout_at(self.deadline, self.attempt(client_idx, receipt)).await;
             let (missing, expected) = (receipt.missing().len(), self.request.num_generations);
             let (generator, waited) = (self.clients[client_idx].address().to_owned(), self.started.elapsed());
+            let standing = &self.standing[client_idx];
+            standing.is_suspect.set(!matches!(outcome, Ok(Ok(()))));
             let reason = match outcome {
                 Ok(Ok(())) if missing == 0 => break,
                 Ok(Ok(())) => format!("it ended the call with {missing} completions to go"),
                 Ok(Err(Failure::Final(error))) => return Err(error),
+                Ok(Err(Failure::Stale(error))) => {
+                    standing.is_stale.set(true);
+                    if self.standing.iter().all(|standing| standing.is_stale.get()) {
+                        return Err(error);
+                    }
+                    error.to_string()
+                }
                 Ok(Err(Failure::Passing(reason))) => reason,
                 Err(_) => String::new(),
             };
-            let prompt = prompt.id;
+            let prompt = receipt.prompt().id;
             if Instant::now() >= self.deadline {
                 return Err(RolloutError::Deadline { generator, prompt, missing, expected, waited });
             }
@@ -177,17 +226,19 @@ impl Call<'_> {
             last = Some(client_idx);
             tokio::time::sleep_until(self.deadline.min(Instant::now() + pause(prompt.0, attempt))).await;
         }
-        Ok(receipt.into_group().expect("the loop ends when nothing is missing"))
+        Ok(())
     }
 
-    /// The generator that owes the least, another one than `last` where there is one. Prompts go around those that owe
-    /// the same.
+    /// The generator that owes the least of those in good standing, another one than `last` where there is one. Prompts go
+    /// around those that owe the same.
     fn choose(&self, prompt: &Prompt, last: Option<usize>) -> usize {
         let num_clients = self.clients.len();
         let turn = |index: usize| (index + num_clients - (prompt.id.0 % num_clients as u64) as usize) % num_clients;
-        (0..num_clients)
-            .min_by_key(|&index| (last == Some(index), self.owed[index].get(), turn(index)))
-            .expect("a pool has at least one generator")
+        let rank = |&index: &usize| {
+            let Standing { owed, is_suspect, is_stale } = &self.standing[index];
+            (is_stale.get(), is_suspect.get(), last == Some(index), owed.get(), turn(index))
+        };
+        (0..num_clients).min_by_key(rank).expect("a pool has at least one generator")
     }
 
     /// One call for what is missing; takes in what arrives.
@@ -195,7 +246,7 @@ impl Call<'_> {
         let client = &self.clients[client_idx];
         let prompt = receipt.prompt();
         let missing = receipt.missing();
-        let mut debt = Debt::new(&self.owed[client_idx], missing.len());
+        let mut debt = Debt::new(&self.standing[client_idx].owed, missing.len());
         let message = self.message(prompt, missing);
         let rest = self.deadline.saturating_duration_since(Instant::now()) + GRACE;
         let failed = |status| failure(client, prompt, &status);
@@ -206,7 +257,7 @@ impl Call<'_> {
             let taken = Completion::try_from(completion)
                 .map_err(|error: BadMessage| Refusal::Malformed(error.to_string()))
                 .and_then(|completion| receipt.take(completion))
-                .map_err(|refusal| Failure::Final(refused(refusal, client, prompt, self.request)))?;
+                .map_err(|refusal| refused(refusal, client, prompt, self.request))?;
             if taken == Taken::New {
                 debt.pay();
                 self.count();
@@ -270,11 +321,11 @@ fn failure(client: &Client, prompt: &Prompt, status: &Status) -> Failure {
     Failure::Final(RolloutError::Refused { generator: client.address().to_owned(), prompt: prompt.id, reason })
 }
 
-fn refused(refusal: Refusal, client: &Client, prompt: &Prompt, request: &RolloutRequest) -> RolloutError {
-    let (generator, prompt) = (client.address().to_owned(), prompt.id);
+fn refused(refusal: Refusal, client: &Client, prompt: &Prompt, request: &RolloutRequest) -> Failure {
+    let (generator, prompt, expected) = (client.address().to_owned(), prompt.id, request.version);
     match refusal {
-        Refusal::WrongVersion(got) => RolloutError::WrongVersion { generator, prompt, expected: request.version, got },
-        Refusal::Malformed(problem) => RolloutError::BadCompletion { generator, prompt, problem },
+        Refusal::WrongVersion(got) => Failure::Stale(RolloutError::WrongVersion { generator, prompt, expected, got }),
+        Refusal::Malformed(problem) => Failure::Final(RolloutError::BadCompletion { generator, prompt, problem }),
     }
 }
 

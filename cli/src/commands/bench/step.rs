@@ -12,8 +12,8 @@ use aha_core::config::{DataSource, RewardSpec, RunConfig, SleepMode};
 use aha_core::random::sampling_uniform;
 use aha_core::rollout::Group;
 use aha_nn::runtime;
-use aha_trainer::publish::Publisher;
-use aha_trainer::rollouts::{GeneratorPool, RolloutError, RolloutRequest, Rollouts};
+use aha_trainer::fleet::{Fleet, Hooks};
+use aha_trainer::rollouts::RolloutRequest;
 use aha_trainer::stop::StopRequest;
 use aha_trainer::world::World;
 use anyhow::{Context, Result, ensure};
@@ -83,10 +83,10 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
 
     let runtime = Arc::new(network_runtime()?);
     aha_trainer::run::run(&config, &World::single(), &StopRequest::default(), |session| {
-        let pool = GeneratorPool::connect(&config, Arc::clone(&runtime))?;
-        let weights = session.learner.policy();
-        let publisher = Publisher::join(session.group(), &*weights, &config, &pool.clients(), runtime)?;
-        Ok((Measured(pool), publisher))
+        let mut fleet = Fleet::connect(&config, session.group(), &*session.learner.policy(), runtime)?;
+        // Completions that end at their longest whatever they say, and rewards that say nothing.
+        fleet.set_hooks(Hooks { request: |request| request.sampling.ignore_eos = true, groups: draw_rewards });
+        Ok(fleet)
     })?;
 
     let metrics = std::fs::read_to_string(config.run_dir().join("metrics.jsonl"))?;
@@ -118,20 +118,11 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Completions that end at their longest whatever they say, and rewards that say nothing.
-struct Measured(GeneratorPool);
-
-impl Rollouts for Measured {
-    fn roll_out(&mut self, request: &RolloutRequest) -> Result<Vec<Group>, RolloutError> {
-        let mut request = request.clone();
-        request.sampling.ignore_eos = true;
-        let mut groups = self.0.roll_out(&request)?;
-        for completion in groups.iter_mut().flat_map(|group| &mut group.completions) {
-            for reward in &mut completion.rewards {
-                reward.score = sampling_uniform(request.seed ^ completion.prompt_id.0, completion.sample_index, 0);
-            }
+fn draw_rewards(request: &RolloutRequest, groups: &mut [Group]) {
+    for completion in groups.iter_mut().flat_map(|group| &mut group.completions) {
+        for reward in &mut completion.rewards {
+            reward.score = sampling_uniform(request.seed ^ completion.prompt_id.0, completion.sample_index, 0);
         }
-        Ok(groups)
     }
 }
 

@@ -256,6 +256,8 @@ pub struct Generator {
     pub vllm_metric_names: bool,
     /// A client waits this long for a generator that does not answer yet.
     pub connect_timeout_seconds: f64,
+    /// A generator that does not answer for this long before a weight push is left out of it.
+    pub probe_timeout_seconds: f64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -420,6 +422,7 @@ impl Default for Generator {
             metrics_address: None,
             vllm_metric_names: false,
             connect_timeout_seconds: 60.0,
+            probe_timeout_seconds: 5.0,
         }
     }
 }

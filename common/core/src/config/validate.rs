@@ -140,6 +140,7 @@ impl RunConfig {
             )
         });
         problems.positive("generator.connect_timeout_seconds", generator.connect_timeout_seconds);
+        problems.positive("generator.probe_timeout_seconds", generator.probe_timeout_seconds);
         problems.positive("launch.save_seconds", self.launch.save_seconds);
         problems.positive("launch.grace_seconds", self.launch.grace_seconds);
         problems.unless(self.launch.generators > 0, || "launch.generators: must be at least 1".to_owned());

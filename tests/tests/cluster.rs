@@ -1,0 +1,178 @@
+//! Trainers and generators as processes of their own, as a cluster starts them: generators are killed, stopped and started
+//! while a run goes on, and nothing of it shows in what is learnt.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use aha_tests::binary::aha;
+use aha_tests::small_run;
+use serde_json::Value;
+
+const NUM_STEPS: usize = 30;
+const NUM_TRAINERS: usize = 2;
+const COMPLETIONS_PER_STEP: usize = 24;
+
+/// A run's processes; they end with this.
+struct Cluster<'a> {
+    folder: &'a Path,
+    /// By index, with their addresses.
+    generators: Vec<(String, Option<Child>)>,
+    trainers: Vec<Child>,
+}
+
+impl<'a> Cluster<'a> {
+    fn start(folder: &'a Path, num_generators: usize) -> Self {
+        small_run::write(folder);
+        let mut addresses = free_addresses(num_generators + 1);
+        let master = addresses.pop().unwrap();
+        let mut cluster = Self { folder, generators: Vec::new(), trainers: Vec::new() };
+        for address in &addresses {
+            cluster.generators.push((address.clone(), None));
+        }
+        (0..num_generators).for_each(|index| cluster.start_generator(index));
+        let listed = format!("generator.addresses={}", serde_json::to_string(&addresses).unwrap());
+        let (host, port) = master.split_once(':').unwrap();
+        for rank in 0..NUM_TRAINERS {
+            let mut command = cluster.role("trainer", rank);
+            command.args(["--set", &listed, "--set", "generator.probe_timeout_seconds=2"]);
+            command.args(["--set", &format!("train.max_steps={NUM_STEPS}"), "--set", "train.save_steps=10"]);
+            for (name, value) in [("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", NUM_TRAINERS)] {
+                command.env(name, value.to_string());
+            }
+            let trainer = command.env("MASTER_ADDR", host).env("MASTER_PORT", port).spawn().unwrap();
+            cluster.trainers.push(trainer);
+        }
+        cluster
+    }
+
+    fn start_generator(&mut self, index: usize) {
+        let address = self.generators[index].0.clone();
+        let child = self.role("generator", index).args(["--listen", &address]).spawn().unwrap();
+        self.generators[index].1 = Some(child);
+    }
+
+    /// `aha ROLE run.yaml`, with a log of its own.
+    fn role(&self, role: &str, index: usize) -> Command {
+        let log = std::fs::File::options().create(true).append(true).open(self.log(role, index)).unwrap();
+        let mut command = Command::new(aha());
+        command.args([role, "run.yaml"]).current_dir(self.folder).env("OMP_NUM_THREADS", "1");
+        command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+        command
+    }
+
+    fn log(&self, role: &str, index: usize) -> std::path::PathBuf {
+        self.folder.join(format!("{role}-{index}.log"))
+    }
+
+    fn signal_generator(&mut self, index: usize, signal: &str) {
+        let child = self.generators[index].1.as_mut().unwrap();
+        let status = Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
+        assert!(status.success());
+        if signal == "-KILL" {
+            child.wait().unwrap();
+        }
+    }
+
+    /// Waits until so many steps are done.
+    fn wait_for_step(&mut self, step: usize) {
+        self.wait("a step", |cluster| metrics(cluster.folder).len() >= step);
+    }
+
+    /// Waits for all trainers to end well.
+    fn finish(mut self) {
+        self.wait("the end", |cluster| {
+            cluster
+                .trainers
+                .iter_mut()
+                .all(|trainer| trainer.try_wait().unwrap().is_some_and(|status| status.success()))
+        });
+    }
+
+    fn wait(&mut self, what: &str, mut condition: impl FnMut(&mut Self) -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(150);
+        while !condition(self) {
+            let failed = (0..NUM_TRAINERS)
+                .find(|&rank| self.trainers[rank].try_wait().unwrap().is_some_and(|status| !status.success()));
+            if failed.is_some() || Instant::now() > deadline {
+                let log = std::fs::read_to_string(self.log("trainer", failed.unwrap_or(0))).unwrap();
+                panic!("{what} did not come, trainer {failed:?} failed: {log}");
+            }
+            std::thread::park_timeout(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Cluster<'_> {
+    fn drop(&mut self) {
+        let generators = self.generators.iter_mut().filter_map(|(_, child)| child.as_mut());
+        for child in generators.chain(&mut self.trainers) {
+            // One that has ended already is no concern.
+            drop(child.kill());
+            drop(child.wait());
+        }
+    }
+}
+
+fn free_addresses(count: usize) -> Vec<String> {
+    let listeners: Vec<TcpListener> = (0..count).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+    listeners.iter().map(|listener| listener.local_addr().unwrap().to_string()).collect()
+}
+
+fn metrics(folder: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(folder.join("runs/small/metrics.jsonl")).unwrap_or_default();
+    // The last line may be in the making.
+    text.lines().map_while(|line| serde_json::from_str(line).ok()).collect()
+}
+
+/// The weights and the optimizer's state of both ranks, at the end.
+fn last_checkpoint(folder: &Path) -> Vec<Vec<u8>> {
+    let checkpoint = folder.join(format!("runs/small/checkpoints/step-{NUM_STEPS}"));
+    let optimizer = |rank: usize| format!("trainer_state/optimizer-{rank:05}-of-{NUM_TRAINERS:05}.safetensors");
+    let names = ["model.safetensors".to_owned(), optimizer(0), optimizer(1)];
+    names.map(|name| std::fs::read(checkpoint.join(name)).unwrap()).into()
+}
+
+/// Prompt and sample index of every completion that a step trained on.
+fn samples(folder: &Path, step: usize) -> Vec<(u64, u64)> {
+    let path = folder.join(format!("runs/small/completions/step_{step:06}.jsonl"));
+    let text = std::fs::read_to_string(&path).unwrap();
+    let sample = |line: &str| {
+        let record: Value = serde_json::from_str(line).unwrap();
+        (record["prompt_id"].as_u64().unwrap(), record["sample_index"].as_u64().unwrap())
+    };
+    text.lines().map(sample).collect()
+}
+
+#[test]
+fn generators_may_come_and_go_and_nothing_of_it_is_learnt() {
+    let whole = tempfile::tempdir().unwrap();
+    Cluster::start(whole.path(), 1).finish();
+
+    let folder = tempfile::tempdir().unwrap();
+    let mut cluster = Cluster::start(folder.path(), 3);
+    cluster.wait_for_step(4);
+    cluster.signal_generator(0, "-KILL");
+    cluster.wait_for_step(8);
+    cluster.signal_generator(1, "-STOP");
+    cluster.wait_for_step(12);
+    cluster.start_generator(0);
+    cluster.wait_for_step(20);
+    cluster.signal_generator(1, "-CONT");
+    cluster.finish();
+
+    let metrics = metrics(folder.path());
+    assert_eq!(metrics.len(), NUM_STEPS);
+    let generators: Vec<u64> = metrics.iter().map(|step| step["generators"].as_f64().unwrap() as u64).collect();
+    assert_eq!((generators[0], generators.iter().min()), (3, Some(&1)), "{generators:?}");
+    for (step, metrics) in metrics.iter().enumerate() {
+        assert_eq!(metrics["policy/lag"], 0.0, "step {step}");
+        let mut samples = samples(folder.path(), step + 1);
+        samples.sort_unstable();
+        samples.dedup();
+        assert_eq!(samples.len(), COMPLETIONS_PER_STEP, "step {step}: every sample once");
+    }
+    assert!(last_checkpoint(folder.path()) == last_checkpoint(whole.path()), "{generators:?}");
+}

@@ -1,0 +1,117 @@
+//! Which generators there are: what trainer rank 0 finds out for all ranks.
+
+use std::time::{Duration, Instant};
+
+use aha_proto::v1::StatusResponse;
+use futures::future::join_all;
+
+use crate::clients::Client;
+use crate::publish::PublishError;
+
+/// How long a generator that failed is left alone; doubles with every time in a row.
+const FIRST_BAR: Duration = Duration::from_secs(2);
+const LONGEST_BAR: Duration = Duration::from_secs(60);
+
+/// The pause between looks while there is none.
+const LOOK_AGAIN: Duration = Duration::from_millis(300);
+
+/// Every generator that was ever named.
+#[derive(Debug)]
+pub(super) struct Roster {
+    known: Vec<Known>,
+    /// For an answer to a status request.
+    probe_timeout: Duration,
+    /// For one generator at least to be there.
+    patience: Duration,
+}
+
+#[derive(Debug)]
+struct Known {
+    client: Client,
+    /// Failures since it last took weights.
+    strikes: u32,
+    barred_until: Option<Instant>,
+}
+
+/// A generator that answers, and its answer.
+pub(super) type Present = (Client, StatusResponse);
+
+impl Roster {
+    pub(super) fn new(clients: &[Client], probe_timeout: Duration, patience: Duration) -> Self {
+        let known = |client: &Client| Known { client: client.clone(), strikes: 0, barred_until: None };
+        Self { known: clients.iter().map(known).collect(), probe_timeout, patience }
+    }
+
+    /// The generators that answer and have this model, in the order in which they were named. Waits until there is one.
+    pub(super) async fn present(&mut self, manifest_hash: u64) -> Result<Vec<Present>, PublishError> {
+        let started = Instant::now();
+        loop {
+            let mut present = Vec::new();
+            for (index, answer) in self.ask().await {
+                let known = &mut self.known[index];
+                match answer {
+                    Some(status) if status.manifest_hash == manifest_hash => {
+                        present.push((known.client.clone(), status));
+                    }
+                    Some(_) => known.bar("has another model"),
+                    None => known.bar("does not answer"),
+                }
+            }
+            if !present.is_empty() {
+                return Ok(present);
+            }
+            let waited = started.elapsed();
+            if waited >= self.patience {
+                let generators = self.known.iter().map(|known| known.client.address().to_owned()).collect();
+                return Err(PublishError::Gone { waited, generators });
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    }
+
+    /// Leaves those alone that made a push fail: whoever is silent now, as that is what the others may have failed of, or
+    /// else the first of `failed`.
+    pub(super) async fn blame(&mut self, failed: &[String]) {
+        let silent: Vec<usize> =
+            self.ask().await.into_iter().filter(|(_, answer)| answer.is_none()).map(|(index, _)| index).collect();
+        if silent.is_empty() {
+            let named = |known: &&mut Known| failed.first().is_some_and(|failed| failed == known.client.address());
+            self.known.iter_mut().filter(named).for_each(|known| known.bar("failed a weight push"));
+        }
+        for index in silent {
+            self.known[index].bar("does not answer after a failed weight push");
+        }
+    }
+
+    /// These have taken weights.
+    pub(super) fn commend(&mut self, clients: &[Client]) {
+        let is_one = |known: &&mut Known| clients.iter().any(|client| client.address() == known.client.address());
+        for known in self.known.iter_mut().filter(is_one) {
+            (known.strikes, known.barred_until) = (0, None);
+        }
+    }
+
+    /// Asks all that are not left alone, or everybody if nobody else is there.
+    async fn ask(&self) -> Vec<(usize, Option<StatusResponse>)> {
+        let now = Instant::now();
+        let is_barred = |known: &Known| known.barred_until.is_some_and(|until| until > now);
+        let are_all_barred = self.known.iter().all(is_barred);
+        let asked = self.known.iter().enumerate().filter(|(_, known)| are_all_barred || !is_barred(known));
+        let answers = asked.map(async |(index, known)| {
+            let answer = tokio::time::timeout(self.probe_timeout, known.client.status()).await;
+            (index, answer.ok().and_then(Result::ok))
+        });
+        join_all(answers).await
+    }
+}
+
+impl Known {
+    fn bar(&mut self, reason: &str) {
+        if self.strikes == 0 {
+            tracing::warn!("generator {} {reason}: going on without it", self.client.address());
+        }
+        let bar = FIRST_BAR.saturating_mul(1 << self.strikes.min(10)).min(LONGEST_BAR);
+        self.strikes += 1;
+        self.barred_until = Some(Instant::now() + bar);
+    }
+}
