@@ -90,8 +90,8 @@ fn interrupted_and_resumed(overrides: &[&str]) -> tempfile::TempDir {
         .spawn()
         .unwrap();
     wait_until("the first checkpoint", || folder.join("runs/small/checkpoints/step-2").is_dir());
-    let kill = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
-    assert!(kill.success());
+    let interrupted_it = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(interrupted_it.success());
     assert_eq!(child.wait().unwrap().code(), Some(RESUMABLE));
     assert_eq!(processes_in(&folder), Vec::<String>::new(), "processes stayed behind");
     let saved = metrics(&folder).len();
@@ -245,6 +245,55 @@ fn check_run_folder(run: &Path) {
     }
 }
 
+/// The newest process of a role in `folder`: the generator, or the trainer of a rank.
+fn role_of(folder: &Path, role: &str, rank: usize) -> String {
+    let is_it = |pid: &String| {
+        let read = |name: &str| std::fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap_or_default();
+        let is_rank = role == "generator" || read("environ").split('\0').any(|line| line == format!("RANK={rank}"));
+        read("cmdline").split('\0').nth(1) == Some(role) && is_rank
+    };
+    processes_in(folder).into_iter().find(is_it).unwrap()
+}
+
+fn kill(pid: &str) {
+    assert!(Command::new("kill").args(["-KILL", pid]).status().unwrap().success());
+}
+
+#[test]
+fn a_launch_with_restarts_survives_a_lost_generator_and_a_lost_trainer() {
+    let whole = tempfile::tempdir().unwrap();
+    small_run::write(whole.path());
+    launch(whole.path(), &[]);
+
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path().canonicalize().unwrap();
+    small_run::write(&folder);
+    let mut child = Command::new(aha())
+        .args(["launch", "run.yaml", "--max-restarts", "2"])
+        .current_dir(&folder)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    for (step, role, rank) in [(2, "generator", 0), (6, "trainer", 1)] {
+        wait_until("a checkpoint", || {
+            assert!(child.try_wait().unwrap().is_none(), "the launch ended before step {step}");
+            folder.join(format!("runs/small/checkpoints/step-{step}")).is_dir()
+        });
+        kill(&role_of(&folder, role, rank));
+    }
+    let mut said = String::new();
+    std::io::Read::read_to_string(&mut child.stderr.take().unwrap(), &mut said).unwrap();
+    assert!(child.wait().unwrap().success(), "{said}");
+    for expect in ["generator-0 was killed by signal 9; it is started again, restarts left: 1", "restarts left: 0"] {
+        assert!(said.contains(expect), "no {expect:?} in {said}");
+    }
+    assert_eq!(metrics(&folder), metrics(whole.path()));
+    assert!(last_checkpoint(&folder) == last_checkpoint(whole.path()));
+    assert_eq!(processes_in(&folder), Vec::<String>::new(), "processes stayed behind");
+}
+
 #[test]
 fn a_lost_generator_ends_the_run_and_is_named() {
     let folder = tempfile::tempdir().unwrap();
@@ -262,14 +311,7 @@ fn a_lost_generator_ends_the_run_and_is_named() {
         assert!(child.try_wait().unwrap().is_none(), "the launch ended before the first step");
         folder.join("runs/small/completions/step_000001.jsonl").is_file()
     });
-    let generator = processes_in(&folder)
-        .into_iter()
-        .find(|pid| {
-            let command = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            command.split('\0').nth(1) == Some("generator")
-        })
-        .unwrap();
-    assert!(Command::new("kill").args(["-KILL", &generator]).status().unwrap().success());
+    kill(&role_of(&folder, "generator", 0));
     let mut said = String::new();
     std::io::Read::read_to_string(&mut child.stderr.take().unwrap(), &mut said).unwrap();
     assert!(!child.wait().unwrap().success());

@@ -34,11 +34,15 @@ pub(crate) struct Args {
     /// Generators (launch.generators)
     #[arg(long)]
     generators: Option<usize>,
+    /// Roles that may be started again after they failed (launch.max_restarts)
+    #[arg(long)]
+    max_restarts: Option<usize>,
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let mut config_args = args.config.clone();
-    for (key, value) in [("trainers", args.trainers), ("generators", args.generators)] {
+    let own = [("trainers", args.trainers), ("generators", args.generators), ("max_restarts", args.max_restarts)];
+    for (key, value) in own {
         config_args.overrides.extend(value.map(|value| format!("launch.{key}={value}")));
     }
     let config = config_args.load()?;
@@ -76,7 +80,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         config.run_dir().join("logs").display()
     );
     let [save, grace] = [config.launch.save_seconds, config.launch.grace_seconds].map(Duration::from_secs_f64);
-    Supervisor::start(roles, config.run_dir().join("logs"), Patience { save, grace })?.supervise()
+    let (logs, patience) = (config.run_dir().join("logs"), Patience { save, grace });
+    Supervisor::start(roles, logs, patience, config.launch.max_restarts)?.supervise()
 }
 
 /// Where the generator number `index` serves its metrics: at the first one's port and those after it.

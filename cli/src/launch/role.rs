@@ -14,7 +14,7 @@ pub(super) enum RoleKind {
 }
 
 /// What a child is and how it is started.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Role {
     pub(super) kind: RoleKind,
     pub(super) index: usize,

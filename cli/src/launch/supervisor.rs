@@ -1,8 +1,11 @@
 //! Starts the roles, waits, and stops all of them when one fails or the user asks.
+//!
+//! With restarts left, a generator that fails is started again by itself, as the trainers go on without it meanwhile. A
+//! trainer cannot be replaced: all roles are stopped and started again, and go on from the last checkpoint.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, ExitCode, ExitStatus};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread;
@@ -21,11 +24,15 @@ const EVENT_CAPACITY: usize = 64;
 /// The running roles of a launch.
 pub(super) struct Supervisor {
     roles: Vec<Role>,
+    /// Of the newest process of each role.
     pids: Vec<Pid>,
     /// Roles that have not exited.
     alive: Vec<bool>,
+    logs: PathBuf,
+    sender: SyncSender<Event>,
     events: Receiver<Event>,
     patience: Patience,
+    restarts_left: usize,
 }
 
 /// How long to wait for roles that are to end.
@@ -38,7 +45,7 @@ pub(super) struct Patience {
 }
 
 enum Event {
-    Exited { index: usize, status: std::io::Result<ExitStatus> },
+    Exited { index: usize, pid: Pid, status: std::io::Result<ExitStatus> },
     Signal(i32),
 }
 
@@ -57,18 +64,31 @@ enum End {
 
 impl Supervisor {
     /// Starts every role; its output goes to `logs/ROLE.log`, and prefixed to the terminal.
-    pub(super) fn start(roles: Vec<Role>, logs: PathBuf, patience: Patience) -> Result<Self> {
+    pub(super) fn start(roles: Vec<Role>, logs: PathBuf, patience: Patience, max_restarts: usize) -> Result<Self> {
         std::fs::create_dir_all(&logs).with_context(|| format!("creating {}", logs.display()))?;
         let (sender, events) = sync_channel(EVENT_CAPACITY);
         forward_signals(sender.clone())?;
-        let mut supervisor = Self { roles: Vec::new(), pids: Vec::new(), alive: Vec::new(), events, patience };
-        for role in roles {
-            if let Err(error) = supervisor.spawn(&role, &logs, &sender) {
-                supervisor.stop_all();
-                return Err(error.context(format!("starting {role}")));
+        let (pids, alive) = (Vec::new(), Vec::new());
+        let mut supervisor = Self { roles, pids, alive, logs, sender, events, patience, restarts_left: max_restarts };
+        supervisor.spawn_all()?;
+        Ok(supervisor)
+    }
+
+    fn spawn_all(&mut self) -> Result<()> {
+        (self.pids, self.alive) = (Vec::new(), Vec::new());
+        for index in 0..self.roles.len() {
+            match self.spawn(index) {
+                Ok(pid) => {
+                    self.pids.push(pid);
+                    self.alive.push(true);
+                }
+                Err(error) => {
+                    self.stop_all();
+                    return Err(error);
+                }
             }
         }
-        Ok(supervisor)
+        Ok(())
     }
 
     /// Waits for the run's end: trainers that all succeed, the first failure, or a signal. Leaves no process behind.
@@ -98,34 +118,63 @@ impl Supervisor {
         })
     }
 
-    fn spawn(&mut self, role: &Role, logs: &Path, sender: &SyncSender<Event>) -> Result<()> {
-        let mut child = role.command()?.spawn()?;
-        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).context("the child has no process id")?;
-        let index = self.roles.len();
-        self.roles.push(role.clone());
-        self.pids.push(pid);
-        self.alive.push(true);
+    fn spawn(&self, index: usize) -> Result<Pid> {
+        let role = &self.roles[index];
+        let failed = || format!("starting {role}");
+        let mut child = role.command()?.spawn().with_context(failed)?;
+        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).with_context(failed)?;
         let readers = [
             child.stdout.take().map(|output| Box::new(output) as Box<dyn Read + Send>),
             child.stderr.take().map(|output| Box::new(output) as Box<dyn Read + Send>),
         ];
-        let path = logs.join(format!("{role}.log"));
+        let path = self.logs.join(format!("{role}.log"));
         for output in readers.into_iter().flatten() {
             let log = File::options().create(true).append(true).open(&path).context(path.display().to_string())?;
             let prefix = role.to_string();
             thread::Builder::new().name(format!("{role} output")).spawn(move || tee(output, log, &prefix))?;
         }
-        let sender = sender.clone();
-        thread::Builder::new().name(format!("{role} exit")).spawn(move || wait_for(child, index, &sender))?;
-        Ok(())
+        let sender = self.sender.clone();
+        thread::Builder::new().name(format!("{role} exit")).spawn(move || wait_for(child, (index, pid), &sender))?;
+        Ok(pid)
+    }
+
+    /// Starts again what has failed, if that may be; else says why the launch ends.
+    fn restart(&mut self, index: usize, code: u8, reason: String) -> Option<End> {
+        let role = &self.roles[index];
+        let kind = role.kind;
+        if self.restarts_left == 0 {
+            return Some(End::Failed { index, code, reason });
+        }
+        self.restarts_left -= 1;
+        let left = self.restarts_left;
+        let outcome = if kind == RoleKind::Generator {
+            eprintln!("launch: {role} {reason}; it is started again, restarts left: {left}");
+            self.signal(Signal::KILL, |other| other == &self.roles[index]);
+            self.spawn(index).map(|pid| (self.pids[index], self.alive[index]) = (pid, true))
+        } else {
+            eprintln!(
+                "launch: {role} {reason}; all roles are started again, from the last checkpoint, restarts left: {left}"
+            );
+            if let Some(signal) = self.stop_all() {
+                return Some(End::Interrupted(signal));
+            }
+            self.spawn_all()
+        };
+        outcome.err().map(|error| End::Failed { index, code: 1, reason: format!("cannot be started again: {error:#}") })
     }
 
     fn wait_for_end(&mut self) -> End {
         loop {
             match self.events.recv() {
-                Ok(Event::Exited { index, status }) => {
-                    self.alive[index] = false;
-                    if let Some(end) = self.after_exit(index, status) {
+                Ok(Event::Exited { index, pid, status }) => {
+                    if !self.note_exit(index, pid) {
+                        continue;
+                    }
+                    let end = match self.after_exit(index, status) {
+                        Some(End::Failed { index, code, reason }) => self.restart(index, code, reason),
+                        end => end,
+                    };
+                    if let Some(end) = end {
                         return end;
                     }
                 }
@@ -141,8 +190,10 @@ impl Supervisor {
         let deadline = Instant::now() + self.patience.save;
         loop {
             match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(Event::Exited { index, status }) => {
-                    self.alive[index] = false;
+                Ok(Event::Exited { index, pid, status }) => {
+                    if !self.note_exit(index, pid) {
+                        continue;
+                    }
                     match self.after_exit(index, status) {
                         Some(End::Failed { .. }) => return End::Interrupted(signal),
                         Some(end) => return end,
@@ -154,6 +205,13 @@ impl Supervisor {
                 }
             }
         }
+    }
+
+    /// Whether the process is the newest of its role: others were replaced.
+    fn note_exit(&mut self, index: usize, pid: Pid) -> bool {
+        let is_newest = self.pids[index] == pid;
+        self.alive[index] &= !is_newest;
+        is_newest
     }
 
     fn after_exit(&self, index: usize, status: std::io::Result<ExitStatus>) -> Option<End> {
@@ -179,18 +237,21 @@ impl Supervisor {
         }
     }
 
-    /// SIGTERM to every group, SIGKILL to those still there after the grace or at a second signal.
-    fn stop_all(&mut self) {
+    /// SIGTERM to every group, SIGKILL to those still there after the grace or at a second signal, which is returned.
+    fn stop_all(&mut self) -> Option<i32> {
         self.signal(Signal::TERM, |_| true);
         let deadline = Instant::now() + self.patience.grace;
-        while self.alive.contains(&true) {
+        let mut interrupted = None;
+        while self.alive.contains(&true) && interrupted.is_none() {
             match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(Event::Exited { index, .. }) => self.alive[index] = false,
-                Ok(Event::Signal(_)) | Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => break,
+                Ok(Event::Exited { index, pid, .. }) => drop(self.note_exit(index, pid)),
+                Ok(Event::Signal(signal)) => interrupted = Some(signal),
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => break,
             }
         }
         // Also the groups of roles that are gone: what they started must not stay either.
         self.signal(Signal::KILL, |_| true);
+        interrupted
     }
 
     fn signal(&self, signal: Signal, whom: impl Fn(&Role) -> bool) {
@@ -215,10 +276,10 @@ fn forward_signals(sender: SyncSender<Event>) -> Result<()> {
     Ok(())
 }
 
-fn wait_for(mut child: Child, index: usize, sender: &SyncSender<Event>) {
+fn wait_for(mut child: Child, (index, pid): (usize, Pid), sender: &SyncSender<Event>) {
     let status = child.wait();
     // The supervisor is gone when the launch has ended, and then nobody needs to know.
-    drop(sender.send(Event::Exited { index, status }));
+    drop(sender.send(Event::Exited { index, pid, status }));
 }
 
 /// Copies lines to the log and, prefixed, to standard error.

@@ -302,6 +302,9 @@ pub struct Launch {
     pub save_seconds: f64,
     /// A role that has not stopped this long after SIGTERM is killed.
     pub grace_seconds: f64,
+    /// How often a launch goes on after a role has failed: a generator is started again by itself, for a trainer all are,
+    /// and go on from the last checkpoint.
+    pub max_restarts: usize,
 }
 
 impl Default for Run {
@@ -435,6 +438,6 @@ impl Default for Logging {
 
 impl Default for Launch {
     fn default() -> Self {
-        Self { trainers: 0, generators: 1, save_seconds: 300.0, grace_seconds: 10.0 }
+        Self { trainers: 0, generators: 1, save_seconds: 300.0, grace_seconds: 10.0, max_restarts: 0 }
     }
 }
