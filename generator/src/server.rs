@@ -78,6 +78,12 @@ impl GeneratorServer {
         self.address
     }
 
+    /// Hash of the weight manifest that pushes must match.
+    #[must_use]
+    pub fn manifest_hash(&self) -> u64 {
+        self.service.manifest_hash()
+    }
+
     /// Where it serves metrics, if it does.
     #[must_use]
     pub fn metrics_address(&self) -> Option<SocketAddr> {

@@ -48,6 +48,10 @@ impl Service {
         Self { instance, receiver, in_flight: InFlight::default(), gpu }
     }
 
+    pub(crate) fn manifest_hash(&self) -> u64 {
+        self.instance.manifest_hash
+    }
+
     fn engine(&self) -> &EngineHandle<DeviceWeights> {
         &self.instance.engine
     }
@@ -95,7 +99,7 @@ impl Generator for Service {
             prompt_tokens: status.counters.prompt_tokens,
             generation_tokens: status.counters.generation_tokens,
             steps: status.counters.steps,
-            manifest_hash: self.instance.manifest_hash,
+            manifest_hash: self.manifest_hash(),
             paused: status.activity != Activity::Serving,
             prefix_cache_queries: status.counters.prefix_cache_queries,
             prefix_cache_hits: status.counters.prefix_cache_hits,

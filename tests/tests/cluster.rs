@@ -5,6 +5,7 @@
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use aha_tests::binary::aha;
@@ -18,40 +19,65 @@ const COMPLETIONS_PER_STEP: usize = 24;
 /// A run's processes; they end with this.
 struct Cluster<'a> {
     folder: &'a Path,
+    master: String,
+    /// Where generators register.
+    coordinator: Option<String>,
     /// By index, with their addresses.
     generators: Vec<(String, Option<Child>)>,
     trainers: Vec<Child>,
 }
 
 impl<'a> Cluster<'a> {
+    /// Generators that the trainers know from the beginning, and wait for.
     fn start(folder: &'a Path, num_generators: usize) -> Self {
+        let mut cluster = Self::new(folder, num_generators);
+        (0..num_generators).for_each(|index| cluster.start_generator(index));
+        let addresses: Vec<_> = cluster.generators.iter().map(|(address, _)| address).collect();
+        let listed = format!("generator.addresses={}", serde_json::to_string(&addresses).unwrap());
+        cluster.start_trainers(&[&listed, &format!("train.max_steps={NUM_STEPS}")]);
+        cluster
+    }
+
+    /// Trainers that wait for generators to register; none is started yet.
+    fn registering(folder: &'a Path, num_generators: usize) -> Self {
+        let mut cluster = Self::new(folder, num_generators);
+        let coordinator = free_addresses(1).remove(0);
+        cluster.start_trainers(&[&format!("generator.coordinator={coordinator}"), "train.max_steps=100"]);
+        cluster.coordinator = Some(coordinator);
+        cluster
+    }
+
+    fn new(folder: &'a Path, num_generators: usize) -> Self {
         small_run::write(folder);
         let mut addresses = free_addresses(num_generators + 1);
         let master = addresses.pop().unwrap();
-        let mut cluster = Self { folder, generators: Vec::new(), trainers: Vec::new() };
-        for address in &addresses {
-            cluster.generators.push((address.clone(), None));
-        }
-        (0..num_generators).for_each(|index| cluster.start_generator(index));
-        let listed = format!("generator.addresses={}", serde_json::to_string(&addresses).unwrap());
+        let generators = addresses.into_iter().map(|address| (address, None)).collect();
+        Self { folder, master, coordinator: None, generators, trainers: Vec::new() }
+    }
+
+    fn start_trainers(&mut self, overrides: &[&str]) {
+        let master = self.master.clone();
         let (host, port) = master.split_once(':').unwrap();
         for rank in 0..NUM_TRAINERS {
-            let mut command = cluster.role("trainer", rank);
-            command.args(["--set", &listed, "--set", "generator.probe_timeout_seconds=2"]);
-            command.args(["--set", &format!("train.max_steps={NUM_STEPS}"), "--set", "train.save_steps=10"]);
+            let mut command = self.role("trainer", rank);
+            command.args(overrides.iter().flat_map(|text| ["--set", text]));
+            command.args(["--set", "generator.probe_timeout_seconds=2", "--set", "train.save_steps=10"]);
             for (name, value) in [("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", NUM_TRAINERS)] {
                 command.env(name, value.to_string());
             }
             let trainer = command.env("MASTER_ADDR", host).env("MASTER_PORT", port).spawn().unwrap();
-            cluster.trainers.push(trainer);
+            self.trainers.push(trainer);
         }
-        cluster
     }
 
     fn start_generator(&mut self, index: usize) {
         let address = self.generators[index].0.clone();
-        let child = self.role("generator", index).args(["--listen", &address]).spawn().unwrap();
-        self.generators[index].1 = Some(child);
+        let mut command = self.role("generator", index);
+        command.args(["--listen", &address]);
+        if let Some(coordinator) = &self.coordinator {
+            command.args(["--coordinator", coordinator]);
+        }
+        self.generators[index].1 = Some(command.spawn().unwrap());
     }
 
     /// `aha ROLE run.yaml`, with a log of its own.
@@ -116,10 +142,12 @@ impl Drop for Cluster<'_> {
     }
 }
 
-/// Below the ports that the system gives to others, from a place of this process's own.
+/// Below the ports that the system gives to others, from a place of this process's own, and no port twice.
 fn free_addresses(count: usize) -> Vec<String> {
+    static TAKEN: AtomicU16 = AtomicU16::new(0);
     let first = 10_000 + (std::process::id() % 90) as u16 * 100;
-    let free = (first..20_000).filter(|&port| TcpListener::bind(("127.0.0.1", port)).is_ok());
+    let ports = std::iter::repeat_with(|| first + TAKEN.fetch_add(1, Ordering::Relaxed));
+    let free = ports.filter(|&port| TcpListener::bind(("127.0.0.1", port)).is_ok());
     free.take(count).map(|port| format!("127.0.0.1:{port}")).collect()
 }
 
@@ -177,4 +205,27 @@ fn generators_may_come_and_go_and_nothing_of_it_is_learnt() {
         assert_eq!(samples.len(), COMPLETIONS_PER_STEP, "step {step}: every sample once");
     }
     assert!(last_checkpoint(folder.path()) == last_checkpoint(whole.path()), "{generators:?}");
+}
+
+#[test]
+fn generators_register_join_and_leave() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut cluster = Cluster::registering(folder.path(), 3);
+    cluster.start_generator(0);
+    cluster.wait_for_step(3);
+    cluster.start_generator(1);
+    cluster.start_generator(2);
+    cluster.wait("three generators", |cluster| {
+        metrics(cluster.folder).last().is_some_and(|step| step["generators"] == 3.0)
+    });
+    // This one leaves by itself, with all that it was asked for done.
+    cluster.signal_generator(0, "-TERM");
+    cluster
+        .wait("one to leave", |cluster| metrics(cluster.folder).last().is_some_and(|step| step["generators"] == 2.0));
+    let left = cluster.generators[0].1.as_mut().unwrap().wait().unwrap();
+    assert!(left.success(), "{left}");
+    let log = cluster.log("trainer", 0);
+    cluster.finish();
+    let log = std::fs::read_to_string(log).unwrap();
+    assert!(log.contains("leaves") && !log.contains("WARN"), "{log}");
 }

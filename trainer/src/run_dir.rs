@@ -19,10 +19,11 @@ const DIRS: [&str; 4] = ["completions", "completion_samples", "checkpoints", LOG
 
 /// Settings that change how a run is carried out and not what comes out: sections, or keys. A run goes on under other
 /// values of these.
-const FREE_SETTINGS: [&str; 16] = [
+const FREE_SETTINGS: [&str; 17] = [
     "run.output_dir",
     "generator.addresses",
     "generator.connect_timeout_seconds",
+    "generator.coordinator",
     "generator.probe_timeout_seconds",
     "generator.threads",
     "launch",

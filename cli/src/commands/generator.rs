@@ -1,11 +1,11 @@
 //! `aha generator`: the rollout service.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use aha_generator::{GeneratorOptions, GeneratorServer};
-use anyhow::Result;
+use aha_generator::{GeneratorOptions, GeneratorServer, Registrar};
+use anyhow::{Context, Result, anyhow};
 
 use super::{ConfigArgs, network_runtime};
 use crate::launch::supervised;
@@ -19,6 +19,12 @@ pub(crate) struct Args {
     /// Address to listen on; port 0 takes a free one
     #[arg(long, default_value = "127.0.0.1:50051")]
     listen: SocketAddr,
+    /// Where to register, host:port of trainer rank 0 (generator.coordinator)
+    #[arg(long)]
+    coordinator: Option<String>,
+    /// Address to register, host:port as the trainers reach it; otherwise the one listened on
+    #[arg(long)]
+    advertise: Option<String>,
     /// Address to serve Prometheus metrics at (generator.metrics_address); port 0 takes a free one
     #[arg(long)]
     metrics_address: Option<SocketAddr>,
@@ -30,6 +36,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     aha_nn::runtime::map_large_blocks();
     let mut config = args.config.load()?;
     config.generator.metrics_address = args.metrics_address.or(config.generator.metrics_address);
+    config.generator.coordinator = args.coordinator.clone().or(config.generator.coordinator);
     let grace = Duration::from_secs_f64(config.launch.grace_seconds);
     network_runtime()?.block_on(async {
         let server = GeneratorServer::bind(&GeneratorOptions::from(&config), args.listen).await?;
@@ -37,11 +44,46 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         if let Some(address) = server.metrics_address() {
             tracing::info!("metrics are at http://{address}/metrics");
         }
+        let registrar = match &config.generator.coordinator {
+            Some(coordinator) => Some(register(args, coordinator, &server)?),
+            None => None,
+        };
+        let stopped = async {
+            stop_signal().await;
+            if let Some(registrar) = registrar {
+                registrar.leave().await;
+            }
+        };
         // Requests in flight get half of what the launcher grants this process.
-        server.serve(grace / 2, stop_signal()).await
+        server.serve(grace / 2, stopped).await
     })?;
     tracing::info!("generator stopped");
     Ok(ExitCode::SUCCESS)
+}
+
+/// Under the address that is advertised, or else listened on, or else towards the coordinator where that is all.
+fn register(args: &Args, coordinator: &str, server: &GeneratorServer) -> Result<Registrar> {
+    let own = server.address();
+    let address = match &args.advertise {
+        Some(address) => address.clone(),
+        None if own.ip().is_unspecified() => {
+            let towards = address_towards(coordinator);
+            let ip = towards.with_context(|| format!("finding the address of this machine towards {coordinator}"))?;
+            SocketAddr::new(ip, own.port()).to_string()
+        }
+        None => own.to_string(),
+    };
+    Registrar::start(coordinator, address, server.manifest_hash())
+        .map_err(|reason| anyhow!("generator.coordinator: {coordinator:?}: {reason}"))
+}
+
+/// Connecting a datagram socket sends nothing; it makes the system choose a route.
+fn address_towards(peer: &str) -> std::io::Result<IpAddr> {
+    let peer = peer.to_socket_addrs()?.next().ok_or(std::io::ErrorKind::NotFound)?;
+    let any: IpAddr = if peer.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let socket = UdpSocket::bind(SocketAddr::new(any, 0))?;
+    socket.connect(peer)?;
+    Ok(socket.local_addr()?.ip())
 }
 
 async fn stop_signal() {

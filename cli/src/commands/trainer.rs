@@ -30,8 +30,9 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     supervised::follow_parent()?;
     let config = args.config.load()?;
     ensure!(
-        !config.generator.addresses.is_empty(),
-        "generator.addresses: none; start `aha generator` and name its address, or use `aha launch`"
+        !config.generator.addresses.is_empty() || config.generator.coordinator.is_some(),
+        "generator.addresses: none; start `aha generator` and name its address, set generator.coordinator and let it register, \
+         or use `aha launch`"
     );
     let world = World::from_variables(std::env::vars())?;
     let runtime = Arc::new(network_runtime()?);

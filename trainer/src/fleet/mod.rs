@@ -1,25 +1,29 @@
 //! The generators of a run, which may be lost and come back while it goes on.
 //!
-//! Trainer rank 0 asks before every push which generators are there. If they are not those of the last push, or one was
+//! Generators are those of `generator.addresses`, and those that register with trainer rank 0 where `generator.coordinator`
+//! has it listen. Rank 0 asks before every push which of them are there. If they are not those of the last push, or one was
 //! started anew, all ranks make a new update group with them: groups change with the membership, never with every step.
 //! A push that fails is repeated without the generator that made it fail. A rollout that no generator can complete, or
 //! whose generators have lost the policy, goes on when the policy is published again; what has arrived stays.
 
+mod coordinator;
 mod roster;
 #[cfg(test)]
 mod tests;
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use aha_core::config::RunConfig;
 use aha_core::ids::PolicyVersion;
 use aha_core::rollout::Group;
 use aha_nn::comm::ProcessGroup;
 use aha_nn::unit::ModelWeights;
+use serde::{Deserialize, Serialize};
 use tokio::runtime::Runtime;
 
 use crate::agreement::agree;
-use crate::clients::{Client, seconds};
+use crate::clients::{Client, ConnectError, seconds};
 use crate::publish::{PublishError, Publisher, PushReport};
 use crate::rollouts::{GeneratorPool, Ledger, RolloutError, RolloutRequest, Rollouts};
 use roster::Roster;
@@ -42,6 +46,13 @@ pub struct Fleet {
     hooks: Option<Hooks>,
 }
 
+/// Who takes part, and how often that has changed.
+#[derive(Debug, Serialize, Deserialize)]
+struct Count {
+    epoch: u64,
+    members: Vec<String>,
+}
+
 /// Changes what is asked for and what comes back: for measuring.
 #[derive(Debug, Clone, Copy)]
 pub struct Hooks {
@@ -58,7 +69,8 @@ pub struct FleetRollouts<'a> {
 }
 
 impl Fleet {
-    /// Waits for all of `generator.addresses`, and makes the update group with them.
+    /// Waits for all of `generator.addresses`, and makes the update group with them. Those that register are waited for by
+    /// the first push.
     ///
     /// # Errors
     /// Names the generator that does not answer in time, or has another model.
@@ -69,13 +81,25 @@ impl Fleet {
         runtime: Arc<Runtime>,
     ) -> Result<Self, RolloutError> {
         let pool = GeneratorPool::connect(config, Arc::clone(&runtime))?;
-        let publisher = Publisher::join(trainers, policy, config, pool.clients(), Arc::clone(&runtime));
-        let publisher = publisher.map_err(Box::new)?;
-        let patience = seconds(config.generator.connect_timeout_seconds);
-        let roster = (trainers.rank() == 0)
-            .then(|| Roster::new(pool.clients(), seconds(config.generator.probe_timeout_seconds), patience));
-        let config = config.clone();
-        Ok(Self { config, runtime, pool, publisher: Some(publisher), roster, epoch: 0, hooks: None })
+        let publisher = if pool.clients().is_empty() {
+            None
+        } else {
+            let joined = Publisher::join(trainers, policy, config, pool.clients(), Arc::clone(&runtime));
+            Some(joined.map_err(Box::new)?)
+        };
+        let roster = if trainers.rank() == 0 {
+            let serve = |address: &String| {
+                let served = coordinator::serve(address, policy.manifest().hash(), &runtime);
+                served.map_err(|reason| RolloutError::Coordinator { address: address.clone(), reason })
+            };
+            let registry = config.generator.coordinator.as_ref().map(serve).transpose()?;
+            let generator = &config.generator;
+            let [probe, patience] = [generator.probe_timeout_seconds, generator.connect_timeout_seconds].map(seconds);
+            Some(Roster::new(pool.clients(), registry, probe, patience))
+        } else {
+            None
+        };
+        Ok(Self { config: config.clone(), runtime, pool, publisher, roster, epoch: 0, hooks: None })
     }
 
     pub fn set_hooks(&mut self, hooks: Hooks) {
@@ -161,41 +185,53 @@ impl Fleet {
         publisher.publish(policy, version)
     }
 
-    /// Agrees with the other ranks on who is there.
+    /// Agrees with the other ranks on who is there. Waits until somebody is.
     fn muster(&mut self, trainers: &ProcessGroup, manifest_hash: u64) -> Result<(), PublishError> {
-        let decided = match &mut self.roster {
-            Some(roster) => self.runtime.block_on(roster.present(manifest_hash)).map(|present| {
-                let group = self.publisher.as_ref().map(Publisher::group_name);
-                let is_same = present.iter().map(|(client, _)| client.address()).eq(addresses(self.pool.clients()))
-                    && present.iter().all(|(_, status)| Some(status.update_group.as_str()) == group);
-                let epoch = self.epoch + u64::from(!is_same);
-                let lines = present.iter().map(|(client, _)| client.address().to_owned());
-                std::iter::once(epoch.to_string()).chain(lines).collect::<Vec<_>>().join("\n").into_bytes()
-            }),
-            None => Ok(Vec::new()),
-        };
-        let answers = agree(trainers, decided)?;
-        let text = String::from_utf8_lossy(&answers[0]);
-        let unreadable = || PublishError::Elsewhere { rank: 0, reason: format!("unreadable membership {text:?}") };
-        let (epoch, members) = text.split_once('\n').ok_or_else(unreadable)?;
-        let epoch = epoch.parse().map_err(|_| unreadable())?;
-        if epoch != self.epoch {
-            self.epoch = epoch;
-            self.publisher = None;
-            self.change_members(members.split('\n')).map_err(|_| unreadable())?;
+        let started = Instant::now();
+        loop {
+            // The other ranks wait in a collective, whose deadline knows nothing of generators.
+            let answers = agree(trainers, self.count(manifest_hash, started.elapsed()))?;
+            let Some(Count { epoch, members }) = serde_json::from_slice(&answers[0]).map_err(|error| {
+                PublishError::Elsewhere { rank: 0, reason: format!("unreadable membership: {error}") }
+            })?
+            else {
+                continue;
+            };
+            if epoch != self.epoch {
+                self.change_members(&members)?;
+                (self.epoch, self.publisher) = (epoch, None);
+            }
+            return Ok(());
         }
-        Ok(())
     }
 
-    fn change_members<'a>(&mut self, members: impl Iterator<Item = &'a str>) -> Result<(), RolloutError> {
+    /// What rank 0 has to say of the membership: null where nobody is there yet.
+    fn count(&mut self, manifest_hash: u64, waited: Duration) -> Result<Vec<u8>, PublishError> {
+        let Some(roster) = &mut self.roster else { return Ok(Vec::new()) };
+        let present = self.runtime.block_on(roster.present(manifest_hash));
+        let group = self.publisher.as_ref().map(Publisher::group_name);
+        let is_same = present.iter().map(|(client, _)| client.address()).eq(addresses(self.pool.clients()))
+            && present.iter().all(|(_, status)| Some(status.update_group.as_str()) == group);
+        let members: Vec<String> = present.iter().map(|(client, _)| client.address().to_owned()).collect();
+        let count = if members.is_empty() {
+            roster.check_patience(waited)?;
+            None
+        } else {
+            Some(Count { epoch: self.epoch + u64::from(!is_same), members })
+        };
+        Ok(serde_json::to_vec(&count).expect("a number and strings are JSON"))
+    }
+
+    fn change_members(&mut self, members: &[String]) -> Result<(), PublishError> {
         let before = self.pool.clients();
         // Connections live there.
         let _entered = self.runtime.enter();
-        let client = |address: &str| {
+        let client = |address: &String| {
             let known = before.iter().find(|client| client.address() == address);
-            known.cloned().map_or_else(|| Client::new(address), Ok)
+            let bad = |error: ConnectError| PublishError::Elsewhere { rank: 0, reason: error.to_string() };
+            known.cloned().map_or_else(|| Client::new(address).map_err(bad), Ok)
         };
-        let now: Vec<Client> = members.map(client).collect::<Result<_, _>>()?;
+        let now: Vec<Client> = members.iter().map(client).collect::<Result<_, _>>()?;
         if self.roster.is_some() {
             let others = |these: &[Client], those: &[Client]| {
                 let is_new = |address: &&str| !addresses(those).any(|known| known == *address);

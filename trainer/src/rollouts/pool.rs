@@ -63,7 +63,7 @@ impl GeneratorPool {
     /// Names the first address that is none, or that did not answer in time.
     pub fn connect(config: &RunConfig, runtime: Arc<Runtime>) -> Result<Self, RolloutError> {
         let addresses = &config.generator.addresses;
-        if addresses.is_empty() {
+        if addresses.is_empty() && config.generator.coordinator.is_none() {
             return Err(RolloutError::NoGenerators);
         }
         let timeout = seconds(config.generator.connect_timeout_seconds);

@@ -226,6 +226,9 @@ pub struct Eval {
 pub struct Generator {
     /// Addresses (`host:port`) of running generators; `aha launch` fills them in.
     pub addresses: Vec<String>,
+    /// Address (`host:port`) at which trainer rank 0 listens for generators that come and go, and generators register;
+    /// unset for none.
+    pub coordinator: Option<String>,
     /// Tokens of a KV block.
     pub block_size: usize,
     /// Memory of the KV cache.
@@ -411,6 +414,7 @@ impl Default for Generator {
     fn default() -> Self {
         Self {
             addresses: Vec::new(),
+            coordinator: None,
             block_size: 16,
             kv_cache_mib: 1024,
             max_num_seqs: 256,

@@ -1,0 +1,83 @@
+//! A generator's place with the coordinator: it registers, stays registered, and leaves before it stops.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use aha_proto::v1;
+use aha_proto::v1::coordinator_client::CoordinatorClient;
+use tokio::task::JoinHandle;
+use tonic::Request;
+use tonic::transport::{Channel, Endpoint};
+
+/// For an answer of the coordinator.
+const TIMEOUT: Duration = Duration::from_secs(5);
+/// Until the next try where there was none.
+const RETRY: Duration = Duration::from_secs(1);
+/// How often a generator registers within its lease.
+const PER_LEASE: f64 = 3.0;
+
+/// Registers again and again until it leaves.
+#[derive(Debug)]
+pub struct Registrar {
+    client: CoordinatorClient<Channel>,
+    address: String,
+    registering: JoinHandle<Infallible>,
+}
+
+impl Registrar {
+    /// Begins to register `address`, where the trainers reach this generator, at `coordinator`, `host:port`, whether that
+    /// is there yet or not. Must be called within a runtime.
+    ///
+    /// # Errors
+    /// If `coordinator` is no address.
+    pub fn start(coordinator: &str, address: String, manifest_hash: u64) -> Result<Self, String> {
+        let endpoint = Endpoint::from_shared(format!("http://{coordinator}")).map_err(|error| error.to_string())?;
+        let client = CoordinatorClient::new(endpoint.connect_timeout(TIMEOUT).connect_lazy());
+        let request = v1::RegisterRequest { address: address.clone(), manifest_hash };
+        let registering = tokio::spawn(keep_registered(client.clone(), request, coordinator.to_owned()));
+        Ok(Self { client, address, registering })
+    }
+
+    /// Takes part no more; says so where the coordinator does not answer.
+    pub async fn leave(mut self) {
+        self.registering.abort();
+        let message = v1::LeaveRequest { address: self.address };
+        if let Err(status) = self.client.leave(with_timeout(message)).await {
+            tracing::warn!("the coordinator was not told that this generator leaves: {}", status.message());
+        }
+    }
+}
+
+/// Says what changes, not what stays.
+async fn keep_registered(
+    mut client: CoordinatorClient<Channel>,
+    request: v1::RegisterRequest,
+    coordinator: String,
+) -> Infallible {
+    let mut last: Option<Result<(), String>> = None;
+    loop {
+        let (now, pause) = match client.register(with_timeout(request.clone())).await {
+            Ok(answer) => {
+                let lease = answer.into_inner().lease_seconds.clamp(RETRY.as_secs_f64(), 3600.0);
+                (Ok(()), Duration::from_secs_f64(lease / PER_LEASE))
+            }
+            Err(status) => {
+                (Err(format!("{}: {}", status.code().description().to_lowercase(), status.message())), RETRY)
+            }
+        };
+        if last.as_ref() != Some(&now) {
+            match &now {
+                Ok(()) => tracing::info!("registered at {coordinator} as {}", request.address),
+                Err(reason) => tracing::warn!("not registered at {coordinator} yet: {reason}"),
+            }
+            last = Some(now);
+        }
+        tokio::time::sleep(pause).await;
+    }
+}
+
+fn with_timeout<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.set_timeout(TIMEOUT);
+    request
+}

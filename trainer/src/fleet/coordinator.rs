@@ -1,0 +1,101 @@
+//! Where generators register: a service of trainer rank 0.
+
+use std::collections::BTreeMap;
+use std::net::ToSocketAddrs;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use aha_proto::v1;
+use aha_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
+use tokio::runtime::Runtime;
+use tonic::transport::server::TcpIncoming;
+use tonic::{Request, Response, Status};
+
+use crate::clients::Client;
+
+/// A generator that is not heard of for so long is forgotten. It registers three times as often.
+const LEASE: Duration = Duration::from_secs(15);
+
+/// Most generators that may be registered at once.
+const MAX_GENERATORS: usize = 4096;
+
+/// Those that have registered, and until when that holds.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Registry(Arc<Mutex<BTreeMap<String, Instant>>>);
+
+#[derive(Debug)]
+struct Service {
+    registry: Registry,
+    manifest_hash: u64,
+}
+
+/// Serves on `address`, `host:port`, as long as `runtime` lives.
+///
+/// # Errors
+/// Says why the address cannot be listened on.
+pub(super) fn serve(address: &str, manifest_hash: u64, runtime: &Runtime) -> Result<Registry, String> {
+    let registry = Registry::default();
+    let mut resolved = address.to_socket_addrs().map_err(|error| error.to_string())?;
+    let socket = resolved.next().ok_or("it has no address")?;
+    let _entered = runtime.enter();
+    let incoming = TcpIncoming::bind(socket).map_err(|error| error.to_string())?;
+    let service = CoordinatorServer::new(Service { registry: registry.clone(), manifest_hash });
+    let served = tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming);
+    runtime.spawn(async move {
+        if let Err(error) = served.await {
+            tracing::error!("generators cannot register any more: {error}");
+        }
+    });
+    tracing::info!("generators register at {address}");
+    Ok(registry)
+}
+
+impl Registry {
+    /// The addresses of those whose lease has not run out.
+    pub(super) fn members(&self) -> Vec<String> {
+        let mut leases = self.lock();
+        let now = Instant::now();
+        leases.retain(|address, until| {
+            if *until <= now {
+                tracing::warn!("generator {address} has not been heard of for {} s: it is forgotten", LEASE.as_secs());
+            }
+            *until > now
+        });
+        leases.keys().cloned().collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Instant>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[tonic::async_trait]
+impl Coordinator for Service {
+    async fn register(&self, call: Request<v1::RegisterRequest>) -> Result<Response<v1::RegisterResponse>, Status> {
+        let v1::RegisterRequest { address, manifest_hash } = call.into_inner();
+        if manifest_hash != self.manifest_hash {
+            let ours = self.manifest_hash;
+            return Err(Status::failed_precondition(format!(
+                "manifest_hash: the weights of {address} have manifest {manifest_hash:016x}, and the trainer's {ours:016x}; \
+                 start it with the trainer's model.path"
+            )));
+        }
+        Client::new(&address).map_err(|error| Status::invalid_argument(format!("address: {error}")))?;
+        let mut leases = self.registry.lock();
+        if leases.len() >= MAX_GENERATORS && !leases.contains_key(&address) {
+            return Err(Status::resource_exhausted(format!("{MAX_GENERATORS} generators are registered already")));
+        }
+        if leases.insert(address.clone(), Instant::now() + LEASE).is_none() {
+            tracing::info!("generator {address} has registered: it takes part from the next weight push on");
+        }
+        Ok(Response::new(v1::RegisterResponse { lease_seconds: LEASE.as_secs_f64() }))
+    }
+
+    async fn leave(&self, call: Request<v1::LeaveRequest>) -> Result<Response<v1::LeaveResponse>, Status> {
+        let address = call.into_inner().address;
+        if self.registry.lock().remove(&address).is_some() {
+            tracing::info!("generator {address} leaves");
+        }
+        Ok(Response::new(v1::LeaveResponse {}))
+    }
+}
