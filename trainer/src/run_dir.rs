@@ -19,11 +19,14 @@ const DIRS: [&str; 4] = ["completions", "completion_samples", "checkpoints", LOG
 
 /// Settings that change how a run is carried out and not what comes out: sections, or keys. A run goes on under other
 /// values of these.
-const FREE_SETTINGS: [&str; 15] = [
+const FREE_SETTINGS: [&str; 18] = [
     "run.output_dir",
     "generator.addresses",
     "generator.connect_timeout_seconds",
+    "generator.kernel_cache",
+    "generator.metrics_address",
     "generator.threads",
+    "generator.vllm_metric_names",
     "launch",
     "logging",
     "rollout.deadline_seconds",
