@@ -284,6 +284,8 @@ mod tests {
         let mut config = config(output_dir.path());
         open(&config).unwrap();
         config.generator.addresses = vec!["127.0.0.1:4000".to_owned()];
+        config.generator.metrics_address = Some(([127, 0, 0, 1], 9400).into());
+        config.generator.kernel_cache = Some("kernels".into());
         config.launch.trainers = 3;
         config.logging.logging_steps = 7;
         config.train.save_steps = 1;
