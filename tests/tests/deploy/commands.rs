@@ -52,10 +52,9 @@ impl Invocation {
         binary::run(&workspace(), &words).status.success()
     }
 
-    /// Checks the words, and loads the recipe, which lies at `path` here, as the process would.
+    /// Loads the recipe, which lies at `path` here, as the process would.
     #[track_caller]
-    pub(crate) fn check(&self, path: &PathBuf, variables: &[(String, String)]) -> RunConfig {
-        assert!(self.is_taken(), "aha does not take {:?}", self.words);
+    pub(crate) fn load(&self, path: &PathBuf, variables: &[(String, String)]) -> RunConfig {
         let overrides: Vec<String> = self.options("--set").map(str::to_owned).collect();
         crate::load(path, variables, &overrides)
     }

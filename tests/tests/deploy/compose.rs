@@ -41,7 +41,8 @@ fn one_service_launches_a_run_on_one_machine() {
     assert!(variables.iter().all(|(name, _)| name.starts_with("AHA__")), "{variables:?}");
     let command = Invocation::new(&texts(service, "/command"));
     assert_eq!(command.subcommand(), "launch");
-    let config = command.check(&workspace().join(command.recipe()), &variables);
+    assert!(command.is_taken(), "aha does not take {:?}", command.words);
+    let config = command.load(&workspace().join(command.recipe()), &variables);
 
     let device = at(service, "/deploy/resources/reservations/devices/0");
     assert_eq!((text(device, "/driver"), text(device, "/capabilities/0")), ("nvidia", "gpu"));

@@ -63,6 +63,7 @@ fn every_command_line_is_taken_and_finds_its_folders() {
     let mut subcommands = Vec::new();
     for name in OVERLAYS {
         for role in Overlay::build(name).roles() {
+            assert!(role.command.is_taken(), "aha does not take {:?}", role.command.words);
             let mut config = role.config.clone();
             if role.command.subcommand() == "generator" {
                 // Prompts come by gRPC.

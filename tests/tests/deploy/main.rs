@@ -15,6 +15,8 @@ use aha_core::config::{self, RunConfig};
 use aha_tests::golden::workspace;
 use serde_json::Value;
 
+use commands::Invocation;
+
 /// Folder in the image that recipes' relative paths start from.
 const WORKDIR: &str = "/var/lib/aha";
 
@@ -95,6 +97,13 @@ fn the_readme_names_files_that_exist() {
     assert!(paths.len() > 5, "{paths:?}");
     for path in paths {
         assert!(workspace().join(path).exists(), "deploy/README.md names {path}");
+    }
+    for line in readme.lines().filter(|line| line.starts_with("docker run")) {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let image = words.iter().position(|word| word.starts_with("aha:")).unwrap();
+        check_image(words[image]);
+        let command = Invocation::new(&words[image + 1..]);
+        assert!(command.is_taken() && workspace().join(command.recipe()).is_file(), "{line}");
     }
     let sections = ["docker", "compose", "kubernetes", "slurm"];
     for folder in std::fs::read_dir(deploy("")).unwrap().map(Result::unwrap).filter(|entry| entry.path().is_dir()) {

@@ -46,7 +46,7 @@ pub(crate) fn pods(resources: &[Value]) -> Vec<Pods<'_>> {
     found
 }
 
-/// Every `aha` that containers start, checked against the binary, with the recipe of its ConfigMap or of the image.
+/// Every `aha` that containers start, with the recipe of its ConfigMap or of the image.
 #[track_caller]
 pub(crate) fn roles<'a>(resources: &'a [Value], scratch: &PathBuf) -> Vec<Role<'a>> {
     let recipe = find(resources, "ConfigMap", "aha-recipe").map(|map| text(map, "/data/recipe.yaml"));
@@ -65,7 +65,7 @@ pub(crate) fn roles<'a>(resources: &'a [Value], scratch: &PathBuf) -> Vec<Role<'
             for command in commands {
                 let path =
                     if command.recipe() == RECIPE { scratch.clone() } else { workspace().join(command.recipe()) };
-                let config = command.check(&path, &aha_variables(container));
+                let config = command.load(&path, &aha_variables(container));
                 let pods = Pods { resource: pods.resource, template: pods.template };
                 roles.push(Role { pods, container, command, config });
             }
