@@ -1,6 +1,6 @@
 //! Command lines of `aha` in files, held against the binary.
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use aha_core::config::RunConfig;
 use aha_tests::binary;
@@ -54,7 +54,7 @@ impl Invocation {
 
     /// Loads the recipe, which lies at `path` here, as the process would.
     #[track_caller]
-    pub(crate) fn load(&self, path: &PathBuf, variables: &[(String, String)]) -> RunConfig {
+    pub(crate) fn load(&self, path: &Path, variables: &[(String, String)]) -> RunConfig {
         let overrides: Vec<String> = self.options("--set").map(str::to_owned).collect();
         crate::load(path, variables, &overrides)
     }

@@ -9,7 +9,7 @@ mod kustomize;
 mod pods;
 mod slurm;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use aha_core::config::{self, RunConfig};
 use aha_tests::golden::workspace;
@@ -25,13 +25,13 @@ fn deploy(path: &str) -> PathBuf {
 }
 
 #[track_caller]
-fn read(path: &PathBuf) -> String {
+fn read(path: &Path) -> String {
     std::fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
 /// The documents of a YAML file.
 #[track_caller]
-fn yaml(path: &PathBuf) -> Vec<Value> {
+fn yaml(path: &Path) -> Vec<Value> {
     serde_saphyr::from_multiple(&read(path)).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
@@ -117,6 +117,6 @@ fn the_readme_names_files_that_exist() {
 
 /// Loads a recipe of configs/, or of a file, as a role would with these variables and overrides.
 #[track_caller]
-fn load(recipe: &PathBuf, variables: &[(String, String)], overrides: &[String]) -> RunConfig {
+fn load(recipe: &Path, variables: &[(String, String)], overrides: &[String]) -> RunConfig {
     config::load(recipe, variables.iter().cloned(), overrides).unwrap_or_else(|error| panic!("{error}"))
 }

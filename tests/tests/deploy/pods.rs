@@ -1,6 +1,6 @@
 //! Pods of Kubernetes' resources, and what each has to have.
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use aha_core::config::RunConfig;
 use aha_tests::golden::workspace;
@@ -48,7 +48,7 @@ pub(crate) fn pods(resources: &[Value]) -> Vec<Pods<'_>> {
 
 /// Every `aha` that containers start, with the recipe of its ConfigMap or of the image.
 #[track_caller]
-pub(crate) fn roles<'a>(resources: &'a [Value], scratch: &PathBuf) -> Vec<Role<'a>> {
+pub(crate) fn roles<'a>(resources: &'a [Value], scratch: &Path) -> Vec<Role<'a>> {
     let recipe = find(resources, "ConfigMap", "aha-recipe").map(|map| text(map, "/data/recipe.yaml"));
     if let Some(recipe) = recipe {
         std::fs::write(scratch, recipe).unwrap();
@@ -64,7 +64,7 @@ pub(crate) fn roles<'a>(resources: &'a [Value], scratch: &PathBuf) -> Vec<Role<'
             };
             for command in commands {
                 let path =
-                    if command.recipe() == RECIPE { scratch.clone() } else { workspace().join(command.recipe()) };
+                    if command.recipe() == RECIPE { scratch.to_owned() } else { workspace().join(command.recipe()) };
                 let config = command.load(&path, &aha_variables(container));
                 let pods = Pods { resource: pods.resource, template: pods.template };
                 roles.push(Role { pods, container, command, config });
