@@ -19,13 +19,16 @@ const DIRS: [&str; 4] = ["completions", "completion_samples", "checkpoints", LOG
 
 /// Settings that change how a run is carried out and not what comes out: sections, or keys. A run goes on under other
 /// values of these.
-const FREE_SETTINGS: [&str; 17] = [
+const FREE_SETTINGS: [&str; 20] = [
     "run.output_dir",
     "generator.addresses",
     "generator.connect_timeout_seconds",
     "generator.coordinator",
+    "generator.kernel_cache",
+    "generator.metrics_address",
     "generator.probe_timeout_seconds",
     "generator.threads",
+    "generator.vllm_metric_names",
     "launch",
     "logging",
     "rollout.deadline_seconds",
@@ -283,6 +286,8 @@ mod tests {
         let mut config = config(output_dir.path());
         open(&config).unwrap();
         config.generator.addresses = vec!["127.0.0.1:4000".to_owned()];
+        config.generator.metrics_address = Some(([127, 0, 0, 1], 9400).into());
+        config.generator.kernel_cache = Some("kernels".into());
         config.launch.trainers = 3;
         config.logging.logging_steps = 7;
         config.train.save_steps = 1;

@@ -1,0 +1,152 @@
+//! What `kubectl kustomize` makes of a folder, as far as deploy/ uses it. Anything else is refused.
+
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::{Map, Value};
+
+use crate::{at, deploy, list, text, yaml};
+
+const KNOWN_KEYS: [&str; 9] = [
+    "apiVersion",
+    "kind",
+    "namespace",
+    "labels",
+    "resources",
+    "configMapGenerator",
+    "generatorOptions",
+    "images",
+    "patches",
+];
+
+/// The resources of an overlay.
+#[track_caller]
+pub(crate) fn build(folder: &Path) -> Vec<Value> {
+    let documents = yaml(&folder.join("kustomization.yaml"));
+    let [kustomization] = documents.as_slice() else { panic!("one document in {}", folder.display()) };
+    for key in kustomization.as_object().unwrap().keys() {
+        assert!(KNOWN_KEYS.contains(&key.as_str()), "{key} in {}", folder.display());
+    }
+    let mut resources = Vec::new();
+    for resource in list(kustomization, "/resources") {
+        let path = folder.join(resource.as_str().unwrap());
+        resources.extend(if path.is_dir() { build(&path) } else { yaml(&path) });
+    }
+    for generator in list(kustomization, "/configMapGenerator") {
+        assert_eq!(at(kustomization, "/generatorOptions/disableNameSuffixHash"), true);
+        resources.push(config_map(folder, generator));
+    }
+    for pairs in list(kustomization, "/labels") {
+        for (name, value) in at(pairs, "/pairs").as_object().unwrap() {
+            for resource in &mut resources {
+                insert(resource, &["metadata", "labels"], name, value.clone());
+            }
+        }
+    }
+    for patch in list(kustomization, "/patches") {
+        patch_all(&mut resources, patch);
+    }
+    for image in list(kustomization, "/images") {
+        for resource in &mut resources {
+            rename_images(resource, image);
+        }
+    }
+    if let Some(namespace) = kustomization.get("namespace") {
+        for resource in resources.iter_mut().filter(|resource| resource["kind"] != "Namespace") {
+            insert(resource, &["metadata"], "namespace", namespace.clone());
+        }
+    }
+    resources
+}
+
+fn config_map(folder: &Path, generator: &Value) -> Value {
+    let file = |name: &Value| {
+        let name = name.as_str().unwrap();
+        (name.to_owned(), Value::from(std::fs::read_to_string(folder.join(name)).unwrap()))
+    };
+    let data: Map<String, Value> = list(generator, "/files").iter().map(file).collect();
+    serde_json::json!({"apiVersion": "v1", "kind": "ConfigMap", "data": data,
+        "metadata": {"name": text(generator, "/name")}})
+}
+
+fn insert(value: &mut Value, path: &[&str], name: &str, new: Value) {
+    let map = path.iter().fold(value, |value, key| {
+        value.as_object_mut().unwrap().entry(*key).or_insert_with(|| Value::Object(Map::new()))
+    });
+    map.as_object_mut().unwrap().insert(name.to_owned(), new);
+}
+
+/// A patch of JSON operations on everything that its target names.
+#[track_caller]
+fn patch_all(resources: &mut [Value], patch: &Value) {
+    let (kind, name) = (text(patch, "/target/kind"), patch.pointer("/target/name"));
+    let operations: Vec<Value> = serde_saphyr::from_str(text(patch, "/patch")).unwrap();
+    let targets = resources
+        .iter_mut()
+        .filter(|resource| resource["kind"] == *kind && name.is_none_or(|name| resource["metadata"]["name"] == *name));
+    let mut num_patched = 0;
+    for target in targets {
+        num_patched += 1;
+        for operation in &operations {
+            apply(target, operation);
+        }
+    }
+    assert!(num_patched > 0, "{kind} {name:?} is not there to be patched");
+}
+
+#[track_caller]
+fn apply(target: &mut Value, operation: &Value) {
+    let (parent, key) = text(operation, "/path").rsplit_once('/').unwrap();
+    let place = target.pointer_mut(parent).unwrap_or_else(|| panic!("no {parent} to patch"));
+    let value = at(operation, "/value").clone();
+    match (text(operation, "/op"), place) {
+        ("add", Value::Array(items)) if key == "-" => items.push(value),
+        ("add", Value::Object(map)) => drop(map.insert(key.to_owned(), value)),
+        ("replace", place) => {
+            let old = match place {
+                Value::Array(items) => items.get_mut(key.parse::<usize>().unwrap()),
+                Value::Object(map) => map.get_mut(key),
+                _ => None,
+            };
+            *old.unwrap_or_else(|| panic!("no {parent}/{key} to replace")) = value;
+        }
+        (other, _) => panic!("{other} at {parent}/{key}"),
+    }
+}
+
+fn rename_images(value: &mut Value, image: &Value) {
+    match value {
+        Value::Object(map) => {
+            for (key, value) in map {
+                match value {
+                    Value::String(old) if key == "image" && old.split(':').next() == image["name"].as_str() => {
+                        *old = format!("{}:{}", text(image, "/newName"), text(image, "/newTag"));
+                    }
+                    _ => rename_images(value, image),
+                }
+            }
+        }
+        Value::Array(items) => items.iter_mut().for_each(|item| rename_images(item, image)),
+        _ => {}
+    }
+}
+
+/// Where there is a kubectl: it makes of the overlays what the other tests looked at.
+#[test]
+fn kustomize_makes_the_same_of_every_overlay() {
+    let kubectl = |folder: &Path| Command::new("kubectl").arg("kustomize").arg(folder).output();
+    for overlay in ["cpu-demo", "gpu", "gpu-node"] {
+        let folder = deploy("kubernetes/overlays").join(overlay);
+        let Ok(output) = kubectl(&folder) else {
+            println!("skipped: there is no kubectl");
+            return;
+        };
+        assert!(output.status.success(), "{overlay}: {}", String::from_utf8_lossy(&output.stderr));
+        let theirs: Vec<Value> = serde_saphyr::from_multiple(&String::from_utf8(output.stdout).unwrap()).unwrap();
+        let ours = build(&folder);
+        assert_eq!(theirs.len(), ours.len());
+        for resource in &theirs {
+            assert!(ours.contains(resource), "{overlay}: kustomize makes {resource:#}");
+        }
+    }
+}
