@@ -4,6 +4,7 @@
 mod deadline;
 pub mod engine;
 mod error;
+mod guard;
 mod instance;
 mod local;
 mod metrics;

@@ -1,10 +1,14 @@
 //! Connections to generators.
 
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+use aha_core::config::Credentials;
 use aha_proto::v1;
 use aha_proto::v1::generator_client::GeneratorClient;
-use tonic::transport::{Channel, Endpoint};
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::service::interceptor::{InterceptedService, Interceptor};
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 use tonic::{Code, Status};
 
 /// Largest message: completions with their texts, far over what a model's context can fill.
@@ -26,11 +30,47 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// Longest time limit that is told apart from none: about 30 years.
 const LONGEST_SECONDS: f64 = 1e9;
 
+/// Who this process is: set once, at its start.
+static CREDENTIALS: OnceLock<Credentials> = OnceLock::new();
+
+/// Proves every call of this process to generators by `credentials`, from here on. Without, calls carry no token and
+/// are not encrypted.
+///
+/// # Errors
+/// If some were set before, or a certificate comes without the authority that generators are checked by.
+pub fn use_credentials(credentials: Credentials) -> Result<(), ConnectError> {
+    if credentials.identity.is_some() && credentials.ca.is_none() {
+        return Err(ConnectError::BadCredentials(
+            "security.tls_ca: missing; a trainer with a certificate needs the authority that signed the generators'"
+                .to_owned(),
+        ));
+    }
+    let again = |_| ConnectError::BadCredentials("credentials were set before".to_owned());
+    CREDENTIALS.set(credentials).map_err(again)
+}
+
+/// The calls of the service, each with the token.
+pub(crate) type Rpc = GeneratorClient<InterceptedService<Channel, Bearer>>;
+
 /// One generator. Connects anew by itself where a connection was lost.
 #[derive(Debug, Clone)]
 pub struct Client {
     address: String,
-    rpc: GeneratorClient<Channel>,
+    rpc: Rpc,
+    encrypted: bool,
+}
+
+/// The `authorization` of a call; its debug output hides the token.
+#[derive(Debug, Clone)]
+pub(crate) struct Bearer(Option<MetadataValue<Ascii>>);
+
+impl Interceptor for Bearer {
+    fn call(&mut self, mut request: tonic::Request<()>) -> Result<tonic::Request<()>, Status> {
+        if let Some(value) = &self.0 {
+            request.metadata_mut().insert("authorization", value.clone());
+        }
+        Ok(request)
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +82,19 @@ pub enum ConnectError {
          generator.connect_timeout_seconds", waited.as_secs_f64()
     )]
     NoAnswer { address: String, waited: Duration, reason: String },
+    #[error(
+        "generator {address} takes no calls of this trainer ({reason}): give both the same token, by AHA_TOKEN or \
+         security.token_file"
+    )]
+    Unauthenticated { address: String, reason: String },
+    #[error(
+        "no TLS with generator {address}: {reason}; check that it has security.tls_cert, signed by the authority in this \
+         trainer's security.tls_ca, in date and with the host of its address among its names, and, where it has \
+         security.tls_ca, that this trainer's security.tls_cert is signed by that and in date"
+    )]
+    Tls { address: String, reason: String },
+    #[error("{0}")]
+    BadCredentials(String),
 }
 
 impl Client {
@@ -50,15 +103,30 @@ impl Client {
     /// # Errors
     /// Names the address, how long it did not answer and what happened last.
     pub async fn connect(address: &str, timeout: Duration) -> Result<Self, ConnectError> {
+        Self::connect_with(address, timeout, CREDENTIALS.get_or_init(Credentials::default)).await
+    }
+
+    /// Like [`Client::connect`], with other credentials than the process's.
+    pub(crate) async fn connect_with(
+        address: &str,
+        timeout: Duration,
+        credentials: &Credentials,
+    ) -> Result<Self, ConnectError> {
         let started = Instant::now();
-        let client = Self::new(address)?;
+        let client = Self::new(address, credentials)?;
         let mut pause = FIRST_PAUSE;
         loop {
             let rest = timeout.saturating_sub(started.elapsed());
             let probe = tokio::time::timeout(PROBE_TIMEOUT.min(rest), client.status()).await;
             let reason = match probe {
                 Ok(Ok(_)) => return Ok(client),
-                Ok(Err(status)) => describe(&status),
+                Ok(Err(status)) => {
+                    let reason = describe(&status);
+                    if let Some(verdict) = client.verdict(&status, &reason) {
+                        return Err(verdict);
+                    }
+                    reason
+                }
                 Err(_) => "no answer to a status request".to_owned(),
             };
             if started.elapsed() + pause >= timeout {
@@ -83,17 +151,35 @@ impl Client {
     }
 
     /// The calls of the service. Clones share the connection.
-    pub(crate) fn rpc(&self) -> GeneratorClient<Channel> {
+    pub(crate) fn rpc(&self) -> Rpc {
         self.rpc.clone()
     }
 
-    fn new(address: &str) -> Result<Self, ConnectError> {
+    /// What waiting would not change.
+    fn verdict(&self, status: &Status, reason: &str) -> Option<ConnectError> {
+        let (address, reason) = (self.address.clone(), reason.to_owned());
+        if status.code() == Code::Unauthenticated {
+            return Some(ConnectError::Unauthenticated { address, reason });
+        }
+        // Nothing else below a call finds its data invalid.
+        let mut sources = std::iter::successors(std::error::Error::source(status), |error| error.source());
+        let refused = sources.any(|error| {
+            let error = error.downcast_ref::<std::io::Error>();
+            error.is_some_and(|error| error.kind() == std::io::ErrorKind::InvalidData)
+        });
+        (self.encrypted && refused).then_some(ConnectError::Tls { address, reason })
+    }
+
+    fn new(address: &str, credentials: &Credentials) -> Result<Self, ConnectError> {
         let bad = |reason: String| ConnectError::BadAddress { address: address.to_owned(), reason };
-        let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|error| bad(error.to_string()))?;
+        let encrypted = credentials.ca.is_some();
+        let scheme = if encrypted { "https" } else { "http" };
+        let endpoint =
+            Endpoint::from_shared(format!("{scheme}://{address}")).map_err(|error| bad(error.to_string()))?;
         if endpoint.uri().port().is_none() {
             return Err(bad("the port is missing".to_owned()));
         }
-        let channel = endpoint
+        let channel = with_tls(endpoint, credentials)?
             .connect_timeout(PROBE_TIMEOUT)
             .tcp_nodelay(true)
             .initial_connection_window_size(CONNECTION_WINDOW)
@@ -101,11 +187,33 @@ impl Client {
             .keep_alive_timeout(KEEPALIVE_TIMEOUT)
             .keep_alive_while_idle(true)
             .connect_lazy();
-        let rpc = GeneratorClient::new(channel)
+        let rpc = GeneratorClient::with_interceptor(channel, bearer(credentials)?)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
-        Ok(Self { address: address.to_owned(), rpc })
+        Ok(Self { address: address.to_owned(), rpc, encrypted })
     }
+}
+
+/// TLS where there is an authority to check the generator by.
+fn with_tls(endpoint: Endpoint, credentials: &Credentials) -> Result<Endpoint, ConnectError> {
+    let Some(ca) = &credentials.ca else { return Ok(endpoint) };
+    let mut tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ca));
+    if let Some(identity) = &credentials.identity {
+        tls = tls.identity(Identity::from_pem(&identity.certificate, identity.key.expose()));
+    }
+    endpoint.tls_config(tls).map_err(|error| {
+        let reason = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
+        ConnectError::BadCredentials(format!("security.tls_cert, tls_key and tls_ca cannot be used together: {reason}"))
+    })
+}
+
+fn bearer(credentials: &Credentials) -> Result<Bearer, ConnectError> {
+    let Some(token) = &credentials.token else { return Ok(Bearer(None)) };
+    let mut value: MetadataValue<Ascii> = format!("Bearer {}", token.expose())
+        .parse()
+        .map_err(|_| ConnectError::BadCredentials("the token has characters that cannot be in a header".to_owned()))?;
+    value.set_sensitive(true);
+    Ok(Bearer(Some(value)))
 }
 
 /// A call with its deadline, which the generator learns as well.
