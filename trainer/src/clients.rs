@@ -78,8 +78,8 @@ pub enum ConnectError {
     #[error("generator.addresses: {address:?} is not of the form host:port: {reason}")]
     BadAddress { address: String, reason: String },
     #[error(
-        "generator {address} did not answer for {:.1} s: {reason}; check that it runs, or raise \
-         generator.connect_timeout_seconds", waited.as_secs_f64()
+        "generator {address} did not answer for {:.1} s: {reason}; check that it runs and that both have \
+         TLS or none has (security.tls_cert there, security.tls_ca here), or raise generator.connect_timeout_seconds", waited.as_secs_f64()
     )]
     NoAnswer { address: String, waited: Duration, reason: String },
     #[error(
@@ -260,36 +260,4 @@ pub(crate) fn seconds(seconds: f64) -> Duration {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[track_caller]
-    fn check_refused(address: &str, timeout_ms: u64, expect: &[&str]) {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let timeout = Duration::from_millis(timeout_ms);
-        let error = runtime.block_on(Client::connect(address, timeout)).unwrap_err().to_string();
-        for expect in expect {
-            assert!(error.contains(expect), "no {expect:?} in: {error}");
-        }
-    }
-
-    #[test]
-    fn addresses_that_are_none_are_refused_at_once() {
-        check_refused("local host:1", 60_000, &["\"local host:1\" is not of the form host:port"]);
-        check_refused("localhost", 60_000, &["\"localhost\"", "the port is missing"]);
-    }
-
-    #[test]
-    fn a_generator_that_is_not_there_is_named_after_the_deadline() {
-        let free_port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let address = format!("127.0.0.1:{free_port}");
-        check_refused(&address, 300, &[&address, "did not answer for 0.", "Connection refused"]);
-    }
-
-    #[test]
-    fn a_port_that_accepts_and_stays_silent_is_named_after_the_deadline() {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        check_refused(&address, 300, &[&address, "did not answer for 0.3 s", "no answer to a status request"]);
-    }
-}
+mod tests;

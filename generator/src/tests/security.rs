@@ -3,7 +3,7 @@
 use aha_core::config::{Identity, Secret};
 use prost::Message;
 use prost_types::FileDescriptorSet;
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tonic::codegen::http::uri::PathAndQuery;
@@ -157,8 +157,9 @@ async fn s9_beyond_loopback_nothing_listens_without_credentials() {
 struct Authority(CertifiedIssuer<'static, KeyPair>);
 
 impl Authority {
-    fn new() -> Self {
+    fn new(name: &str) -> Self {
         let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.distinguished_name.push(DnType::CommonName, name);
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         Self(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
     }
@@ -202,7 +203,7 @@ async fn check_tls(server: &Secured, tls: ClientTlsConfig, is_served: bool, what
 
 #[tokio::test(flavor = "multi_thread")]
 async fn s2_mutual_tls_takes_clients_of_its_authority_alone() {
-    let (ours, theirs) = (Authority::new(), Authority::new());
+    let (ours, theirs) = (Authority::new("ours"), Authority::new("theirs"));
     let identity = Some(ours.sign(4000));
     let server = Secured::start(Credentials { identity, ca: Some(ours.pem()), ..Credentials::default() }).await;
     check_tls(&server, client_tls(&ours, Some(&ours.sign(4000))), true, "a client of the authority").await;
@@ -226,7 +227,7 @@ async fn s2_mutual_tls_takes_clients_of_its_authority_alone() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn s2_a_server_s_expired_certificate_is_refused_and_a_token_counts_beside_tls() {
-    let ours = Authority::new();
+    let ours = Authority::new("ours");
     let expired = Credentials { identity: Some(ours.sign(2020)), ..Credentials::default() };
     check_tls(&Secured::start(expired).await, client_tls(&ours, None), false, "an expired server").await;
 
@@ -239,7 +240,7 @@ async fn s2_a_server_s_expired_certificate_is_refused_and_a_token_counts_beside_
 
 #[tokio::test(flavor = "multi_thread")]
 async fn certificates_that_cannot_be_used_are_refused_before_a_model_is_loaded() {
-    let (one, other) = (Authority::new().sign(4000), Authority::new().sign(4000));
+    let (one, other) = (Authority::new("one").sign(4000), Authority::new("other").sign(4000));
     let mixed = Identity { certificate: one.certificate, key: other.key };
     let bind = async |credentials| {
         let options = tiny_options(std::path::Path::new("no/model/is/here"));
@@ -247,7 +248,7 @@ async fn certificates_that_cannot_be_used_are_refused_before_a_model_is_loaded()
     };
     let error = bind(Credentials { identity: Some(mixed), ..Credentials::default() }).await;
     assert!(format!("{error:#}").starts_with("security.tls_cert, tls_key and tls_ca cannot be used"), "{error:#}");
-    let error = bind(Credentials { ca: Some(Authority::new().pem()), ..Credentials::default() }).await;
+    let error = bind(Credentials { ca: Some(Authority::new("ours").pem()), ..Credentials::default() }).await;
     assert!(
         error.to_string().contains("security.tls_ca: ") && error.to_string().contains("security.tls_cert"),
         "{error}"
@@ -256,7 +257,7 @@ async fn certificates_that_cannot_be_used_are_refused_before_a_model_is_loaded()
 
 #[tokio::test(flavor = "multi_thread")]
 async fn s5_a_connection_that_never_begins_tls_holds_nobody_up_and_is_closed() {
-    let ours = Authority::new();
+    let ours = Authority::new("ours");
     let server = Secured::start(Credentials { identity: Some(ours.sign(4000)), ..Credentials::default() }).await;
     let mut silent = Vec::new();
     for _ in 0..32 {
