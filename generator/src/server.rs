@@ -17,6 +17,7 @@ use tonic::service::Routes;
 use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
 
+use crate::connections::ConnectionLimits;
 use crate::engine::{EngineHandle, EngineHealth};
 use crate::guard::{Guard, check_listen, secure_server};
 use crate::instance::{GeneratorOptions, Instance};
@@ -132,7 +133,8 @@ impl GeneratorServer {
             beside.spawn(metrics.serve(self.engine.clone(), self.observed));
         }
         let (stop, stopped) = oneshot::channel::<()>();
-        let mut serving = tokio::spawn(router.serve_with_incoming_shutdown(self.incoming, async {
+        let incoming = ConnectionLimits::default().over(self.incoming);
+        let mut serving = tokio::spawn(router.serve_with_incoming_shutdown(incoming, async {
             // Either a word or the end of whoever could have said it.
             drop(stopped.await);
         }));

@@ -14,6 +14,7 @@ use tonic::service::Routes;
 use tonic::transport::server::TcpIncoming;
 
 use super::{Observed, exposition, page};
+use crate::connections::ConnectionLimits;
 use crate::engine::EngineHandle;
 use crate::guard::{Guard, check_listen, secure_server};
 use crate::torch::DeviceWeights;
@@ -61,7 +62,10 @@ impl MetricsServer {
         let served = match secure_server(&self.credentials) {
             Ok(server) => {
                 let server = server.accept_http1(true).add_routes(Routes::from(router));
-                server.serve_with_incoming(self.incoming).await.map_err(anyhow::Error::from)
+                server
+                    .serve_with_incoming(ConnectionLimits::default().over(self.incoming))
+                    .await
+                    .map_err(anyhow::Error::from)
             }
             Err(error) => Err(error),
         };

@@ -255,21 +255,39 @@ async fn certificates_that_cannot_be_used_are_refused_before_a_model_is_loaded()
     );
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn s5_a_connection_that_never_begins_tls_holds_nobody_up_and_is_closed() {
-    let ours = Authority::new("ours");
-    let server = Secured::start(Credentials { identity: Some(ours.sign(4000)), ..Credentials::default() }).await;
+/// Silent connections end, and `call` gets through beside them and after.
+async fn check_silence(server: &Secured, address: SocketAddr, hello: &[u8], call: impl AsyncFn()) {
     let mut silent = Vec::new();
     for _ in 0..32 {
-        silent.push(TcpStream::connect(server.address).await.unwrap());
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream.write_all(hello).await.unwrap();
+        silent.push(stream);
     }
-    check_tls(&server, client_tls(&ours, None), true, "a client beside silent ones").await;
+    call().await;
     for stream in &mut silent {
-        let mut byte = [0];
-        let end = tokio::time::timeout(PATIENCE, stream.read(&mut byte)).await.expect("the server lets go of it");
-        assert!(matches!(end, Ok(0) | Err(_)), "{end:?}");
+        let mut answer = Vec::new();
+        let end = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut answer)).await;
+        assert!(end.is_ok(), "{address} of {} holds on to a silent client", server.address);
     }
-    check_tls(&server, client_tls(&ours, None), true, "a client after them").await;
+    call().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn s5_connections_that_never_begin_hold_nobody_up_and_are_closed() {
+    let ours = Authority::new("ours");
+    let encrypted = Secured::start(Credentials { identity: Some(ours.sign(4000)), ..Credentials::default() }).await;
+    let plain = Secured::start(Credentials::default()).await;
+    let call_encrypted = async || check_tls(&encrypted, client_tls(&ours, None), true, "beside silent clients").await;
+    let call_plain = async || call(&plain.plain().await, "/aha.v1.Generator/Status", None).await.unwrap();
+    // The first bytes of a TLS handshake of 512 bytes.
+    let half_open: Vec<u8> = [&[22, 3, 1, 2, 0, 1, 0, 1, 252, 3, 3][..], &[7; 32]].concat();
+    tokio::join!(
+        check_silence(&encrypted, encrypted.address, &[], &call_encrypted),
+        check_silence(&encrypted, encrypted.address, &half_open, &call_encrypted),
+        check_silence(&encrypted, encrypted.metrics_address, &half_open, &call_encrypted),
+        check_silence(&plain, plain.address, &[], &call_plain),
+        check_silence(&plain, plain.metrics_address, b"GET /", &call_plain),
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
