@@ -6,17 +6,20 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::Duration;
 
+use aha_core::config::Credentials;
 use aha_proto::v1;
 use aha_proto::v1::generator_server::GeneratorServer as GeneratorService;
 use anyhow::{Context, anyhow, bail};
 use tokio::runtime::Handle;
 use tokio::sync::{oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
-use tonic::transport::Server;
+use tonic::service::Routes;
 use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
 
+use crate::connections::ConnectionLimits;
 use crate::engine::{EngineHandle, EngineHealth};
+use crate::guard::{Guard, check_listen, secure_server};
 use crate::instance::{GeneratorOptions, Instance};
 use crate::metrics::{MetricsServer, Observed};
 use crate::service::Service;
@@ -32,8 +35,14 @@ const MAX_STREAMS: u32 = 8192;
 /// Bytes a connection may send ahead of their being read. HTTP/2 servers close a connection whose unread small frames
 /// would take more than half of this, at 256 bytes each; a request is one such frame.
 const CONNECTION_WINDOW: u32 = 2 * 256 * 2 * MAX_STREAMS;
-/// A client whose machine is gone is noticed after this long.
-const KEEPALIVE: Duration = Duration::from_secs(30);
+/// Headers of a call: room for a token and for what tracing adds.
+const MAX_HEADER_BYTES: u32 = 16 << 10;
+/// Calls that a client has reset and nobody has looked at yet; more close its connection (rapid reset).
+const MAX_PENDING_RESETS: usize = 20;
+/// A connection on which nothing arrives is probed this often, and closed when the probe is not answered: a client whose
+/// machine is gone is noticed.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 /// What streams may take to end once the engine has aborted their requests.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
@@ -46,22 +55,31 @@ pub struct GeneratorServer {
     observed: Arc<Observed>,
     service: Service,
     metrics: Option<MetricsServer>,
+    credentials: Credentials,
 }
 
 impl GeneratorServer {
-    /// Loads the model, starts the engine and takes the address; port 0 takes a free one.
+    /// Loads the model, starts the engine and takes the address; port 0 takes a free one. Whoever calls needs what
+    /// `credentials` ask for.
     ///
     /// # Errors
-    /// If the model cannot be served as asked, or the address is not to be had.
-    pub async fn bind(options: &GeneratorOptions, listen: SocketAddr) -> anyhow::Result<Self> {
+    /// If the model cannot be served as asked, the address is not to be had, or anyone on other machines could call.
+    pub async fn bind(
+        options: &GeneratorOptions,
+        listen: SocketAddr,
+        credentials: Credentials,
+    ) -> anyhow::Result<Self> {
+        check_listen("--listen", listen, &credentials)?;
+        // Before a model is loaded for nothing.
+        secure_server(&credentials)?;
         // The kernels have threads of their own, which libtorch's would take turns with.
         aha_nn::runtime::set_num_threads(NonZeroUsize::MIN);
         let incoming =
             TcpIncoming::bind(listen).with_context(|| format!("listening on {listen}"))?.with_nodelay(Some(true));
-        let metrics = MetricsServer::bind(&options.model, &options.generator)?;
+        let metrics = MetricsServer::bind(&options.model, &options.generator, &credentials)?;
         let options = options.clone();
         let instance = tokio::task::spawn_blocking(move || Instance::start(&options)).await??;
-        Ok(Self { metrics, ..Self::over(instance, incoming)? })
+        Ok(Self { metrics, credentials, ..Self::over(instance, incoming)? })
     }
 
     /// Puts the service on top of an engine.
@@ -69,7 +87,9 @@ impl GeneratorServer {
         let address = incoming.local_addr().context("asking for the address that was taken")?;
         let (engine, observed) = (instance.engine.clone(), instance.outputs.observed());
         let receiver = WeightReceiver::start(&instance.config, instance.format, engine.clone(), Handle::current())?;
-        Ok(Self { incoming, address, engine, observed, service: Service::new(instance, receiver), metrics: None })
+        let service = Service::new(instance, receiver);
+        let credentials = Credentials::default();
+        Ok(Self { incoming, address, engine, observed, service, metrics: None, credentials })
     }
 
     /// Where it listens.
@@ -104,20 +124,23 @@ impl GeneratorServer {
             .register_encoded_file_descriptor_set(v1::FILE_DESCRIPTOR_SET)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
             .build_v1()?;
-        let router = Server::builder()
-            .http2_keepalive_interval(Some(KEEPALIVE))
+        let routes = Routes::new(service).add_service(health_service).add_service(reflection);
+        let router = secure_server(&self.credentials)?
+            .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+            .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+            .http2_max_header_list_size(MAX_HEADER_BYTES)
+            .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
             .max_concurrent_streams(MAX_STREAMS)
             .initial_connection_window_size(CONNECTION_WINDOW)
-            .add_service(service)
-            .add_service(health_service)
-            .add_service(reflection);
+            .add_routes(Guard::new(&self.credentials).over_grpc(routes));
         // Ends with this function.
         let mut beside = JoinSet::new();
         if let Some(metrics) = self.metrics {
             beside.spawn(metrics.serve(self.engine.clone(), self.observed));
         }
         let (stop, stopped) = oneshot::channel::<()>();
-        let mut serving = tokio::spawn(router.serve_with_incoming_shutdown(self.incoming, async {
+        let incoming = ConnectionLimits::default().over(self.incoming);
+        let mut serving = tokio::spawn(router.serve_with_incoming_shutdown(incoming, async {
             // Either a word or the end of whoever could have said it.
             drop(stopped.await);
         }));

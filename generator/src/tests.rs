@@ -4,6 +4,7 @@ mod generate;
 mod hostile;
 mod lifecycle;
 mod metrics;
+mod security;
 mod soak;
 mod swap;
 mod update;
@@ -11,6 +12,7 @@ mod update;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use aha_core::config::Credentials;
 use aha_core::rollout::Sampling;
 use aha_proto::v1;
 use aha_proto::v1::generator_client::GeneratorClient;
@@ -49,7 +51,8 @@ impl Server {
         let folder = tiny_folder(tiny, 1);
         let mut options = tiny_options(folder.path());
         adjust(&mut options);
-        let server = GeneratorServer::bind(&options, "127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let server = GeneratorServer::bind(&options, "127.0.0.1:0".parse().unwrap(), Credentials::default());
+        let server = server.await.unwrap();
         let (address, metrics_address) = (server.address(), server.metrics_address());
         let (stop, stopped) = oneshot::channel();
         let serving = tokio::spawn(server.serve(grace, async { drop(stopped.await) }));

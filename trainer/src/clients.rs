@@ -1,10 +1,14 @@
 //! Connections to generators.
 
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+use aha_core::config::Credentials;
 use aha_proto::v1;
 use aha_proto::v1::generator_client::GeneratorClient;
-use tonic::transport::{Channel, Endpoint};
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::service::interceptor::{InterceptedService, Interceptor};
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 use tonic::{Code, Status};
 
 /// Largest message: completions with their texts, far over what a model's context can fill.
@@ -26,11 +30,52 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// Longest time limit that is told apart from none: about 30 years.
 const LONGEST_SECONDS: f64 = 1e9;
 
+/// Who this process is: set once, at its start.
+static CREDENTIALS: OnceLock<Credentials> = OnceLock::new();
+
+/// Proves every call of this process to generators by `credentials`, from here on. Without, calls carry no token and
+/// are not encrypted.
+///
+/// # Errors
+/// If some were set before, or a certificate comes without the authority that generators are checked by.
+pub fn use_credentials(credentials: Credentials) -> Result<(), ConnectError> {
+    if credentials.identity.is_some() && credentials.ca.is_none() {
+        return Err(ConnectError::BadCredentials(
+            "security.tls_ca: missing; a trainer with a certificate needs the authority that signed the generators'"
+                .to_owned(),
+        ));
+    }
+    let again = |_| ConnectError::BadCredentials("credentials were set before".to_owned());
+    CREDENTIALS.set(credentials).map_err(again)
+}
+
+/// Those of this process; none unless they were set.
+pub(crate) fn own_credentials() -> &'static Credentials {
+    CREDENTIALS.get_or_init(Credentials::default)
+}
+
+/// The calls of the service, each with the token.
+pub(crate) type Rpc = GeneratorClient<InterceptedService<Channel, Bearer>>;
+
 /// One generator. Connects anew by itself where a connection was lost.
 #[derive(Debug, Clone)]
 pub struct Client {
     address: String,
-    rpc: GeneratorClient<Channel>,
+    rpc: Rpc,
+    encrypted: bool,
+}
+
+/// The `authorization` of a call; its debug output hides the token.
+#[derive(Debug, Clone)]
+pub(crate) struct Bearer(Option<MetadataValue<Ascii>>);
+
+impl Interceptor for Bearer {
+    fn call(&mut self, mut request: tonic::Request<()>) -> Result<tonic::Request<()>, Status> {
+        if let Some(value) = &self.0 {
+            request.metadata_mut().insert("authorization", value.clone());
+        }
+        Ok(request)
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -38,10 +83,23 @@ pub enum ConnectError {
     #[error("generator.addresses: {address:?} is not of the form host:port: {reason}")]
     BadAddress { address: String, reason: String },
     #[error(
-        "generator {address} did not answer for {:.1} s: {reason}; check that it runs, or raise \
-         generator.connect_timeout_seconds", waited.as_secs_f64()
+        "generator {address} did not answer for {:.1} s: {reason}; check that it runs and that both have \
+         TLS or none has (security.tls_cert there, security.tls_ca here), or raise generator.connect_timeout_seconds", waited.as_secs_f64()
     )]
     NoAnswer { address: String, waited: Duration, reason: String },
+    #[error(
+        "generator {address} takes no calls of this trainer ({reason}): give both the same token, by AHA_TOKEN or \
+         security.token_file"
+    )]
+    Unauthenticated { address: String, reason: String },
+    #[error(
+        "no TLS with generator {address}: {reason}; check that it has security.tls_cert, signed by the authority in this \
+         trainer's security.tls_ca, in date and with the host of its address among its names, and, where it has \
+         security.tls_ca, that this trainer's security.tls_cert is signed by that and in date"
+    )]
+    Tls { address: String, reason: String },
+    #[error("{0}")]
+    BadCredentials(String),
 }
 
 impl Client {
@@ -50,15 +108,30 @@ impl Client {
     /// # Errors
     /// Names the address, how long it did not answer and what happened last.
     pub async fn connect(address: &str, timeout: Duration) -> Result<Self, ConnectError> {
+        Self::connect_with(address, timeout, own_credentials()).await
+    }
+
+    /// Like [`Client::connect`], with other credentials than the process's.
+    pub(crate) async fn connect_with(
+        address: &str,
+        timeout: Duration,
+        credentials: &Credentials,
+    ) -> Result<Self, ConnectError> {
         let started = Instant::now();
-        let client = Self::new(address)?;
+        let client = Self::new_with(address, credentials)?;
         let mut pause = FIRST_PAUSE;
         loop {
             let rest = timeout.saturating_sub(started.elapsed());
             let probe = tokio::time::timeout(PROBE_TIMEOUT.min(rest), client.status()).await;
             let reason = match probe {
                 Ok(Ok(_)) => return Ok(client),
-                Ok(Err(status)) => describe(&status),
+                Ok(Err(status)) => {
+                    let reason = describe(&status);
+                    if let Some(verdict) = client.verdict(&status, &reason) {
+                        return Err(verdict);
+                    }
+                    reason
+                }
                 Err(_) => "no answer to a status request".to_owned(),
             };
             if started.elapsed() + pause >= timeout {
@@ -83,8 +156,23 @@ impl Client {
     }
 
     /// The calls of the service. Clones share the connection.
-    pub(crate) fn rpc(&self) -> GeneratorClient<Channel> {
+    pub(crate) fn rpc(&self) -> Rpc {
         self.rpc.clone()
+    }
+
+    /// What waiting would not change.
+    fn verdict(&self, status: &Status, reason: &str) -> Option<ConnectError> {
+        let (address, reason) = (self.address.clone(), reason.to_owned());
+        if status.code() == Code::Unauthenticated {
+            return Some(ConnectError::Unauthenticated { address, reason });
+        }
+        // Nothing else below a call finds its data invalid.
+        let mut sources = std::iter::successors(std::error::Error::source(status), |error| error.source());
+        let refused = sources.any(|error| {
+            let error = error.downcast_ref::<std::io::Error>();
+            error.is_some_and(|error| error.kind() == std::io::ErrorKind::InvalidData)
+        });
+        (self.encrypted && refused).then_some(ConnectError::Tls { address, reason })
     }
 
     /// The generator at `address`, `host:port`, whether it is there or not.
@@ -92,12 +180,19 @@ impl Client {
     /// # Errors
     /// If the address is none.
     pub(crate) fn new(address: &str) -> Result<Self, ConnectError> {
+        Self::new_with(address, own_credentials())
+    }
+
+    fn new_with(address: &str, credentials: &Credentials) -> Result<Self, ConnectError> {
         let bad = |reason: String| ConnectError::BadAddress { address: address.to_owned(), reason };
-        let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|error| bad(error.to_string()))?;
+        let encrypted = credentials.ca.is_some();
+        let scheme = if encrypted { "https" } else { "http" };
+        let endpoint =
+            Endpoint::from_shared(format!("{scheme}://{address}")).map_err(|error| bad(error.to_string()))?;
         if endpoint.uri().port().is_none() {
             return Err(bad("the port is missing".to_owned()));
         }
-        let channel = endpoint
+        let channel = with_tls(endpoint, credentials)?
             .connect_timeout(PROBE_TIMEOUT)
             .tcp_nodelay(true)
             .initial_connection_window_size(CONNECTION_WINDOW)
@@ -105,11 +200,33 @@ impl Client {
             .keep_alive_timeout(KEEPALIVE_TIMEOUT)
             .keep_alive_while_idle(true)
             .connect_lazy();
-        let rpc = GeneratorClient::new(channel)
+        let rpc = GeneratorClient::with_interceptor(channel, bearer(credentials)?)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
-        Ok(Self { address: address.to_owned(), rpc })
+        Ok(Self { address: address.to_owned(), rpc, encrypted })
     }
+}
+
+/// TLS where there is an authority to check the generator by.
+fn with_tls(endpoint: Endpoint, credentials: &Credentials) -> Result<Endpoint, ConnectError> {
+    let Some(ca) = &credentials.ca else { return Ok(endpoint) };
+    let mut tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ca));
+    if let Some(identity) = &credentials.identity {
+        tls = tls.identity(Identity::from_pem(&identity.certificate, identity.key.expose()));
+    }
+    endpoint.tls_config(tls).map_err(|error| {
+        let reason = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
+        ConnectError::BadCredentials(format!("security.tls_cert, tls_key and tls_ca cannot be used together: {reason}"))
+    })
+}
+
+fn bearer(credentials: &Credentials) -> Result<Bearer, ConnectError> {
+    let Some(token) = &credentials.token else { return Ok(Bearer(None)) };
+    let mut value: MetadataValue<Ascii> = format!("Bearer {}", token.expose())
+        .parse()
+        .map_err(|_| ConnectError::BadCredentials("the token has characters that cannot be in a header".to_owned()))?;
+    value.set_sensitive(true);
+    Ok(Bearer(Some(value)))
 }
 
 /// A call with its deadline, which the generator learns as well.
@@ -156,36 +273,4 @@ pub(crate) fn seconds(seconds: f64) -> Duration {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[track_caller]
-    fn check_refused(address: &str, timeout_ms: u64, expect: &[&str]) {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let timeout = Duration::from_millis(timeout_ms);
-        let error = runtime.block_on(Client::connect(address, timeout)).unwrap_err().to_string();
-        for expect in expect {
-            assert!(error.contains(expect), "no {expect:?} in: {error}");
-        }
-    }
-
-    #[test]
-    fn addresses_that_are_none_are_refused_at_once() {
-        check_refused("local host:1", 60_000, &["\"local host:1\" is not of the form host:port"]);
-        check_refused("localhost", 60_000, &["\"localhost\"", "the port is missing"]);
-    }
-
-    #[test]
-    fn a_generator_that_is_not_there_is_named_after_the_deadline() {
-        let free_port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let address = format!("127.0.0.1:{free_port}");
-        check_refused(&address, 300, &[&address, "did not answer for 0.", "Connection refused"]);
-    }
-
-    #[test]
-    fn a_port_that_accepts_and_stays_silent_is_named_after_the_deadline() {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        check_refused(&address, 300, &[&address, "did not answer for 0.3 s", "no answer to a status request"]);
-    }
-}
+mod tests;

@@ -19,7 +19,7 @@ const DIRS: [&str; 4] = ["completions", "completion_samples", "checkpoints", LOG
 
 /// Settings that change how a run is carried out and not what comes out: sections, or keys. A run goes on under other
 /// values of these.
-const FREE_SETTINGS: [&str; 20] = [
+const FREE_SETTINGS: [&str; 21] = [
     "run.output_dir",
     "generator.addresses",
     "generator.connect_timeout_seconds",
@@ -33,6 +33,7 @@ const FREE_SETTINGS: [&str; 20] = [
     "logging",
     "rollout.deadline_seconds",
     "rollout.sleep_while_training",
+    "security",
     "train.collective_timeout_seconds",
     "train.max_skipped_steps",
     "train.max_wall_clock_seconds",
@@ -289,6 +290,7 @@ mod tests {
         config.generator.metrics_address = Some(([127, 0, 0, 1], 9400).into());
         config.generator.kernel_cache = Some("kernels".into());
         config.launch.trainers = 3;
+        config.security.token_file = Some("a/file/that/was/moved".into());
         config.logging.logging_steps = 7;
         config.train.save_steps = 1;
         assert_eq!(saved_config(&open(&config).unwrap()), config);

@@ -128,6 +128,11 @@ impl TestGenerator {
         self.service.0.state.lock().unwrap().update = update;
     }
 
+    /// Its service, for a test with a server of its own.
+    pub(crate) fn service(&self) -> impl Generator + use<> {
+        self.service.clone()
+    }
+
     /// Ends the generator as a kill would.
     pub(crate) fn kill(&self) {
         self.service.0.state.lock().unwrap().joined = None;

@@ -12,11 +12,14 @@ use crate::launch::supervised;
 
 /// Serve rollouts by gRPC until SIGTERM or Ctrl-C.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  aha generator configs/countdown-tiny.yaml --listen 127.0.0.1:50051")]
+#[command(
+    after_help = "Example:\n  aha generator configs/countdown-tiny.yaml --listen 127.0.0.1:50051\n  AHA_TOKEN=$(cat token) aha generator configs/countdown-tiny.yaml --listen 0.0.0.0:50051"
+)]
 pub(crate) struct Args {
     #[command(flatten)]
     config: ConfigArgs,
-    /// Address to listen on; port 0 takes a free one
+    /// Address to listen on; port 0 takes a free one. Beyond loopback it needs a token (AHA_TOKEN or
+    /// security.token_file) or clients' certificates (security.tls_ca), or security.insecure: true
     #[arg(long, default_value = "127.0.0.1:50051")]
     listen: SocketAddr,
     /// Where to register, host:port of trainer rank 0 (generator.coordinator)
@@ -25,7 +28,7 @@ pub(crate) struct Args {
     /// Address to register, host:port as the trainers reach it; otherwise the one listened on
     #[arg(long)]
     advertise: Option<String>,
-    /// Address to serve Prometheus metrics at (generator.metrics_address); port 0 takes a free one
+    /// Address to serve Prometheus metrics at (generator.metrics_address), to those who may call; port 0 takes a free one
     #[arg(long)]
     metrics_address: Option<SocketAddr>,
 }
@@ -34,12 +37,12 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     supervised::follow_parent()?;
     // Weights and caches come and go, and what they leave is for others on this machine.
     aha_nn::runtime::map_large_blocks();
-    let mut config = args.config.load()?;
+    let (mut config, credentials) = args.config.load_with_credentials()?;
     config.generator.metrics_address = args.metrics_address.or(config.generator.metrics_address);
     config.generator.coordinator = args.coordinator.clone().or(config.generator.coordinator);
     let grace = Duration::from_secs_f64(config.launch.grace_seconds);
     network_runtime()?.block_on(async {
-        let server = GeneratorServer::bind(&GeneratorOptions::from(&config), args.listen).await?;
+        let server = GeneratorServer::bind(&GeneratorOptions::from(&config), args.listen, credentials).await?;
         tracing::info!("generator listens on {}", server.address());
         if let Some(address) = server.metrics_address() {
             tracing::info!("metrics are at http://{address}/metrics");

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use aha_core::config::{self, DeviceKind, Dtype, Generator, Model, Quantization, RunConfig};
+use aha_core::config::{self, Credentials, DeviceKind, Dtype, Generator, Model, Quantization, RunConfig};
 use aha_generator::GeneratorOptions;
 use aha_nn::runtime;
 use anyhow::{Context, Result};
@@ -31,9 +31,14 @@ pub(crate) struct ConfigArgs {
 }
 
 impl ConfigArgs {
-    /// Reads, layers and validates the configuration.
+    /// Reads, layers and validates the configuration, with the files that it names secrets by.
     pub(crate) fn load(&self) -> Result<RunConfig> {
-        Ok(config::load(&self.config, std::env::vars(), &self.overrides)?)
+        self.load_with_credentials().map(|(config, _)| config)
+    }
+
+    /// Like [`ConfigArgs::load`], for those who call or are called.
+    pub(crate) fn load_with_credentials(&self) -> Result<(RunConfig, Credentials)> {
+        Ok(config::load_with_credentials(&self.config, std::env::vars(), &self.overrides)?)
     }
 
     /// The arguments that give a child process the same configuration.

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use aha_trainer::clients;
 use aha_trainer::fleet::Fleet;
 use aha_trainer::run::{self, Summary};
 use aha_trainer::stop::Outcome;
@@ -16,6 +17,8 @@ use crate::launch::supervised;
 
 /// Run one trainer rank; RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT say which.
 ///
+/// Calls to generators carry the token in AHA_TOKEN or security.token_file, by TLS where security.tls_ca is set.
+///
 /// SIGTERM or Ctrl-C ends it after the step that it is in, with a checkpoint and exit code 75; a second one at once.
 #[derive(Debug, clap::Args)]
 #[command(
@@ -28,12 +31,13 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     supervised::follow_parent()?;
-    let config = args.config.load()?;
+    let (config, credentials) = args.config.load_with_credentials()?;
     ensure!(
         !config.generator.addresses.is_empty() || config.generator.coordinator.is_some(),
         "generator.addresses: none; start `aha generator` and name its address, set generator.coordinator and let it register, \
          or use `aha launch`"
     );
+    clients::use_credentials(credentials)?;
     let world = World::from_variables(std::env::vars())?;
     let runtime = Arc::new(network_runtime()?);
     let outcome = run::run(&config, &world, &stop_on_signals()?, |session| {

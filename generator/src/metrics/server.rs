@@ -1,21 +1,22 @@
-//! `GET /metrics` over HTTP.
+//! `GET /metrics` over HTTP, for those who may call the generator too.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use aha_core::config;
+use aha_core::config::{self, Credentials};
 use anyhow::Context;
 use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use tonic::service::Routes;
-use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 
 use super::{Observed, exposition, page};
+use crate::connections::ConnectionLimits;
 use crate::engine::EngineHandle;
+use crate::guard::{Guard, check_listen, secure_server};
 use crate::torch::DeviceWeights;
 
 /// Prometheus' own patience, by default; the engine answers between two steps.
@@ -28,20 +29,26 @@ pub(crate) struct MetricsServer {
     pub(crate) address: SocketAddr,
     /// Where vLLM's names are wanted.
     vllm_model: Option<String>,
+    credentials: Credentials,
 }
 
 impl MetricsServer {
     /// Takes the address, where one is asked for.
     ///
     /// # Errors
-    /// If the address is not to be had.
-    pub(crate) fn bind(model: &config::Model, generator: &config::Generator) -> anyhow::Result<Option<Self>> {
+    /// If the address is not to be had, or anyone on other machines could read there.
+    pub(crate) fn bind(
+        model: &config::Model,
+        generator: &config::Generator,
+        credentials: &Credentials,
+    ) -> anyhow::Result<Option<Self>> {
         let Some(address) = generator.metrics_address else { return Ok(None) };
+        check_listen("generator.metrics_address", address, credentials)?;
         let incoming =
             TcpIncoming::bind(address).with_context(|| format!("generator.metrics_address: listening on {address}"))?;
         let address = incoming.local_addr().context("asking for the address that was taken")?;
         let vllm_model = generator.vllm_metric_names.then(|| model.path.display().to_string());
-        Ok(Some(Self { incoming, address, vllm_model }))
+        Ok(Some(Self { incoming, address, vllm_model, credentials: credentials.clone() }))
     }
 
     /// Answers until it is dropped.
@@ -51,9 +58,18 @@ impl MetricsServer {
             let source = Arc::clone(&source);
             async move { source.answer().await }
         };
-        let router = axum::Router::new().route("/metrics", get(answer));
-        let server = Server::builder().accept_http1(true).add_routes(Routes::from(router));
-        if let Err(error) = server.serve_with_incoming(self.incoming).await {
+        let router = Guard::new(&self.credentials).over_http(axum::Router::new().route("/metrics", get(answer)));
+        let served = match secure_server(&self.credentials) {
+            Ok(server) => {
+                let server = server.accept_http1(true).add_routes(Routes::from(router));
+                server
+                    .serve_with_incoming(ConnectionLimits::default().over(self.incoming))
+                    .await
+                    .map_err(anyhow::Error::from)
+            }
+            Err(error) => Err(error),
+        };
+        if let Err(error) = served {
             tracing::error!(%error, "metrics are no longer served");
         }
     }

@@ -176,7 +176,7 @@ async fn other_calls_with_nonsense_are_refused_too() {
 
 /// Passes bytes as they are.
 #[derive(Debug, Default)]
-struct Raw;
+pub(super) struct Raw;
 
 impl Codec for Raw {
     type Encode = Vec<u8>;

@@ -248,7 +248,8 @@ async fn other_paths_and_methods_are_refused_and_so_is_a_taken_address() {
     let folder = tiny_folder(Tiny::Qwen2, 1);
     let mut options = tiny_options(folder.path());
     options.generator.metrics_address = server.metrics_address;
-    let error = GeneratorServer::bind(&options, "127.0.0.1:0".parse().unwrap()).await.unwrap_err();
+    let error =
+        GeneratorServer::bind(&options, "127.0.0.1:0".parse().unwrap(), Credentials::default()).await.unwrap_err();
     let taken = server.metrics_address.unwrap();
     let error = format!("{error:#}");
     assert!(error.starts_with(&format!("generator.metrics_address: listening on {taken}: ")), "{error}");

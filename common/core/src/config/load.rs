@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use super::RunConfig;
+use super::{Credentials, RunConfig, TOKEN_VARIABLE};
 
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -27,6 +27,41 @@ pub fn load(
     environment: impl IntoIterator<Item = (String, String)>,
     overrides: &[String],
 ) -> Result<RunConfig, ConfigError> {
+    let (config, problems) = from_value(layered(path, environment, overrides)?);
+    finish(config, problems, path)
+}
+
+/// Like [`load`], and reads the secrets that the configuration names; a token may come from the environment.
+///
+/// # Errors
+/// As [`load`]; files that cannot be used are among the problems.
+pub fn load_with_credentials(
+    path: &Path,
+    environment: impl IntoIterator<Item = (String, String)>,
+    overrides: &[String],
+) -> Result<(RunConfig, Credentials), ConfigError> {
+    let environment: Vec<_> = environment.into_iter().collect();
+    let token = environment.iter().find(|(name, _)| name == TOKEN_VARIABLE).map(|(_, token)| token.clone());
+    let (config, mut problems) = from_value(layered(path, environment, overrides)?);
+    let security = config.as_ref().map(|config| config.security.clone()).unwrap_or_default();
+    let credentials = Credentials::load(&security, token.as_deref());
+    problems.extend(credentials.as_ref().err().into_iter().flatten().cloned());
+    Ok((finish(config, problems, path)?, credentials.unwrap_or_default()))
+}
+
+fn finish(config: Option<RunConfig>, problems: Vec<String>, path: &Path) -> Result<RunConfig, ConfigError> {
+    match config {
+        Some(config) if problems.is_empty() => Ok(config),
+        _ => Err(ConfigError::Invalid { origin: path.display().to_string(), problems }),
+    }
+}
+
+/// All layers in one tree.
+fn layered(
+    path: &Path,
+    environment: impl IntoIterator<Item = (String, String)>,
+    overrides: &[String],
+) -> Result<Value, ConfigError> {
     let unreadable = |reason: String| ConfigError::Unreadable { path: path.to_owned(), reason };
     if !path.is_file() {
         return Err(unreadable("no such file".to_owned()));
@@ -42,8 +77,7 @@ pub fn load(
         builder = builder.set_override(key, to_config_value(value)).map_err(|error| unreadable(error.to_string()))?;
     }
     let layered = builder.build().map_err(|error| unreadable(error.to_string()))?;
-    let layered: Value = layered.try_deserialize().map_err(|error| unreadable(error.to_string()))?;
-    from_value(layered, &path.display().to_string())
+    layered.try_deserialize().map_err(|error| unreadable(error.to_string()))
 }
 
 /// Splits `section.key=value`; the value is read as YAML.
@@ -82,8 +116,8 @@ fn to_config_value(value: Value) -> config::Value {
     config::Value::new(None, kind)
 }
 
-/// Turns a tree of values into a validated configuration; `origin` is where it came from, for messages.
-fn from_value(mut value: Value, origin: &str) -> Result<RunConfig, ConfigError> {
+/// Turns a tree of values into a configuration, with all that is wrong with it. None where that cannot be told.
+fn from_value(mut value: Value) -> (Option<RunConfig>, Vec<String>) {
     let mut problems = Vec::new();
     let mut unknown = Vec::new();
     // A value of a wrong type hides the ones after it, so it is reported, taken out, and the rest read again.
@@ -98,7 +132,7 @@ fn from_value(mut value: Value, origin: &str) -> Result<RunConfig, ConfigError> 
                 let path = track.path().to_string();
                 problems.push(format!("{path}: {error}"));
                 if !remove(&mut value, &path) {
-                    return Err(ConfigError::Invalid { origin: origin.to_owned(), problems });
+                    return (None, problems);
                 }
             }
         }
@@ -106,7 +140,7 @@ fn from_value(mut value: Value, origin: &str) -> Result<RunConfig, ConfigError> 
     let known = known_keys();
     problems.extend(unknown.iter().map(|key| unknown_key(key, &known)));
     problems.extend(config.problems());
-    if problems.is_empty() { Ok(config) } else { Err(ConfigError::Invalid { origin: origin.to_owned(), problems }) }
+    (Some(config), problems)
 }
 
 /// Takes out what `path` (`a.b[0].c`) names; false if there is no such thing.
@@ -243,6 +277,48 @@ rewards: [{function: equation}]
         let config = load_text(MINIMAL, &[], &[]).unwrap();
         let text = serde_saphyr::to_string(&config).unwrap();
         assert_eq!(load_text(&text, &[], &[]).unwrap(), config);
+    }
+
+    #[test]
+    fn files_of_secrets_are_checked_beside_all_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.yaml");
+        let token = [("AHA_TOKEN".to_owned(), "a-token-of-the-environment".to_owned())];
+        let load = |extra: &str| {
+            std::fs::write(&path, format!("{MINIMAL}{extra}")).unwrap();
+            load_with_credentials(&path, token.clone(), &[])
+        };
+        let (config, credentials) = load("security: {insecure: true}\n").unwrap();
+        assert_eq!(credentials.token.unwrap().expose(), "a-token-of-the-environment");
+        assert!(config.security.insecure && credentials.insecure);
+        let error = load("train: {zero_stage: 9}\nsecurity: {token_file: absent, tls_cert: gone, token: some-token}\n");
+        let error = error.unwrap_err().to_string();
+        for expect in [
+            "train.zero_stage",
+            "security.token_file: absent: no such file",
+            "security.tls_cert: gone: no such file",
+            "security.tls_key: missing; security.tls_cert is of no use without it",
+            "security.token: no such key",
+        ] {
+            assert!(error.contains(expect), "no {expect:?} in: {error}");
+        }
+        assert!(!error.contains("some-token") && !error.contains("of-the-environment"), "{error}");
+    }
+
+    #[test]
+    fn s8_the_resolved_configuration_holds_no_secret() {
+        let folder = tempfile::tempdir().unwrap();
+        let token_file = folder.path().join("token");
+        std::fs::write(&token_file, "a-token-of-the-file").unwrap();
+        let path = folder.path().join("x.yaml");
+        std::fs::write(&path, format!("{MINIMAL}security: {{token_file: {}}}\n", token_file.display())).unwrap();
+        for variable in [None, Some(("AHA_TOKEN".to_owned(), "a-token-of-the-environment".to_owned()))] {
+            let (config, credentials) = load_with_credentials(&path, variable, &[]).unwrap();
+            let resolved = serde_saphyr::to_string(&config).unwrap();
+            let token = credentials.token.unwrap();
+            assert!(resolved.contains("token_file:") && !resolved.contains(token.expose()), "{resolved}");
+            assert!(!format!("{config:?}").contains(token.expose()));
+        }
     }
 
     #[test]

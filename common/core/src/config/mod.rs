@@ -4,6 +4,7 @@
 
 mod load;
 mod lora;
+mod security;
 mod train;
 mod validate;
 mod validate_train;
@@ -13,8 +14,9 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-pub use load::{ConfigError, load, parse_override};
+pub use load::{ConfigError, load, load_with_credentials, parse_override};
 pub use lora::{ALL_LINEAR, BaseQuantization, InitLoraWeights, Lora, TargetModule};
+pub use security::{Credentials, Identity, Secret, Security, TOKEN_VARIABLE};
 pub use train::Train;
 
 use crate::rollout::Sampling;
@@ -34,6 +36,7 @@ pub struct RunConfig {
     pub sft: Sft,
     pub eval: Eval,
     pub generator: Generator,
+    pub security: Security,
     pub logging: Logging,
     pub launch: Launch,
 }

@@ -16,6 +16,7 @@ impl RunConfig {
         self.check_train(&mut problems);
         self.check_lora(&mut problems);
         self.check_services(&mut problems);
+        self.security.check(&mut problems);
         problems.0
     }
 
