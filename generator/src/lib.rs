@@ -5,7 +5,6 @@ mod connections;
 mod deadline;
 pub mod engine;
 mod error;
-mod guard;
 mod instance;
 mod local;
 mod metrics;

@@ -3,11 +3,12 @@
 use std::convert::Infallible;
 use std::time::Duration;
 
+use aha_core::config::Credentials;
+use aha_proto::caller::{self, Bearer, CallerError, SecureChannel};
 use aha_proto::v1;
 use aha_proto::v1::coordinator_client::CoordinatorClient;
 use tokio::task::JoinHandle;
 use tonic::Request;
-use tonic::transport::{Channel, Endpoint};
 
 /// For an answer of the coordinator.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -19,21 +20,25 @@ const PER_LEASE: f64 = 3.0;
 /// Registers again and again until it leaves.
 #[derive(Debug)]
 pub struct Registrar {
-    client: CoordinatorClient<Channel>,
+    client: CoordinatorClient<SecureChannel>,
     address: String,
     registering: JoinHandle<Infallible>,
 }
 
 impl Registrar {
-    /// Begins to register `address`, where the trainers reach this generator, at `coordinator`, `host:port`, whether that
-    /// is there yet or not. Must be called within a runtime.
+    /// Begins to register at `coordinator`, `host:port`, whether that
+    /// is there yet or not; `credentials` are this generator's. Must be called within a runtime.
     ///
     /// # Errors
-    /// If `coordinator` is no address.
-    pub fn start(coordinator: &str, address: String, manifest_hash: u64) -> Result<Self, String> {
-        let endpoint = Endpoint::from_shared(format!("http://{coordinator}")).map_err(|error| error.to_string())?;
-        let client = CoordinatorClient::new(endpoint.connect_timeout(TIMEOUT).connect_lazy());
-        let request = v1::RegisterRequest { address: address.clone(), manifest_hash };
+    /// If `coordinator` is no address, or the credentials cannot be used.
+    pub fn start(
+        coordinator: &str,
+        credentials: &Credentials,
+        request: v1::RegisterRequest,
+    ) -> Result<Self, CallerError> {
+        let channel = caller::endpoint(coordinator, credentials)?.connect_timeout(TIMEOUT).connect_lazy();
+        let client = CoordinatorClient::with_interceptor(channel, Bearer::new(credentials)?);
+        let address = request.address.clone();
         let registering = tokio::spawn(keep_registered(client.clone(), request, coordinator.to_owned()));
         Ok(Self { client, address, registering })
     }
@@ -50,7 +55,7 @@ impl Registrar {
 
 /// Says what changes, not what stays.
 async fn keep_registered(
-    mut client: CoordinatorClient<Channel>,
+    mut client: CoordinatorClient<SecureChannel>,
     request: v1::RegisterRequest,
     coordinator: String,
 ) -> Infallible {

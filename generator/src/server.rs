@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use aha_core::config::Credentials;
+use aha_proto::guard::{Guard, check_listen, secure_server};
 use aha_proto::v1;
 use aha_proto::v1::generator_server::GeneratorServer as GeneratorService;
 use anyhow::{Context, anyhow, bail};
@@ -19,7 +20,7 @@ use tonic_health::ServingStatus;
 
 use crate::connections::ConnectionLimits;
 use crate::engine::{EngineHandle, EngineHealth};
-use crate::guard::{Guard, check_listen, secure_server};
+
 use crate::instance::{GeneratorOptions, Instance};
 use crate::metrics::{MetricsServer, Observed};
 use crate::service::Service;

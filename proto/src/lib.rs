@@ -1,7 +1,9 @@
-//! aha's wire protocol: generated types, and conversions to and from the domain.
+//! aha's wire protocol: generated types, conversions to and from the domain, and who may call whom.
 #![forbid(unsafe_code)]
 
+pub mod caller;
 mod convert;
+pub mod guard;
 
 pub use convert::BadMessage;
 

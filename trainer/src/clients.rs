@@ -4,11 +4,9 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use aha_core::config::Credentials;
+use aha_proto::caller::{self, Bearer, CallerError, SecureChannel};
 use aha_proto::v1;
 use aha_proto::v1::generator_client::GeneratorClient;
-use tonic::metadata::{Ascii, MetadataValue};
-use tonic::service::interceptor::{InterceptedService, Interceptor};
-use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 use tonic::{Code, Status};
 
 /// Largest message: completions with their texts, far over what a model's context can fill.
@@ -55,7 +53,7 @@ pub(crate) fn own_credentials() -> &'static Credentials {
 }
 
 /// The calls of the service, each with the token.
-pub(crate) type Rpc = GeneratorClient<InterceptedService<Channel, Bearer>>;
+pub(crate) type Rpc = GeneratorClient<SecureChannel>;
 
 /// One generator. Connects anew by itself where a connection was lost.
 #[derive(Debug, Clone)]
@@ -63,19 +61,6 @@ pub struct Client {
     address: String,
     rpc: Rpc,
     encrypted: bool,
-}
-
-/// The `authorization` of a call; its debug output hides the token.
-#[derive(Debug, Clone)]
-pub(crate) struct Bearer(Option<MetadataValue<Ascii>>);
-
-impl Interceptor for Bearer {
-    fn call(&mut self, mut request: tonic::Request<()>) -> Result<tonic::Request<()>, Status> {
-        if let Some(value) = &self.0 {
-            request.metadata_mut().insert("authorization", value.clone());
-        }
-        Ok(request)
-    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -184,15 +169,12 @@ impl Client {
     }
 
     fn new_with(address: &str, credentials: &Credentials) -> Result<Self, ConnectError> {
-        let bad = |reason: String| ConnectError::BadAddress { address: address.to_owned(), reason };
-        let encrypted = credentials.ca.is_some();
-        let scheme = if encrypted { "https" } else { "http" };
-        let endpoint =
-            Endpoint::from_shared(format!("{scheme}://{address}")).map_err(|error| bad(error.to_string()))?;
-        if endpoint.uri().port().is_none() {
-            return Err(bad("the port is missing".to_owned()));
-        }
-        let channel = with_tls(endpoint, credentials)?
+        let bad = |error| match error {
+            CallerError::BadAddress(address, reason) => ConnectError::BadAddress { address, reason },
+            CallerError::BadCredentials(reason) => ConnectError::BadCredentials(reason),
+        };
+        let channel = caller::endpoint(address, credentials)
+            .map_err(bad)?
             .connect_timeout(PROBE_TIMEOUT)
             .tcp_nodelay(true)
             .initial_connection_window_size(CONNECTION_WINDOW)
@@ -200,33 +182,11 @@ impl Client {
             .keep_alive_timeout(KEEPALIVE_TIMEOUT)
             .keep_alive_while_idle(true)
             .connect_lazy();
-        let rpc = GeneratorClient::with_interceptor(channel, bearer(credentials)?)
+        let rpc = GeneratorClient::with_interceptor(channel, Bearer::new(credentials).map_err(bad)?)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
-        Ok(Self { address: address.to_owned(), rpc, encrypted })
+        Ok(Self { address: address.to_owned(), rpc, encrypted: credentials.ca.is_some() })
     }
-}
-
-/// TLS where there is an authority to check the generator by.
-fn with_tls(endpoint: Endpoint, credentials: &Credentials) -> Result<Endpoint, ConnectError> {
-    let Some(ca) = &credentials.ca else { return Ok(endpoint) };
-    let mut tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ca));
-    if let Some(identity) = &credentials.identity {
-        tls = tls.identity(Identity::from_pem(&identity.certificate, identity.key.expose()));
-    }
-    endpoint.tls_config(tls).map_err(|error| {
-        let reason = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
-        ConnectError::BadCredentials(format!("security.tls_cert, tls_key and tls_ca cannot be used together: {reason}"))
-    })
-}
-
-fn bearer(credentials: &Credentials) -> Result<Bearer, ConnectError> {
-    let Some(token) = &credentials.token else { return Ok(Bearer(None)) };
-    let mut value: MetadataValue<Ascii> = format!("Bearer {}", token.expose())
-        .parse()
-        .map_err(|_| ConnectError::BadCredentials("the token has characters that cannot be in a header".to_owned()))?;
-    value.set_sensitive(true);
-    Ok(Bearer(Some(value)))
 }
 
 /// A call with its deadline, which the generator learns as well.

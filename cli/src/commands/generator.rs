@@ -4,8 +4,10 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket}
 use std::process::ExitCode;
 use std::time::Duration;
 
+use aha_core::config::Credentials;
 use aha_generator::{GeneratorOptions, GeneratorServer, Registrar};
-use anyhow::{Context, Result, anyhow};
+use aha_proto::v1::RegisterRequest;
+use anyhow::{Context, Result};
 
 use super::{ConfigArgs, network_runtime};
 use crate::launch::supervised;
@@ -42,13 +44,13 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     config.generator.coordinator = args.coordinator.clone().or(config.generator.coordinator);
     let grace = Duration::from_secs_f64(config.launch.grace_seconds);
     network_runtime()?.block_on(async {
-        let server = GeneratorServer::bind(&GeneratorOptions::from(&config), args.listen, credentials).await?;
+        let server = GeneratorServer::bind(&GeneratorOptions::from(&config), args.listen, credentials.clone()).await?;
         tracing::info!("generator listens on {}", server.address());
         if let Some(address) = server.metrics_address() {
             tracing::info!("metrics are at http://{address}/metrics");
         }
         let registrar = match &config.generator.coordinator {
-            Some(coordinator) => Some(register(args, coordinator, &server)?),
+            Some(coordinator) => Some(register(args, coordinator, &credentials, &server)?),
             None => None,
         };
         let stopped = async {
@@ -65,7 +67,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
 }
 
 /// Under the address that is advertised, or else listened on, or else towards the coordinator where that is all.
-fn register(args: &Args, coordinator: &str, server: &GeneratorServer) -> Result<Registrar> {
+fn register(args: &Args, coordinator: &str, credentials: &Credentials, server: &GeneratorServer) -> Result<Registrar> {
     let own = server.address();
     let address = match &args.advertise {
         Some(address) => address.clone(),
@@ -76,8 +78,8 @@ fn register(args: &Args, coordinator: &str, server: &GeneratorServer) -> Result<
         }
         None => own.to_string(),
     };
-    Registrar::start(coordinator, address, server.manifest_hash())
-        .map_err(|reason| anyhow!("generator.coordinator: {coordinator:?}: {reason}"))
+    let request = RegisterRequest { address, manifest_hash: server.manifest_hash() };
+    Registrar::start(coordinator, credentials, request).context("generator.coordinator")
 }
 
 /// Connecting a datagram socket sends nothing; it makes the system choose a route.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use aha_core::config::{self, Credentials};
+use aha_proto::guard::{Guard, check_listen, secure_server};
 use anyhow::Context;
 use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
@@ -16,7 +17,7 @@ use tonic::transport::server::TcpIncoming;
 use super::{Observed, exposition, page};
 use crate::connections::ConnectionLimits;
 use crate::engine::EngineHandle;
-use crate::guard::{Guard, check_listen, secure_server};
+
 use crate::torch::DeviceWeights;
 
 /// Prometheus' own patience, by default; the engine answers between two steps.

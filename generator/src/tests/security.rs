@@ -92,7 +92,7 @@ async fn s1_every_method_but_health_asks_for_the_token() {
             let status = call(&channel, path, authorization).await.unwrap_err();
             // The same whatever was wrong.
             assert_eq!(status.code(), Code::Unauthenticated, "{path} {authorization:?}: {status}");
-            assert_eq!(status.message(), "this generator asks for a token");
+            assert_eq!(status.message(), "this service asks for a token");
         }
         // The right token gets past the door, wherever the empty message leads then.
         let code = call(&channel, path, Some(&format!("Bearer {TOKEN}"))).await.err().map(|status| status.code());

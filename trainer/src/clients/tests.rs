@@ -56,7 +56,7 @@ async fn serve(tls: Option<ServerTlsConfig>) -> String {
     let address = listener.local_addr().unwrap().to_string();
     let check = |request: tonic::Request<()>| match request.metadata().get("authorization") {
         Some(value) if value == &format!("Bearer {TOKEN}") => Ok(request),
-        _ => Err(Status::unauthenticated("this generator asks for a token")),
+        _ => Err(Status::unauthenticated("this service asks for a token")),
     };
     let service = GeneratorServer::with_interceptor(answers, check);
     let mut server = Server::builder();
@@ -120,7 +120,7 @@ impl Authority {
     fn server(&self, identity: &Identity, is_mutual: bool) -> ServerTlsConfig {
         let pem = tonic::transport::Identity::from_pem(&identity.certificate, identity.key.expose());
         let tls = ServerTlsConfig::new().identity(pem);
-        if is_mutual { tls.client_ca_root(Certificate::from_pem(self.0.pem())) } else { tls }
+        if is_mutual { tls.client_ca_root(tonic::transport::Certificate::from_pem(self.0.pem())) } else { tls }
     }
 
     /// A trainer's side.

@@ -5,9 +5,13 @@ use std::net::ToSocketAddrs;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use aha_core::config::Credentials;
+use aha_proto::guard::{Guard, check_listen, secure_server};
 use aha_proto::v1;
 use aha_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
+use anyhow::{Context, anyhow};
 use tokio::runtime::Runtime;
+use tonic::service::Routes;
 use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status};
 
@@ -15,6 +19,9 @@ use crate::clients::Client;
 
 /// A generator that is not heard of for so long is forgotten. It registers three times as often.
 const LEASE: Duration = Duration::from_secs(15);
+
+/// Calls that a connection may have open: a generator makes one at a time.
+const MAX_STREAMS: u32 = 16;
 
 /// Most generators that may be registered at once.
 const MAX_GENERATORS: usize = 4096;
@@ -32,15 +39,26 @@ struct Service {
 /// Serves on `address`, `host:port`, as long as `runtime` lives.
 ///
 /// # Errors
-/// Says why the address cannot be listened on.
-pub(super) fn serve(address: &str, manifest_hash: u64, runtime: &Runtime) -> Result<Registry, String> {
+/// Says why the address cannot be listened on, or may not be.
+pub(super) fn serve(
+    address: &str,
+    credentials: &Credentials,
+    manifest_hash: u64,
+    runtime: &Runtime,
+) -> anyhow::Result<Registry> {
     let registry = Registry::default();
-    let mut resolved = address.to_socket_addrs().map_err(|error| error.to_string())?;
-    let socket = resolved.next().ok_or("it has no address")?;
+    let socket = address.to_socket_addrs()?.next().context("it has no address")?;
+    let mut credentials = credentials.clone();
+    // A trainer without a certificate may have the authority of the generators.
+    credentials.ca = credentials.ca.filter(|_| credentials.identity.is_some());
+    check_listen("generator.coordinator", socket, &credentials)?;
     let _entered = runtime.enter();
-    let incoming = TcpIncoming::bind(socket).map_err(|error| error.to_string())?;
+    let incoming = TcpIncoming::bind(socket).map_err(|error| anyhow!(error))?;
     let service = CoordinatorServer::new(Service { registry: registry.clone(), manifest_hash });
-    let served = tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming);
+    let served = secure_server(&credentials)?
+        .max_concurrent_streams(MAX_STREAMS)
+        .add_routes(Guard::new(&credentials).over_grpc(Routes::new(service)))
+        .serve_with_incoming(incoming);
     runtime.spawn(async move {
         if let Err(error) = served.await {
             tracing::error!("generators cannot register any more: {error}");

@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use tokio::runtime::Runtime;
 
 use crate::agreement::agree;
-use crate::clients::{Client, ConnectError, seconds};
+use crate::clients::{Client, ConnectError, own_credentials, seconds};
 use crate::publish::{PublishError, Publisher, PushReport};
 use crate::rollouts::{GeneratorPool, Ledger, RolloutError, RolloutRequest, Rollouts};
 use roster::Roster;
@@ -89,8 +89,10 @@ impl Fleet {
         };
         let roster = if trainers.rank() == 0 {
             let serve = |address: &String| {
-                let served = coordinator::serve(address, policy.manifest().hash(), &runtime);
-                served.map_err(|reason| RolloutError::Coordinator { address: address.clone(), reason })
+                let served = coordinator::serve(address, own_credentials(), policy.manifest().hash(), &runtime);
+                let failed =
+                    |error| RolloutError::Coordinator { address: address.clone(), reason: format!("{error:#}") };
+                served.map_err(failed)
             };
             let registry = config.generator.coordinator.as_ref().map(serve).transpose()?;
             let generator = &config.generator;

@@ -1,4 +1,4 @@
-//! Who is let in: where a generator may listen, TLS, and the token of every call.
+//! Who is let in: where a service may listen, TLS, and the token of every call.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -27,7 +27,7 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 ///
 /// # Errors
 /// Says what to set.
-pub(crate) fn check_listen(key: &str, address: SocketAddr, credentials: &Credentials) -> anyhow::Result<()> {
+pub fn check_listen(key: &str, address: SocketAddr, credentials: &Credentials) -> anyhow::Result<()> {
     if address.ip().to_canonical().is_loopback() {
         return Ok(());
     }
@@ -52,12 +52,12 @@ pub(crate) fn check_listen(key: &str, address: SocketAddr, credentials: &Credent
 ///
 /// # Errors
 /// If certificates and key cannot be used.
-pub(crate) fn secure_server(credentials: &Credentials) -> anyhow::Result<Server> {
+pub fn secure_server(credentials: &Credentials) -> anyhow::Result<Server> {
     let server = Server::builder();
     let Some(identity) = &credentials.identity else {
         ensure!(
             credentials.ca.is_none(),
-            "security.tls_ca: a generator that asks for clients' certificates needs one of its own: set security.tls_cert \
+            "security.tls_ca: a service that asks for clients' certificates needs one of its own: set security.tls_cert \
              and security.tls_key"
         );
         return Ok(server);
@@ -73,19 +73,23 @@ pub(crate) fn secure_server(credentials: &Credentials) -> anyhow::Result<Server>
 
 /// Asks every call for the token, whatever is called: what is not known cannot be probed for either.
 #[derive(Debug, Clone)]
-pub(crate) struct Guard(Option<Arc<Secret>>);
+pub struct Guard(Option<Arc<Secret>>);
 
 impl Guard {
-    pub(crate) fn new(credentials: &Credentials) -> Self {
+    #[must_use]
+    pub fn new(credentials: &Credentials) -> Self {
         Self(credentials.token.clone().map(Arc::new))
     }
 
     /// Guards all services but health.
-    pub(crate) fn over_grpc(self, routes: Routes) -> Routes {
+    #[must_use]
+    pub fn over_grpc(self, routes: Routes) -> Routes {
         Routes::from(routes.into_axum_router().layer(from_fn_with_state(self, check_call)))
     }
 
-    pub(crate) fn over_http(self, router: Router) -> Router {
+    /// Guards every path.
+    #[must_use]
+    pub fn over_http(self, router: Router) -> Router {
         router.layer(from_fn_with_state(self, check_request))
     }
 
@@ -102,7 +106,7 @@ async fn check_call(State(guard): State<Guard>, request: Request, next: Next) ->
     if request.uri().path().starts_with(HEALTH) || guard.admits(request.headers()) {
         return next.run(request).await;
     }
-    Status::unauthenticated("this generator asks for a token").into_http()
+    Status::unauthenticated("this service asks for a token").into_http()
 }
 
 async fn check_request(State(guard): State<Guard>, request: Request, next: Next) -> Response {
