@@ -42,12 +42,13 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let (mut config, credentials) = args.config.load_with_credentials()?;
     config.generator.metrics_address = args.metrics_address.or(config.generator.metrics_address);
     config.generator.coordinator = args.coordinator.clone().or(config.generator.coordinator);
+    let scheme = if credentials.identity.is_some() { "https" } else { "http" };
     let grace = Duration::from_secs_f64(config.launch.grace_seconds);
     network_runtime()?.block_on(async {
         let server = GeneratorServer::bind(&GeneratorOptions::from(&config), args.listen, credentials.clone()).await?;
         tracing::info!("generator listens on {}", server.address());
         if let Some(address) = server.metrics_address() {
-            tracing::info!("metrics are at http://{address}/metrics");
+            tracing::info!("metrics are at {scheme}://{address}/metrics");
         }
         let registrar = match &config.generator.coordinator {
             Some(coordinator) => Some(register(args, coordinator, &credentials, &server)?),
