@@ -88,7 +88,6 @@ impl Guard {
     }
 
     /// Guards every path.
-    #[must_use]
     pub fn over_http(self, router: Router) -> Router {
         router.layer(from_fn_with_state(self, check_request))
     }

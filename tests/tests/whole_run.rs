@@ -2,7 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use aha_tests::binary::{aha, check_refused, check_runs, run, text};
@@ -255,6 +255,20 @@ fn role_of(folder: &Path, role: &str, rank: usize) -> String {
     processes_in(folder).into_iter().find(is_it).unwrap()
 }
 
+/// A launch whose standard error [`wait_for_end`] reads.
+fn start_launch(folder: &Path, arguments: &[&str]) -> Child {
+    let mut command = Command::new(aha());
+    command.args(["launch", "run.yaml"]).args(arguments).current_dir(folder);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+/// Whether it succeeded, and what it said.
+fn wait_for_end(mut child: Child) -> (bool, String) {
+    let mut said = String::new();
+    std::io::Read::read_to_string(&mut child.stderr.take().unwrap(), &mut said).unwrap();
+    (child.wait().unwrap().success(), said)
+}
+
 fn kill(pid: &str) {
     assert!(Command::new("kill").args(["-KILL", pid]).status().unwrap().success());
 }
@@ -268,14 +282,7 @@ fn a_launch_with_restarts_survives_a_lost_generator_and_a_lost_trainer() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path().canonicalize().unwrap();
     small_run::write(&folder);
-    let mut child = Command::new(aha())
-        .args(["launch", "run.yaml", "--max-restarts", "2"])
-        .current_dir(&folder)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut child = start_launch(&folder, &["--max-restarts", "2"]);
     for (step, role, rank) in [(2, "generator", 0), (6, "trainer", 1)] {
         wait_until("a checkpoint", || {
             assert!(child.try_wait().unwrap().is_none(), "the launch ended before step {step}");
@@ -283,9 +290,8 @@ fn a_launch_with_restarts_survives_a_lost_generator_and_a_lost_trainer() {
         });
         kill(&role_of(&folder, role, rank));
     }
-    let mut said = String::new();
-    std::io::Read::read_to_string(&mut child.stderr.take().unwrap(), &mut said).unwrap();
-    assert!(child.wait().unwrap().success(), "{said}");
+    let (succeeded, said) = wait_for_end(child);
+    assert!(succeeded, "{said}");
     for expect in ["generator-0 was killed by signal 9; it is started again, restarts left: 1", "restarts left: 0"] {
         assert!(said.contains(expect), "no {expect:?} in {said}");
     }
@@ -299,22 +305,14 @@ fn a_lost_generator_ends_the_run_and_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path().canonicalize().unwrap();
     small_run::write(&folder);
-    let mut child = Command::new(aha())
-        .args(["launch", "run.yaml", "--set", "train.max_steps=1000"])
-        .current_dir(&folder)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut child = start_launch(&folder, &["--set", "train.max_steps=1000"]);
     wait_until("the first step", || {
         assert!(child.try_wait().unwrap().is_none(), "the launch ended before the first step");
         folder.join("runs/small/completions/step_000001.jsonl").is_file()
     });
     kill(&role_of(&folder, "generator", 0));
-    let mut said = String::new();
-    std::io::Read::read_to_string(&mut child.stderr.take().unwrap(), &mut said).unwrap();
-    assert!(!child.wait().unwrap().success());
+    let (succeeded, said) = wait_for_end(child);
+    assert!(!succeeded, "{said}");
     assert!(said.contains("generator-0 was killed by signal 9"), "{said}");
     assert_eq!(processes_in(&folder), Vec::<String>::new(), "processes stayed behind");
 }
