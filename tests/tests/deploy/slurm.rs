@@ -24,6 +24,18 @@ echo ready >>\"$SLURM_LOG\"
 while true; do sleep 0.05; done
 ";
 
+/// Stands for aha where only its arguments and variables matter. When the trainers have ended, generators are ended too,
+/// so trainers wait until all of those are in the log.
+const RECORDER: &str = "#!/usr/bin/env bash
+echo \"$* gpu=${CUDA_VISIBLE_DEVICES:-} $WORLD_SIZE $MASTER_ADDR:$MASTER_PORT ${RANK:-} ${LOCAL_RANK:-}\" >>\"$SLURM_LOG\"
+[[ $1 == trainer ]] || exit 0
+for ((tenths = 0; tenths < 1000; tenths++)); do
+  [[ $(grep -c '^generator' \"$SLURM_LOG\") == 4 ]] && exit 0
+  sleep 0.1
+done
+exit 1
+";
+
 /// A cluster of one machine, and a folder to run in.
 struct Cluster {
     folder: tempfile::TempDir,
@@ -194,9 +206,7 @@ fn a_heterogeneous_job_trains_saves_and_goes_on() {
 
 #[test]
 fn generators_of_every_node_get_a_gpu_and_a_port_each() {
-    let cluster = Cluster::new(Some(
-        "#!/usr/bin/env bash\necho \"$* gpu=${CUDA_VISIBLE_DEVICES:-} $WORLD_SIZE $MASTER_ADDR:$MASTER_PORT ${RANK:-} ${LOCAL_RANK:-}\" >>\"$SLURM_LOG\"\n",
-    ));
+    let cluster = Cluster::new(Some(RECORDER));
     let variables = [
         ("SLURM_JOB_NODELIST_HET_GROUP_0", "gpu1,gpu2".to_owned()),
         ("SLURM_JOB_NODELIST_HET_GROUP_1", "gpu7,gpu8".to_owned()),
