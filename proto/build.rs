@@ -6,7 +6,8 @@ use prost::Message;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=aha");
-    let descriptors = protox::compile(["aha/v1/generator.proto", "aha/v1/coordinator.proto"], ["."])?;
+    let files = ["generator", "coordinator", "checkpoint"].map(|name| format!("aha/v1/{name}.proto"));
+    let descriptors = protox::compile(files, ["."])?;
     let out = std::env::var("OUT_DIR")?;
     std::fs::write(Path::new(&out).join("descriptors.bin"), descriptors.encode_to_vec())?;
     tonic_prost_build::configure().compile_fds(descriptors)?;

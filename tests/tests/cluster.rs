@@ -17,6 +17,17 @@ const NUM_TRAINERS: usize = 2;
 const COMPLETIONS_PER_STEP: usize = 24;
 /// What trainers end with when the run is to go on later.
 const RESUMABLE: i32 = 75;
+/// What a random model can be told apart by: completions end at different lengths, and shorter ones are better.
+const LEARNS: [&str; 2] = [
+    "rollout.stop_token_ids=[20,21,22,23,24,25,26,27,28,29,30,31,32,33,34,35,36,37,38,39]",
+    "train.soft_punish_cache=24",
+];
+/// Rollouts run up to two steps ahead.
+const AHEAD: [&str; 3] = [
+    "rollout.max_lag=2",
+    "train.rollout_importance_sampling_correction=true",
+    "train.rollout_importance_sampling_mode=token_truncate",
+];
 /// For whatever is waited for, on a machine that does much else.
 const PATIENCE: Duration = Duration::from_secs(150);
 
@@ -32,14 +43,14 @@ struct Cluster<'a> {
 }
 
 impl<'a> Cluster<'a> {
-    /// Generators that the trainers know from the beginning, and wait for.
-    fn start(folder: &'a Path, num_generators: usize) -> Self {
+    /// Generators that the trainers know from the beginning, and wait for; trainers with these settings.
+    fn start(folder: &'a Path, num_generators: usize, settings: &[&str]) -> Self {
         let mut cluster = Self::new(folder, num_generators);
         (0..num_generators).for_each(|index| cluster.start_generator(index));
         let addresses: Vec<_> = cluster.generators.iter().map(|(address, _)| address).collect();
         let listed = format!("generator.addresses={}", serde_json::to_string(&addresses).unwrap());
         let steps = format!("train.max_steps={NUM_STEPS}");
-        cluster.start_trainers(&[&listed, &steps, "generator.probe_timeout_seconds=2"]);
+        cluster.start_trainers(&[&[&*listed, &steps, "generator.probe_timeout_seconds=2"], settings].concat());
         cluster
     }
 
@@ -54,7 +65,9 @@ impl<'a> Cluster<'a> {
     }
 
     fn new(folder: &'a Path, num_generators: usize) -> Self {
-        small_run::write(folder);
+        if !folder.join("run.yaml").exists() {
+            small_run::write(folder);
+        }
         let mut addresses = free_addresses(num_generators + 1);
         let master = addresses.pop().unwrap();
         let generators = addresses.into_iter().map(|address| (address, None)).collect();
@@ -68,6 +81,7 @@ impl<'a> Cluster<'a> {
             let mut command = self.role("trainer", rank);
             command.args(overrides.iter().flat_map(|text| ["--set", text]));
             command.args(["--set", "train.save_steps=10"]);
+            command.args(LEARNS.iter().flat_map(|text| ["--set", text]));
             for (name, value) in [("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", NUM_TRAINERS)] {
                 command.env(name, value.to_string());
             }
@@ -208,10 +222,49 @@ fn samples(folder: &Path, step: usize) -> Vec<(u64, u64)> {
 #[test]
 fn generators_may_come_and_go_and_nothing_of_it_is_learnt() {
     let whole = tempfile::tempdir().unwrap();
-    Cluster::start(whole.path(), 1).finish();
+    Cluster::start(whole.path(), 1, &[]).finish();
 
     let folder = tempfile::tempdir().unwrap();
-    let mut cluster = Cluster::start(folder.path(), 3);
+    let metrics = run_with_losses(folder.path(), &[]);
+    assert!(metrics.iter().all(|step| step["policy/lag"] == 0.0));
+    assert!(last_checkpoint(folder.path()) == last_checkpoint(whole.path()));
+}
+
+#[test]
+fn generators_may_come_and_go_while_rollouts_run_ahead() {
+    let folder = tempfile::tempdir().unwrap();
+    let metrics = run_with_losses(folder.path(), &AHEAD);
+    let lags: Vec<f64> = metrics.iter().map(|step| step["policy/lag"].as_f64().unwrap()).collect();
+    assert!(lags.iter().all(|lag| *lag <= 2.0) && lags.contains(&2.0), "{lags:?}");
+    for step in &metrics {
+        let shares: f64 = (0..3).map(|lag| step[format!("policy/lag_ratio/{lag}")].as_f64().unwrap()).sum();
+        assert!((shares - 1.0).abs() < 1e-9, "{step}");
+    }
+    let differences: Vec<f64> =
+        metrics.iter().map(|step| step["sampling/sampling_logp_difference/max"].as_f64().unwrap()).collect();
+    assert!(differences.iter().any(|difference| *difference > 1e-3), "of other policies: {differences:?}");
+}
+
+#[test]
+fn what_was_received_ahead_outlives_the_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut cluster = Cluster::start(folder.path(), 1, &AHEAD);
+    cluster.wait_for_step(10);
+    cluster.stop();
+    let steps = metrics(folder.path()).len();
+    let state = folder.path().join(format!("runs/small/checkpoints/step-{steps}/trainer_state"));
+    let received = (0..NUM_TRAINERS).filter(|rank| {
+        let file = state.join(format!("rollouts-{rank:05}-of-{NUM_TRAINERS:05}.binpb"));
+        std::fs::metadata(file).is_ok_and(|file| file.len() > 0)
+    });
+    assert!(received.count() > 0, "nothing had come of the steps after {steps}");
+    Cluster::start(folder.path(), 1, &AHEAD).finish();
+    check_steps(folder.path());
+}
+
+/// Loses a generator, holds one up, and gets both back; returns the metrics of all steps.
+fn run_with_losses(folder: &Path, settings: &[&str]) -> Vec<Value> {
+    let mut cluster = Cluster::start(folder, 3, settings);
     cluster.wait_for_step(4);
     cluster.signal_generator(0, "-KILL");
     cluster.wait_for_step(8);
@@ -221,19 +274,27 @@ fn generators_may_come_and_go_and_nothing_of_it_is_learnt() {
     cluster.wait_for_step(20);
     cluster.signal_generator(1, "-CONT");
     cluster.finish();
-
-    let metrics = metrics(folder.path());
-    assert_eq!(metrics.len(), NUM_STEPS);
+    let metrics = check_steps(folder);
     let generators: Vec<u64> = metrics.iter().map(|step| step["generators"].as_f64().unwrap() as u64).collect();
     assert_eq!((generators[0], generators.iter().min()), (3, Some(&1)), "{generators:?}");
-    for (step, metrics) in metrics.iter().enumerate() {
-        assert_eq!(metrics["policy/lag"], 0.0, "step {step}");
-        let mut samples = samples(folder.path(), step + 1);
+    metrics
+}
+
+/// All steps are there, and each has every sample once; returns their metrics.
+fn check_steps(folder: &Path) -> Vec<Value> {
+    let metrics = metrics(folder);
+    assert_eq!(metrics.len(), NUM_STEPS);
+    assert!(
+        metrics.iter().all(|step| step["grad_norm"].as_f64().unwrap() > 0.0),
+        "a step from which nothing is learnt"
+    );
+    for step in 1..=NUM_STEPS {
+        let mut samples = samples(folder, step);
         samples.sort_unstable();
         samples.dedup();
         assert_eq!(samples.len(), COMPLETIONS_PER_STEP, "step {step}: every sample once");
     }
-    assert!(last_checkpoint(folder.path()) == last_checkpoint(whole.path()), "{generators:?}");
+    metrics
 }
 
 #[test]

@@ -3,13 +3,13 @@
 use std::path::Path;
 
 use aha_core::config::RunConfig;
-use aha_core::ids::PolicyVersion;
+use aha_core::ids::{PolicyVersion, PromptId};
 use aha_core::rollout::Sampling;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::exchange::{exchange, share};
-use crate::rollouts::{RolloutRequest, Rollouts};
+use crate::rollouts::{RolloutRequest, Rollouts, all_in_time};
 use crate::session::Session;
 
 const FILE: &str = "evaluations.jsonl";
@@ -39,10 +39,11 @@ pub fn evaluate(session: &Session, rollouts: &mut dyn Rollouts, version: PolicyV
         sampling: Sampling { temperature: config.eval.temperature, ..config.rollout.sampling() },
         seed: config.run.seed,
         rewards: vec![config.eval.reward.clone()],
-        version,
+        min_version: version,
     };
     let own = rollouts.roll_out(&request)?;
-    let groups = exchange(session.group(), prompts, own, 1)?;
+    let ids: Vec<PromptId> = prompts.iter().map(|prompt| prompt.id).collect();
+    let groups = all_in_time(&ids, exchange(session.group(), prompts, own, 1)?)?;
     let completions = || groups.iter().flat_map(|group| &group.completions);
     let right = completions().filter(|completion| completion.rewards.iter().all(|reward| reward.score >= 1.0)).count();
     let num_tokens: usize = completions().map(|completion| completion.token_ids.len()).sum();

@@ -14,7 +14,7 @@ pub enum ExchangeError {
     Comm(#[from] CommError),
     #[error("rank {rank} sent completions that cannot be read: {reason}")]
     Unreadable { rank: usize, reason: String },
-    #[error("{prompt} has completions {got:?} after the exchange, not 0..{expected}", prompt = prompt)]
+    #[error("{prompt} has completions {got:?} after the exchange, not 0..{expected}")]
     Incomplete { prompt: aha_core::ids::PromptId, got: Vec<u32>, expected: usize },
 }
 
@@ -24,31 +24,37 @@ pub fn share(prompts: &[Prompt], rank: usize, world_size: usize) -> Vec<Prompt> 
     prompts.iter().skip(rank).step_by(world_size).cloned().collect()
 }
 
-/// Gives every rank the groups of all `prompts`, in their order, each with `num_generations` completions.
+/// Gives every rank the groups of all `prompts`, in their order, each with `num_generations` completions; `None` for those
+/// that their rank has not.
 ///
 /// # Errors
 /// If a collective fails, or a group is not complete: a rank that lost a completion must not train.
 pub fn exchange(
     group: &ProcessGroup,
     prompts: Vec<Prompt>,
-    own: Vec<Group>,
+    own: Vec<Option<Group>>,
     num_generations: usize,
-) -> Result<Vec<Group>, ExchangeError> {
+) -> Result<Vec<Option<Group>>, ExchangeError> {
     let mut bytes = Vec::new();
-    for completion in own.into_iter().flat_map(|group| group.completions) {
+    for completion in own.into_iter().flatten().flat_map(|group| group.completions) {
         let message = v1::Completion::from(completion);
         message.encode_length_delimited(&mut bytes).expect("a vector grows as long as there is memory");
     }
     let mut by_rank = Vec::new();
     for (rank, bytes) in group.all_gather_bytes(&bytes)?.iter().enumerate() {
-        by_rank.push(decode(bytes).map_err(|reason| ExchangeError::Unreadable { rank, reason })?.into_iter());
+        let completions = decode(bytes).map_err(|reason| ExchangeError::Unreadable { rank, reason })?;
+        by_rank.push(completions.into_iter().peekable());
     }
     let world_size = by_rank.len();
     prompts
         .into_iter()
         .enumerate()
         .map(|(index, prompt)| {
-            let completions: Vec<Completion> = by_rank[index % world_size].by_ref().take(num_generations).collect();
+            let sent = &mut by_rank[index % world_size];
+            if sent.peek().is_none_or(|next| next.prompt_id != prompt.id) {
+                return Ok(None);
+            }
+            let completions: Vec<Completion> = sent.take(num_generations).collect();
             let complete = completions.len() == num_generations
                 && completions.iter().all(|completion| completion.prompt_id == prompt.id)
                 && completions.iter().map(|completion| completion.sample_index).eq(0..num_generations as u32);
@@ -56,7 +62,7 @@ pub fn exchange(
                 let got = completions.iter().map(|completion| completion.sample_index).collect();
                 return Err(ExchangeError::Incomplete { prompt: prompt.id, got, expected: num_generations });
             }
-            Ok(Group { prompt, completions })
+            Ok(Some(Group { prompt, completions }))
         })
         .collect()
 }
@@ -101,10 +107,11 @@ mod tests {
     #[test]
     fn groups_come_back_in_the_order_of_prompts_and_complete() {
         let solo = ProcessGroup::solo("test", Device::Cpu);
-        let groups = vec![group(5, 2), group(3, 2)];
-        let prompts: Vec<Prompt> = groups.iter().map(|group| group.prompt.clone()).collect();
-        assert_eq!(exchange(&solo, prompts.clone(), groups, 2).unwrap(), [group(5, 2), group(3, 2)]);
-        let error = exchange(&solo, prompts, vec![group(5, 2), group(3, 1)], 2).unwrap_err().to_string();
+        let prompts = vec![group(5, 2).prompt, group(3, 2).prompt];
+        for groups in [[Some(group(5, 2)), Some(group(3, 2))], [None, Some(group(3, 2))], [Some(group(5, 2)), None]] {
+            assert_eq!(exchange(&solo, prompts.clone(), groups.to_vec(), 2).unwrap(), groups);
+        }
+        let error = exchange(&solo, prompts, vec![Some(group(5, 2)), Some(group(3, 1))], 2).unwrap_err().to_string();
         assert!(error.contains("prompt 3") && error.contains("[0]"), "{error}");
     }
 

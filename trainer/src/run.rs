@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use aha_core::config::{RewardSpec, RunConfig, SleepMode};
 use aha_core::ids::PolicyVersion;
-use aha_core::rollout::Group;
+use aha_core::rollout::{Completion, Group};
 use aha_nn::runtime;
 use anyhow::Result;
 use serde::Serialize;
@@ -14,9 +14,9 @@ use crate::fleet::Fleet;
 use crate::kl_reward::divergences;
 use crate::loggers::{CompletionRecord, Metrics};
 use crate::optimize::optimize;
-use crate::sampling::Sampler;
+use crate::sampling::{Sampler, rollout_request};
 use crate::session::Session;
-use crate::step_metrics::{rollout_metrics, step_metrics};
+use crate::step_metrics::{lag_metrics, rollout_metrics, step_metrics};
 use crate::stop::{Outcome, StopRequest};
 use crate::torch::objective::{Objective, PolicyObjective};
 use crate::training_batch::TrainingBatch;
@@ -56,7 +56,7 @@ pub fn run(
     let first_step = session.step;
     evaluate_if_due(&mut session, &mut fleet, first_step)?;
     for step in first_step..config.train.max_steps {
-        if let Some(stopped) = session.stop_if_due(step)? {
+        if let Some(stopped) = session.stop_if_due(step, &|| fleet.received())? {
             if let Some(loggers) = session.loggers {
                 loggers.finish()?;
             }
@@ -66,7 +66,7 @@ pub fn run(
         session.skips.note(step + 1, num_skipped)?;
         evaluate_if_due(&mut session, &mut fleet, step + 1)?;
         session.sync_reference_if_due(step + 1)?;
-        session.save_if_due(step + 1)?;
+        session.save_if_due(step + 1, &|| fleet.received())?;
     }
     finish(session).map(Outcome::Finished)
 }
@@ -77,8 +77,9 @@ fn train_step(session: &mut Session, fleet: &mut Fleet, step: u64) -> Result<u32
     let mut metrics = Metrics::default();
     let config = session.config.clone();
     let prompts = session.prompts.step_prompts(step)?;
+    begin_rollouts(session, fleet, step)?;
     let policy = session.learner.policy();
-    let rollouts = &mut fleet.rollouts(session.group(), &*policy);
+    let rollouts = &mut fleet.rollouts(session.group(), &*policy, PolicyVersion(step));
     let sampler = Sampler { rollouts, group: session.group(), config: &config, step };
     let replacements = |round, count, seen: &_| session.prompts.replacements((step, round), count, seen);
     let sampled = sampler.sample(prompts, replacements)?;
@@ -95,6 +96,8 @@ fn train_step(session: &mut Session, fleet: &mut Fleet, step: u64) -> Result<u32
         divergence = Some(found.mean);
     }
     metrics.extend(rollout_metrics(&groups, &batch, &config).iter());
+    metrics.extend(lag_metrics(&groups, &config, step).iter());
+    metrics.set("sampling/late_groups", sampled.num_late as f64);
     if config.train.dynamic_sampling {
         metrics.set("sampling/dropped_groups", sampled.num_dropped as f64);
         metrics.set("sampling/resample_rounds", f64::from(sampled.num_rounds));
@@ -108,7 +111,8 @@ fn train_step(session: &mut Session, fleet: &mut Fleet, step: u64) -> Result<u32
 
     let logprobs: Vec<&[f32]> =
         groups.iter().flat_map(|group| &group.completions).map(|completion| completion.logprobs.as_slice()).collect();
-    step_metrics((session.group(), &config), &output, &logprobs, &mut metrics)?;
+    let idle = fleet.take_idle().as_secs_f64();
+    step_metrics((session.group(), &config), (&output, idle), &logprobs, &mut metrics)?;
     if let Some(divergence) = divergence {
         metrics.set("kl", divergence);
     }
@@ -116,15 +120,28 @@ fn train_step(session: &mut Session, fleet: &mut Fleet, step: u64) -> Result<u32
         metrics.set("entropy_coef", f64::from(session.entropy.entropy_coef));
     }
     metrics.set("learning_rate", adamw.lr);
-    metrics.set("policy/lag", lag(&groups, step));
     metrics.set("generators", fleet.num_generators() as f64);
     metrics.set("weights/swap_seconds", push.swap_seconds);
-    finish_metrics(&mut metrics, &clock, &groups);
+    finish_metrics(&mut metrics, &clock, &groups, &config);
     if let Some(loggers) = &mut session.loggers {
         loggers.log_completions(step + 1, &records(&groups, &batch, &config))?;
         loggers.log_step(step + 1, &metrics)?;
     }
     Ok(output.num_skipped)
+}
+
+/// Begins the rollouts of this step and of as many later ones as `rollout.max_lag` allows, where they have not begun.
+fn begin_rollouts(session: &mut Session, fleet: &mut Fleet, step: u64) -> Result<()> {
+    let config = &session.config;
+    let end = step.saturating_add(config.rollout.max_lag).min(config.train.max_steps - 1);
+    for step in step + fleet.num_ahead() as u64..=end {
+        let world = (session.world.rank, session.world.size);
+        let request = rollout_request(config, world, &session.prompts.step_prompts(step)?, (step, 0));
+        let of_step = session.received.extract_if(.., |received| received.step == step);
+        let received: Vec<Completion> = of_step.flat_map(|received| received.completions).collect();
+        fleet.begin(step, &request, &received);
+    }
+    Ok(())
 }
 
 /// Where generators and trainers take turns with the memory, gives back what only training needs.
@@ -140,7 +157,7 @@ fn evaluate_if_due(session: &mut Session, fleet: &mut Fleet, step: u64) -> Resul
         return Ok(());
     }
     let policy = session.learner.policy();
-    let mut rollouts = fleet.rollouts(session.group(), &*policy);
+    let mut rollouts = fleet.rollouts(session.group(), &*policy, PolicyVersion(step));
     let evaluation = evaluate(session, &mut rollouts, PolicyVersion(step))?;
     drop(policy);
     if let Some(loggers) = &mut session.loggers {
@@ -168,13 +185,6 @@ fn finish(session: Session) -> Result<Summary> {
     Ok(summary)
 }
 
-/// Versions between the oldest token of the step and the policy that trains on it.
-fn lag(groups: &[Group], step: u64) -> f64 {
-    let completions = groups.iter().flat_map(|group| &group.completions);
-    let oldest = completions.flat_map(|completion| &completion.spans).map(|span| span.version.0).min();
-    oldest.map_or(0.0, |oldest| step.saturating_sub(oldest) as f64)
-}
-
 fn records(groups: &[Group], batch: &TrainingBatch, config: &RunConfig) -> Vec<CompletionRecord> {
     let best: f32 = config.rewards.iter().map(|spec| spec.weight).sum();
     let completions =
@@ -190,7 +200,7 @@ fn records(groups: &[Group], batch: &TrainingBatch, config: &RunConfig) -> Vec<C
         .collect()
 }
 
-fn finish_metrics(metrics: &mut Metrics, clock: &Clock, groups: &[Group]) {
+fn finish_metrics(metrics: &mut Metrics, clock: &Clock, groups: &[Group], config: &RunConfig) {
     let completions =
         || groups.iter().flat_map(|group| group.completions.iter().map(move |completion| (group, completion)));
     let new_tokens: usize = completions().map(|(_, completion)| completion.token_ids.len()).sum();
@@ -201,8 +211,10 @@ fn finish_metrics(metrics: &mut Metrics, clock: &Clock, groups: &[Group]) {
         metrics.set(*name, *seconds);
     }
     let seconds = clock.started.elapsed().as_secs_f64();
-    let generate =
-        clock.laps.iter().find(|(name, _)| *name == "time/generate").map_or(seconds, |(_, seconds)| *seconds);
+    let waited = clock.laps.iter().find(|(name, _)| *name == "time/generate").map_or(seconds, |(_, seconds)| *seconds);
+    metrics.set("time/wait_for_rollouts", waited);
+    // Generators that work ahead have the whole step for it.
+    let generate = if config.rollout.max_lag > 0 { seconds } else { waited };
     metrics.set("step_time", seconds);
     metrics.set("tokens_per_second/generate", new_tokens as f64 / generate);
     metrics.set("tokens_per_second/step", all_tokens as f64 / seconds);

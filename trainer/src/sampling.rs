@@ -1,8 +1,9 @@
-//! The groups of a step: one rollout of its prompts, or as many as it takes for groups that carry a signal.
+//! The groups of a step: one rollout of its prompts, or as many as it takes for groups that are whole and carry a signal.
 //!
-//! A group whose rewards are all equal has no advantages. With `train.dynamic_sampling` (DAPO, arXiv 2503.14476, section
-//! 3.2) such groups are replaced by groups of other prompts, in at most `train.max_resample_rounds` rounds. Every
-//! decision is a pure function of what all ranks have, so all of them ask for the same.
+//! A group that generators did not complete within `rollout.deadline_seconds` is replaced by that of another prompt. So is,
+//! with `train.dynamic_sampling` (DAPO, arXiv 2503.14476, section 3.2), a group whose rewards are all equal and that
+//! therefore has no advantages, in at most `train.max_resample_rounds` rounds. Every decision is a pure function of what
+//! all ranks have, so all of them ask for the same.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -16,8 +17,11 @@ use anyhow::Result;
 
 use crate::exchange::{exchange, share};
 use crate::prompts::PromptsError;
-use crate::rollouts::{RolloutRequest, Rollouts};
+use crate::rollouts::{RolloutRequest, Rollouts, all_in_time};
 use crate::training_batch::rewards;
+
+/// Rounds in which groups that come too late are replaced.
+const MAX_LATE_ROUNDS: u32 = 3;
 
 /// What a step samples with.
 pub(crate) struct Sampler<'a> {
@@ -29,15 +33,35 @@ pub(crate) struct Sampler<'a> {
 }
 
 /// The groups of a step, the same on all ranks.
-#[derive(Debug, PartialEq)]
+#[derive(Debug, Default, PartialEq)]
 pub(crate) struct Sampled {
     pub(crate) groups: Vec<Group>,
     /// Groups that were sampled and not used, for want of a signal.
     pub(crate) num_dropped: usize,
+    /// Groups that were asked for and did not come in time.
+    pub(crate) num_late: usize,
     /// Rounds after the first.
     pub(crate) num_rounds: u32,
     /// Time that the ranks took to tell each other.
     pub(crate) exchange: Duration,
+}
+
+/// What this rank, of rank and world size `world`, asks for in a round of a step: its share of `prompts`.
+pub(crate) fn rollout_request(
+    config: &RunConfig,
+    world: (usize, usize),
+    prompts: &[Prompt],
+    (step, round): (u64, u32),
+) -> RolloutRequest {
+    let path = [step, u64::from(round)];
+    RolloutRequest {
+        prompts: share(prompts, world.0, world.1),
+        num_generations: config.rollout.num_generations,
+        sampling: config.rollout.sampling(),
+        seed: derive_seed(config.run.seed, if round == 0 { &path[..1] } else { &path }),
+        rewards: config.rewards.iter().map(|spec| spec.function.clone()).collect(),
+        min_version: PolicyVersion(step.saturating_sub(config.rollout.max_lag)),
+    }
 }
 
 impl Sampler<'_> {
@@ -51,52 +75,64 @@ impl Sampler<'_> {
         prompts: Vec<Prompt>,
         replacements: impl Fn(u32, usize, &BTreeSet<PromptId>) -> Result<Vec<Prompt>, PromptsError>,
     ) -> Result<Sampled> {
-        let mut seen: BTreeSet<PromptId> = prompts.iter().map(|prompt| prompt.id).collect();
-        let (groups, exchange) = self.roll_out(prompts, 0)?;
-        let mut sampled = Sampled { groups, num_dropped: 0, num_rounds: 0, exchange };
-        if !self.config.train.dynamic_sampling {
-            return Ok(sampled);
-        }
-        for round in 1..=self.config.train.max_resample_rounds {
-            let without: Vec<usize> =
-                (0..sampled.groups.len()).filter(|&index| !self.has_signal(&sampled.groups[index])).collect();
-            let prompts = if without.is_empty() { Vec::new() } else { replacements(round, without.len(), &seen)? };
+        let ids: Vec<PromptId> = prompts.iter().map(|prompt| prompt.id).collect();
+        let mut seen: BTreeSet<PromptId> = ids.iter().copied().collect();
+        let mut sampled = Sampled::default();
+        let mut groups = self.roll_out(prompts, 0, &mut sampled)?;
+        for round in 1.. {
+            let wanting = self.wanting(&groups, round);
+            let prompts = if wanting.is_empty() { Vec::new() } else { replacements(round, wanting.len(), &seen)? };
             if prompts.is_empty() {
                 break;
             }
             seen.extend(prompts.iter().map(|prompt| prompt.id));
-            let (fresh, exchange) = self.roll_out(prompts, round)?;
+            let fresh = self.roll_out(prompts, round, &mut sampled)?;
             sampled.num_rounds = round;
-            sampled.num_dropped += fresh.len();
-            sampled.exchange += exchange;
-            let useful = fresh.into_iter().filter(|group| self.has_signal(group));
-            for (index, group) in without.into_iter().zip(useful) {
-                sampled.groups[index] = group;
+            let (useful, others): (Vec<Group>, Vec<Group>) = fresh
+                .into_iter()
+                .flatten()
+                .partition(|group| !self.config.train.dynamic_sampling || has_signal(group, self.config));
+            let (mut useful, mut others) = (useful.into_iter(), others.into_iter());
+            for index in wanting {
+                let is_late = groups[index].is_none();
+                let group = useful.next().or_else(|| if is_late { others.next() } else { None });
+                groups[index] = group.or_else(|| groups[index].take());
             }
         }
+        sampled.groups = all_in_time(&ids, groups)?;
+        sampled.num_dropped -= sampled.groups.len();
         Ok(sampled)
     }
 
-    fn roll_out(&mut self, prompts: Vec<Prompt>, round: u32) -> Result<(Vec<Group>, Duration)> {
-        let config = self.config;
-        let path = [self.step, u64::from(round)];
-        let own = self.rollouts.roll_out(&RolloutRequest {
-            prompts: share(&prompts, self.group.rank(), self.group.size()),
-            num_generations: config.rollout.num_generations,
-            sampling: config.rollout.sampling(),
-            seed: derive_seed(config.run.seed, if round == 0 { &path[..1] } else { &path }),
-            rewards: config.rewards.iter().map(|spec| spec.function.clone()).collect(),
-            version: PolicyVersion(self.step),
-        })?;
+    /// Counts into `sampled`: every group that comes as dropped.
+    fn roll_out(&mut self, prompts: Vec<Prompt>, round: u32, sampled: &mut Sampled) -> Result<Vec<Option<Group>>> {
+        let world = (self.group.rank(), self.group.size());
+        let own = self.rollouts.roll_out(&rollout_request(self.config, world, &prompts, (self.step, round)))?;
         let started = Instant::now();
-        let groups = exchange(self.group, prompts, own, config.rollout.num_generations)?;
-        Ok((groups, started.elapsed()))
+        let groups = exchange(self.group, prompts, own, self.config.rollout.num_generations)?;
+        sampled.exchange += started.elapsed();
+        let num_whole = groups.iter().flatten().count();
+        sampled.num_dropped += num_whole;
+        sampled.num_late += groups.len() - num_whole;
+        Ok(groups)
     }
 
-    fn has_signal(&self, group: &Group) -> bool {
-        let rewards = rewards(std::slice::from_ref(group), self.config);
-        rewards.iter().any(|reward| *reward != rewards[0])
+    /// Which groups are to be replaced in a round, counted from 1; those that are not there at all come first.
+    fn wanting(&self, groups: &[Option<Group>], round: u32) -> Vec<usize> {
+        let train = &self.config.train;
+        let replaces_late = round <= MAX_LATE_ROUNDS;
+        let replaces_equal = train.dynamic_sampling && round <= train.max_resample_rounds;
+        let late = (0..groups.len()).filter(|&index| replaces_late && groups[index].is_none());
+        let is_equal = |index: usize| groups[index].as_ref().is_some_and(|group| !has_signal(group, self.config));
+        let equal = (0..groups.len()).filter(|&index| replaces_equal && is_equal(index));
+        late.chain(equal).collect()
     }
+}
+
+/// Whether its rewards differ.
+fn has_signal(group: &Group, config: &RunConfig) -> bool {
+    let rewards = rewards(std::slice::from_ref(group), config);
+    rewards.iter().any(|reward| *reward != rewards[0])
 }
 
 #[cfg(test)]
@@ -112,12 +148,18 @@ mod tests {
     /// Prompts whose id 3 divides have a signal, in what is sampled for them.
     struct EveryThird {
         requests: Vec<RolloutRequest>,
+        /// Prompts whose groups do not come in time.
+        late: &'static [u64],
     }
 
     impl Rollouts for EveryThird {
-        fn roll_out(&mut self, request: &RolloutRequest) -> Result<Vec<Group>, RolloutError> {
+        fn roll_out(&mut self, request: &RolloutRequest) -> Result<Vec<Option<Group>>, RolloutError> {
             self.requests.push(request.clone());
-            Ok(request.prompts.iter().map(|prompt| group(prompt, prompt.id.0.is_multiple_of(3))).collect())
+            let group = |prompt: &Prompt| {
+                let is_late = self.late.contains(&prompt.id.0);
+                (!is_late).then(|| group(prompt, prompt.id.0.is_multiple_of(3)))
+            };
+            Ok(request.prompts.iter().map(group).collect())
         }
     }
 
@@ -147,18 +189,30 @@ mod tests {
 
     /// What one rank gets from prompts 0..4, with prompts from 5 as replacements, up to `last`.
     fn sample(group: &ProcessGroup, dynamic_sampling: bool, last: u64) -> (Sampled, Vec<RolloutRequest>) {
+        let (sampled, requests) = sample_late(group, dynamic_sampling, last, &[]);
+        (sampled.unwrap(), requests)
+    }
+
+    fn sample_late(
+        group: &ProcessGroup,
+        dynamic_sampling: bool,
+        last: u64,
+        late: &'static [u64],
+    ) -> (Result<Sampled>, Vec<RolloutRequest>) {
         let mut config = RunConfig::default();
         config.rollout.num_generations = 2;
         config.rewards = vec![RewardSpec { function: "equation".to_owned(), weight: 0.5 }];
         config.train.dynamic_sampling = dynamic_sampling;
         config.train.max_resample_rounds = 2;
-        let mut rollouts = EveryThird { requests: Vec::new() };
+        let mut rollouts = EveryThird { requests: Vec::new(), late };
         let sampler = Sampler { rollouts: &mut rollouts, group, config: &config, step: 4 };
         let replacements = |_, count: usize, seen: &BTreeSet<PromptId>| {
             Ok((5..=last).map(prompt).filter(|prompt| !seen.contains(&prompt.id)).take(count).collect())
         };
-        let mut sampled = sampler.sample((0..4).map(prompt).collect(), replacements).unwrap();
-        sampled.exchange = Duration::ZERO;
+        let mut sampled = sampler.sample((0..4).map(prompt).collect(), replacements);
+        if let Ok(sampled) = &mut sampled {
+            sampled.exchange = Duration::ZERO;
+        }
         (sampled, rollouts.requests)
     }
 
@@ -180,7 +234,7 @@ mod tests {
         assert_eq!((sampled.num_rounds, sampled.num_dropped), (2, 3));
         let seeds: BTreeSet<u64> = requests.iter().map(|request| request.seed).collect();
         assert_eq!(seeds.len(), 3, "every round has a seed of its own");
-        assert!(requests.iter().all(|request| request.version == PolicyVersion(4)));
+        assert!(requests.iter().all(|request| request.min_version == PolicyVersion(4)));
     }
 
     #[test]
@@ -190,10 +244,39 @@ mod tests {
     }
 
     #[test]
+    fn groups_that_come_too_late_are_replaced() {
+        let solo = ProcessGroup::solo("test", Device::Cpu);
+        let (sampled, requests) = sample_late(&solo, false, 99, &[1, 3, 5]);
+        let sampled = sampled.unwrap();
+        // Of 5 and 6 for 1 and 3, 5 is late too; 7 comes.
+        assert_eq!(ids(&sampled), [0, 6, 2, 7]);
+        assert_eq!((sampled.num_late, sampled.num_dropped, requests.len()), (3, 0, 3));
+        // Whether it has a signal or not, a group is better than none.
+        for (last, expect, num_dropped) in [(8, [6, 1, 2, 3], 3), (5, [5, 1, 2, 3], 0)] {
+            let sampled = sample_late(&solo, true, last, &[0]).0.unwrap();
+            assert_eq!(ids(&sampled), expect);
+            assert_eq!((sampled.num_late, sampled.num_dropped), (1, num_dropped));
+        }
+    }
+
+    #[test]
+    fn a_step_whose_groups_are_late_again_and_again_fails() {
+        let (sampled, requests) = sample_late(&ProcessGroup::solo("test", Device::Cpu), false, 99, &[2, 5, 6, 7, 8]);
+        let message = sampled.unwrap_err().to_string();
+        assert!(message.starts_with("of 1 prompts, the first prompt 2, "), "{message}");
+        assert_eq!(requests.len(), 1 + MAX_LATE_ROUNDS as usize);
+    }
+
+    #[test]
     fn all_ranks_get_the_same_groups() {
         let (alone, _) = sample(&ProcessGroup::solo("test", Device::Cpu), true, 99);
         for (sampled, _) in run_ranks(3, |group| sample(&group, true, 99)) {
             assert_eq!(sampled, alone);
+        }
+        let (alone, _) = sample_late(&ProcessGroup::solo("test", Device::Cpu), false, 99, &[1, 3, 5]);
+        let alone = alone.unwrap();
+        for (sampled, _) in run_ranks(3, |group| sample_late(&group, false, 99, &[1, 3, 5])) {
+            assert_eq!(sampled.unwrap(), alone);
         }
     }
 }

@@ -22,10 +22,11 @@ use anyhow::{Context, Result};
 use tch::{Device, Kind};
 
 use crate::adapters;
-use crate::checkpoint::{self, Checkpoint};
+use crate::checkpoint::{self, Checkpoint, Progress};
 use crate::entropy::EntropyControl;
 use crate::loggers::{LoggerOptions, Loggers};
 use crate::prompts::PromptSource;
+use crate::rollouts::Received;
 use crate::run_dir::RunDir;
 use crate::skips::SkipCounter;
 use crate::stop::{StopRequest, StopWatch, Stopped};
@@ -46,6 +47,8 @@ pub struct Session {
     pub entropy: EntropyControl,
     /// Steps that are done; training goes on with this one, counted from 0.
     pub step: u64,
+    /// What had been received of later steps when the run was interrupted.
+    pub received: Vec<Received>,
     /// Only rank 0 writes.
     pub loggers: Option<Loggers>,
     pub started: Instant,
@@ -87,6 +90,7 @@ impl Session {
         let step = checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.state.step);
         let remembered = checkpoint.as_ref().and_then(|checkpoint| checkpoint.state.entropy);
         let entropy = remembered.unwrap_or_else(|| EntropyControl::new(&config.train));
+        let received = checkpoint.as_ref().map_or_else(|| Ok(Vec::new()), Checkpoint::received)?;
         let loggers = if world.rank == 0 { Some(loggers(config, &run_dir, step)?) } else { None };
         Ok(Self {
             config: config.clone(),
@@ -96,6 +100,7 @@ impl Session {
             learner,
             entropy,
             step,
+            received,
             loggers,
             started,
             skips: SkipCounter::new(config.train.max_skipped_steps),
@@ -141,14 +146,15 @@ impl Session {
         Ok(())
     }
 
-    /// Writes a checkpoint where `train.save_steps` asks for one after `step` steps, and always after the last.
+    /// Writes a checkpoint where `train.save_steps` asks for one after `step` steps, and always after the last. `received`
+    /// tells what has come of later steps.
     ///
     /// # Errors
     /// If it cannot be written whole; checkpoints before it stay.
-    pub fn save_if_due(&mut self, step: u64) -> Result<()> {
+    pub fn save_if_due(&mut self, step: u64, received: &dyn Fn() -> Vec<Received>) -> Result<()> {
         let train = &self.config.train;
         if step.is_multiple_of(train.save_steps) || step == train.max_steps {
-            self.save(step)?;
+            self.save(step, &received())?;
         }
         Ok(())
     }
@@ -157,21 +163,22 @@ impl Session {
     ///
     /// # Errors
     /// If the ranks cannot agree, or the checkpoint cannot be written whole.
-    pub fn stop_if_due(&mut self, step: u64) -> Result<Option<Stopped>> {
+    pub fn stop_if_due(&mut self, step: u64, received: &dyn Fn() -> Vec<Received>) -> Result<Option<Stopped>> {
         let Some(reason) = self.stop.decide(Instant::now(), self.learner.zero().group())? else { return Ok(None) };
         if step > self.saved {
-            self.save(step)?;
+            self.save(step, &received())?;
         }
         Ok(Some(Stopped { step, max_steps: self.config.train.max_steps, reason }))
     }
 
-    fn save(&mut self, step: u64) -> Result<()> {
+    fn save(&mut self, step: u64, received: &[Received]) -> Result<()> {
         let started = Instant::now();
         if let Some(loggers) = &self.loggers {
             loggers.sync()?;
         }
         let entropy = self.config.train.use_adaptive_entropy.then_some(self.entropy);
-        checkpoint::save(&self.run_dir, &self.config, &self.learner, (step, entropy))?;
+        let progress = Progress { step, entropy, received };
+        checkpoint::save(&self.run_dir, &self.config, &self.learner, progress)?;
         self.saved = step;
         self.stop.saved_in(started.elapsed());
         Ok(())

@@ -29,7 +29,7 @@ pub fn run(config: &RunConfig, world: &World, stop: &StopRequest) -> Result<Outc
     );
     let mut session = Session::start(config, world, Objective::Supervised, stop)?;
     for step in session.step..config.train.max_steps {
-        if let Some(stopped) = session.stop_if_due(step)? {
+        if let Some(stopped) = session.stop_if_due(step, &Vec::new)? {
             if let Some(loggers) = session.loggers {
                 loggers.finish()?;
             }
@@ -40,7 +40,7 @@ pub fn run(config: &RunConfig, world: &World, stop: &StopRequest) -> Result<Outc
             loggers.log_step(step + 1, &metrics)?;
         }
         session.skips.note(step + 1, num_skipped)?;
-        session.save_if_due(step + 1)?;
+        session.save_if_due(step + 1, &Vec::new)?;
     }
     let folder = session.save_model()?;
     if let Some(loggers) = session.loggers {

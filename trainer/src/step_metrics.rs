@@ -49,13 +49,37 @@ pub fn rollout_metrics(groups: &[Group], batch: &TrainingBatch, config: &RunConf
     metrics
 }
 
-/// What the optimizer step says, over all ranks.
+/// How many versions the tokens are older than the policy that trains on them in `step`, counted from 0.
+#[must_use]
+pub fn lag_metrics(groups: &[Group], config: &RunConfig, step: u64) -> Metrics {
+    let completions = groups.iter().flat_map(|group| &group.completions);
+    let mut num_tokens = vec![0.0_f64; config.rollout.max_lag as usize + 1];
+    for span in completions.flat_map(|completion| &completion.spans) {
+        // No token is older than that.
+        let lag = step.saturating_sub(span.version.0).min(config.rollout.max_lag);
+        num_tokens[lag as usize] += f64::from(span.num_tokens);
+    }
+    let total = num_tokens.iter().sum::<f64>().max(1.0);
+    let mut metrics = Metrics::default();
+    let longest = num_tokens.iter().rposition(|&num_tokens| num_tokens > 0.0).unwrap_or(0);
+    metrics.set("policy/lag", longest as f64);
+    if config.rollout.max_lag > 0 {
+        let mean = num_tokens.iter().enumerate().map(|(lag, num_tokens)| lag as f64 * num_tokens).sum::<f64>() / total;
+        metrics.set("policy/lag_mean", mean);
+        for (lag, num_tokens) in num_tokens.iter().enumerate() {
+            metrics.set(format!("policy/lag_ratio/{lag}"), num_tokens / total);
+        }
+    }
+    metrics
+}
+
+/// What the optimizer step says, over all ranks, and for how long the generators had nothing to do for any of them.
 ///
 /// # Errors
 /// If the reduction fails.
 pub fn step_metrics(
     (group, config): (&ProcessGroup, &RunConfig),
-    output: &StepOutput,
+    (output, idle): (&StepOutput, f64),
     sampled: &[&[f32]],
     metrics: &mut Metrics,
 ) -> Result<(), CommError> {
@@ -84,7 +108,7 @@ pub fn step_metrics(
     ])
     .to_device(group.device());
     group.all_reduce(&mut sums, ReduceOp::Sum)?;
-    let extremes = [difference_max, output.sums.correction_max, -output.sums.correction_min];
+    let extremes = [difference_max, output.sums.correction_max, -output.sums.correction_min, -idle];
     let mut max = Tensor::from_slice(&extremes).to_device(group.device());
     group.all_reduce(&mut max, ReduceOp::Max)?;
 
@@ -104,6 +128,7 @@ pub fn step_metrics(
     metrics.set("clip_ratio/region_mean", (sum(4) + sum(5)) / num_tokens);
     metrics.set("sampling/sampling_logp_difference/mean", sum(6) / sum(7).max(1.0));
     metrics.set("sampling/sampling_logp_difference/max", max.double_value(&[0]));
+    metrics.set("time/wait_for_weights", -max.double_value(&[3]));
     if config.train.masks_tokens() {
         metrics.set("policy_loss/masked_ratio", sum(8) / num_tokens);
     }

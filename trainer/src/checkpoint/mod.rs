@@ -7,6 +7,7 @@
 mod folder;
 mod optimizer;
 mod read;
+mod received;
 mod write;
 
 use std::collections::BTreeMap;
@@ -24,6 +25,7 @@ use tch::Kind;
 
 use crate::agreement::Disagreement;
 use crate::entropy::EntropyControl;
+use crate::rollouts::Received;
 use crate::run_dir::RunDir;
 use crate::torch::learner::Learner;
 use crate::torch::zero::FullState;
@@ -93,6 +95,16 @@ pub enum CheckpointError {
     Comm(#[from] CommError),
 }
 
+/// Where a run is, beside what trains.
+#[derive(Debug, Clone, Copy)]
+pub struct Progress<'a> {
+    /// Steps done.
+    pub step: u64,
+    pub entropy: Option<EntropyControl>,
+    /// Of later steps, by this rank.
+    pub received: &'a [Received],
+}
+
 /// Writes `checkpoints/step-N` after `step` steps, and removes the oldest over `train.save_total_limit`. All ranks call
 /// this together.
 ///
@@ -102,14 +114,13 @@ pub fn save(
     run_dir: &RunDir,
     config: &RunConfig,
     learner: &Learner,
-    (step, entropy): (u64, Option<EntropyControl>),
+    progress: Progress<'_>,
 ) -> Result<PathBuf, CheckpointError> {
     let zero = learner.zero();
     let snapshot = Snapshot {
-        step,
+        progress,
         num_updates: zero.num_updates(),
         seed: config.run.seed,
-        entropy,
         base_model: &config.model.path,
         model_config: learner.config(),
         weights: zero.weights(),
@@ -171,6 +182,14 @@ impl Checkpoint {
     /// Names the file that cannot be read, or the unit whose state is not complete.
     pub fn optimizer(&self, manifest: &Manifest) -> Result<Vec<FullState>, CheckpointError> {
         optimizer::read(&self.folder, self.state.files.keys(), manifest)
+    }
+
+    /// What all ranks had received of later steps.
+    ///
+    /// # Errors
+    /// Names the file that cannot be read.
+    pub fn received(&self) -> Result<Vec<Received>, CheckpointError> {
+        received::read(&self.folder, self.state.files.keys())
     }
 }
 

@@ -3,12 +3,15 @@
 use std::collections::BTreeSet;
 use std::process::Command;
 
+use aha_core::rollout::Completion;
 use aha_nn::model_folder::load_weights;
 use aha_nn::weights::Weights;
+use aha_proto::v1;
 use serde_json::json;
 use tch::{Device, Tensor};
 
 use super::*;
+use crate::test_generator::completion;
 use crate::test_ranks::run_ranks;
 use crate::torch::parameters::Parameters;
 use crate::torch::zero::ShardState;
@@ -56,10 +59,9 @@ impl Fixture {
     fn save(&self, step: u64, limit: usize, group: &ProcessGroup) -> Result<PathBuf, CheckpointError> {
         let weights = self.weights(step, group.size());
         let snapshot = Snapshot {
-            step,
+            progress: Progress { step, entropy: Some(ENTROPY), received: &received(step, group.rank()) },
             num_updates: 2 * step,
             seed: 42,
-            entropy: Some(ENTROPY),
             base_model: &self.base(),
             model_config: &self.model,
             weights: &weights,
@@ -87,6 +89,16 @@ impl Fixture {
         let entries = std::fs::read_dir(self.checkpoints()).unwrap();
         entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
     }
+}
+
+/// What a rank has of the step after `step` and of the one after that, of which nothing has come yet.
+fn received(step: u64, rank: usize) -> Vec<Received> {
+    let request = v1::GenerateRequest { prompt_id: 10 * step + rank as u64, ..Default::default() };
+    let completion = |index| Completion::try_from(completion(&request, index, step)).unwrap();
+    vec![
+        Received { step: step + 1, completions: (0..3).map(completion).collect() },
+        Received { step: step + 2, completions: Vec::new() },
+    ]
 }
 
 fn solo() -> ProcessGroup {
@@ -127,6 +139,8 @@ fn what_any_number_of_ranks_writes_one_rank_reads() {
         let checkpoint = fixture.latest().unwrap().unwrap();
         let State { step, version, num_updates, seed, entropy, .. } = checkpoint.state;
         assert_eq!(entropy, Some(ENTROPY));
+        let expect: Vec<Received> = (0..world_size).flat_map(|rank| received(step, rank)).collect();
+        assert_eq!(checkpoint.received().unwrap(), expect);
         assert_eq!((step, version, num_updates, seed), (7, PolicyVersion(7), 14, 42));
         assert_eq!(checkpoint.state.world_size, world_size);
         assert_eq!(ModelConfig::load(&checkpoint.folder).unwrap().manifest(), fixture.model.manifest());
@@ -159,10 +173,9 @@ fn shared_weights_are_written_as_if_one_rank_had_them_whole() {
         let share = |seed| Parameters::of(3.into(), &group, shared.weights(seed, 3));
         let (weights, reference) = (share(7), share(7 + REFERENCE));
         let snapshot = Snapshot {
-            step: 7,
+            progress: Progress { step: 7, entropy: Some(ENTROPY), received: &received(7, rank) },
             num_updates: 14,
             seed: 42,
-            entropy: Some(ENTROPY),
             base_model: &shared.base(),
             model_config: &shared.model,
             weights: &weights,
@@ -207,7 +220,7 @@ fn every_damaged_file_is_named_and_the_checkpoint_before_is_used() {
     let folder = fixture.save_alone(2, 0).unwrap();
     let mut files: Vec<String> = fixture.latest().unwrap().unwrap().state.files.into_keys().collect();
     files.push(STATE_FILE.to_owned());
-    assert_eq!(files.len(), 8, "{files:?}");
+    assert_eq!(files.len(), 9, "{files:?}");
     for file in files {
         let path = folder.join(&file);
         let whole = std::fs::read(&path).unwrap();
@@ -329,10 +342,9 @@ fn saving_until_it_is_killed() {
     for limit in [2, 1] {
         let weights = scratch.weights(2, 1);
         let snapshot = Snapshot {
-            step: 2,
+            progress: Progress { step: 2, entropy: Some(ENTROPY), received: &received(2, 0) },
             num_updates: 4,
             seed: 42,
-            entropy: Some(ENTROPY),
             base_model: &dir.join("base"),
             model_config: &scratch.model,
             weights: &weights,
@@ -381,10 +393,9 @@ fn saving_to_a_full_disk() {
     let base = dir.join("base");
     let weights = scratch.weights(2, 1);
     let snapshot = Snapshot {
-        step: 2,
+        progress: Progress { step: 2, entropy: Some(ENTROPY), received: &received(2, 0) },
         num_updates: 4,
         seed: 42,
-        entropy: Some(ENTROPY),
         base_model: &base,
         model_config: &scratch.model,
         weights: &weights,

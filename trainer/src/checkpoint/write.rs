@@ -12,9 +12,10 @@ use aha_nn::model_folder::save_weights_as;
 use aha_nn::unit::{ModelWeights, Walk};
 use tch::Kind;
 
-use super::{CheckpointError, FileRecord, REFERENCE_DIR, STATE_DIR, STATE_FILE, State, folder, optimizer};
+use super::{
+    CheckpointError, FileRecord, Progress, REFERENCE_DIR, STATE_DIR, STATE_FILE, State, folder, optimizer, received,
+};
 use crate::agreement::agree;
-use crate::entropy::EntropyControl;
 use crate::torch::zero::ShardState;
 use crate::{durable, failpoint};
 
@@ -41,10 +42,9 @@ type Files = BTreeMap<String, FileRecord>;
 /// All that one rank contributes to a checkpoint.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Snapshot<'a> {
-    pub(super) step: u64,
+    pub(super) progress: Progress<'a>,
     pub(super) num_updates: u64,
     pub(super) seed: u64,
-    pub(super) entropy: Option<EntropyControl>,
     pub(super) base_model: &'a Path,
     pub(super) model_config: &'a ModelConfig,
     /// What trains: the model, or adapters. Equal on all ranks; rank 0 writes them.
@@ -64,7 +64,7 @@ impl Snapshot<'_> {
         limit: usize,
         group: &ProcessGroup,
     ) -> Result<PathBuf, CheckpointError> {
-        let whole = folder::of_step(checkpoints, self.step);
+        let whole = folder::of_step(checkpoints, self.progress.step);
         let partial = folder::partial(&whole);
         let written = self.write(&partial, &whole, group);
         if written.is_err() && group.rank() == 0 {
@@ -74,7 +74,7 @@ impl Snapshot<'_> {
             }
         }
         written?;
-        let pruned = if group.rank() == 0 { prune(checkpoints, self.step, limit) } else { Ok(()) };
+        let pruned = if group.rank() == 0 { prune(checkpoints, self.progress.step, limit) } else { Ok(()) };
         agree(group, pruned.map(|()| Vec::new()))?;
         Ok(whole)
     }
@@ -114,6 +114,7 @@ impl Snapshot<'_> {
             }
         }
         names.extend(optimizer::write(partial, (rank, world_size), self.weights.manifest(), self.shards)?);
+        names.extend(received::write(partial, (rank, world_size), self.progress.received)?);
         let mut files = Files::new();
         for name in names {
             let path = partial.join(&name);
@@ -132,12 +133,12 @@ impl Snapshot<'_> {
             files.extend(record);
         }
         let state = State {
-            step: self.step,
-            version: PolicyVersion(self.step),
+            step: self.progress.step,
+            version: PolicyVersion(self.progress.step),
             num_updates: self.num_updates,
             world_size: records.len(),
             seed: self.seed,
-            entropy: self.entropy,
+            entropy: self.progress.entropy,
             files,
         };
         let path = partial.join(STATE_FILE);

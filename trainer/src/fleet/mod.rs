@@ -5,18 +5,23 @@
 //! started anew, all ranks make a new update group with them: groups change with the membership, never with every step.
 //! A push that fails is repeated without the generator that made it fail. A rollout that no generator can complete, or
 //! whose generators have lost the policy, goes on when the policy is published again; what has arrived stays.
+//!
+//! Rollouts of later steps may have begun while the trainers train (`rollout.max_lag`): they go on through pushes and
+//! changes of the membership.
 
+mod ahead;
 mod coordinator;
 mod roster;
 #[cfg(test)]
 mod tests;
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aha_core::config::RunConfig;
 use aha_core::ids::PolicyVersion;
-use aha_core::rollout::Group;
+use aha_core::rollout::{Completion, Group};
 use aha_nn::comm::ProcessGroup;
 use aha_nn::unit::ModelWeights;
 use serde::{Deserialize, Serialize};
@@ -25,7 +30,8 @@ use tokio::runtime::Runtime;
 use crate::agreement::agree;
 use crate::clients::{Client, ConnectError, own_credentials, seconds};
 use crate::publish::{PublishError, Publisher, PushReport};
-use crate::rollouts::{GeneratorPool, Ledger, RolloutError, RolloutRequest, Rollouts};
+use crate::rollouts::{GeneratorPool, Late, Received, RolloutError, RolloutRequest, Rollouts};
+use ahead::{Ahead, Begun};
 use roster::Roster;
 
 /// Pushes that may fail one after the other.
@@ -43,6 +49,8 @@ pub struct Fleet {
     roster: Option<Roster>,
     /// Changes of the membership so far.
     epoch: u64,
+    /// Rollouts that have begun, in the order of their steps.
+    ahead: VecDeque<Ahead>,
     hooks: Option<Hooks>,
 }
 
@@ -57,7 +65,7 @@ struct Count {
 #[derive(Debug, Clone, Copy)]
 pub struct Hooks {
     pub request: fn(&mut RolloutRequest),
-    pub groups: fn(&RolloutRequest, &mut [Group]),
+    pub groups: fn(&RolloutRequest, &mut [Option<Group>]),
 }
 
 /// [`Rollouts`] while this policy trains.
@@ -66,6 +74,7 @@ pub struct FleetRollouts<'a> {
     fleet: &'a mut Fleet,
     trainers: &'a ProcessGroup,
     policy: &'a dyn ModelWeights,
+    version: PolicyVersion,
 }
 
 impl Fleet {
@@ -101,7 +110,16 @@ impl Fleet {
         } else {
             None
         };
-        Ok(Self { config: config.clone(), runtime, pool, publisher, roster, epoch: 0, hooks: None })
+        Ok(Self {
+            config: config.clone(),
+            runtime,
+            pool,
+            publisher,
+            roster,
+            epoch: 0,
+            ahead: VecDeque::new(),
+            hooks: None,
+        })
     }
 
     pub fn set_hooks(&mut self, hooks: Hooks) {
@@ -125,6 +143,8 @@ impl Fleet {
         version: PolicyVersion,
     ) -> Result<PushReport, PublishError> {
         let mut num_pushes = 0;
+        // Generators serve it before all of them have said so.
+        self.pool.set_newest(version);
         loop {
             self.muster(trainers, policy.manifest().hash())?;
             let error = match self.push(trainers, policy, version) {
@@ -132,6 +152,8 @@ impl Fleet {
                     if let Some(roster) = &mut self.roster {
                         roster.commend(self.pool.clients());
                     }
+                    self.pool.absolve();
+                    self.ahead.iter_mut().for_each(|ahead| ahead.begun.revive(&self.pool));
                     return Ok(report);
                 }
                 Err(error) => error,
@@ -166,9 +188,57 @@ impl Fleet {
         }
     }
 
-    /// For rollouts of `policy`, which was published last.
-    pub fn rollouts<'a>(&'a mut self, trainers: &'a ProcessGroup, policy: &'a dyn ModelWeights) -> FleetRollouts<'a> {
-        FleetRollouts { fleet: self, trainers, policy }
+    /// Begins the rollout of a later step, for [`FleetRollouts`] to wait for. `received` has what came of it before the
+    /// run was interrupted.
+    pub fn begin(&mut self, step: u64, request: &RolloutRequest, received: &[Completion]) {
+        let begun = self.begun(request, received);
+        self.ahead.push_back(Ahead { step, request: request.clone(), begun });
+    }
+
+    /// Steps whose rollouts have begun and were not waited for.
+    #[must_use]
+    pub fn num_ahead(&self) -> usize {
+        self.ahead.len()
+    }
+
+    /// What has been received of steps whose rollouts have begun.
+    #[must_use]
+    pub fn received(&self) -> Vec<Received> {
+        let received = |ahead: &Ahead| Received { step: ahead.step, completions: ahead.begun.ledger.received() };
+        self.ahead.iter().map(received).collect()
+    }
+
+    /// Time for which the generators had nothing to do for this rank, since it was last asked for.
+    #[must_use]
+    pub fn take_idle(&self) -> Duration {
+        self.pool.take_idle()
+    }
+
+    /// For rollouts while `policy` trains, which was published last, as `version`.
+    pub fn rollouts<'a>(
+        &'a mut self,
+        trainers: &'a ProcessGroup,
+        policy: &'a dyn ModelWeights,
+        version: PolicyVersion,
+    ) -> FleetRollouts<'a> {
+        FleetRollouts { fleet: self, trainers, policy, version }
+    }
+
+    /// Asks the generators, behind what they were asked for before.
+    fn begun(&self, request: &RolloutRequest, received: &[Completion]) -> Begun {
+        let mut asked = request.clone();
+        if let Some(hooks) = self.hooks {
+            (hooks.request)(&mut asked);
+        }
+        let turns = 1 + self.ahead.len() as u32;
+        Begun::new(&self.pool, asked, seconds(self.config.rollout.deadline_seconds).saturating_mul(turns), received)
+    }
+
+    /// The rollout that was begun for `request`, or else one that begins now.
+    fn take_begun(&mut self, request: &RolloutRequest) -> Begun {
+        let known = self.ahead.iter().position(|ahead| ahead.request == *request);
+        let known = known.and_then(|index| self.ahead.remove(index));
+        known.map_or_else(|| self.begun(request, &[]), |ahead| ahead.begun)
     }
 
     fn push(
@@ -252,32 +322,35 @@ fn addresses(clients: &[Client]) -> impl Iterator<Item = &str> {
 }
 
 impl Rollouts for FleetRollouts<'_> {
-    fn roll_out(&mut self, request: &RolloutRequest) -> Result<Vec<Group>, RolloutError> {
-        let Self { fleet, trainers, policy } = self;
-        let mut request = request.clone();
-        if let Some(hooks) = fleet.hooks {
-            (hooks.request)(&mut request);
-        }
-        let mut ledger = Ledger::new(&request);
+    fn roll_out(&mut self, request: &RolloutRequest) -> Result<Vec<Option<Group>>, RolloutError> {
+        let Self { fleet, trainers, policy, version } = self;
+        let mut begun = fleet.take_begun(request);
         loop {
-            let filled = fleet.pool.fill(&mut ledger);
-            if is_complete_everywhere(trainers, filled)? {
+            let filled = begun.wait(&fleet.pool);
+            if is_filled_everywhere(trainers, filled)? {
                 break;
             }
-            fleet.publish(trainers, *policy, request.version).map_err(Box::new)?;
+            fleet.publish(trainers, *policy, *version).map_err(Box::new)?;
+            begun.begin_again(&fleet.pool);
         }
-        let mut groups = ledger.into_groups().expect("it was filled");
+        let mut groups = begun.ledger.take_groups();
         if let Some(hooks) = fleet.hooks {
-            (hooks.groups)(&request, &mut groups);
+            (hooks.groups)(request, &mut groups);
         }
         Ok(groups)
     }
 }
 
-/// Whether all ranks have what they asked for; else some of them want generators.
-fn is_complete_everywhere(trainers: &ProcessGroup, filled: Result<(), RolloutError>) -> Result<bool, RolloutError> {
+/// Whether all ranks have what could be had in time; else some of them want generators.
+fn is_filled_everywhere(
+    trainers: &ProcessGroup,
+    filled: Result<Vec<Late>, RolloutError>,
+) -> Result<bool, RolloutError> {
     let outcome = match filled {
-        Ok(()) => Ok(vec![u8::from(true)]),
+        Ok(late) => {
+            late.iter().for_each(|late| tracing::warn!("{late}; other prompts take the place of this one"));
+            Ok(vec![u8::from(true)])
+        }
         Err(error) if error.is_want_of_generators() => {
             tracing::warn!("{error}; looking for generators");
             Ok(vec![u8::from(false)])

@@ -152,7 +152,7 @@ fn request(rank: usize) -> RolloutRequest {
         sampling: Sampling { max_tokens: 8, ..Sampling::default() },
         seed: 7,
         rewards: Vec::new(),
-        version: PolicyVersion(5),
+        min_version: PolicyVersion(5),
     }
 }
 
@@ -164,7 +164,9 @@ fn roll_out(generators: &[TestGenerator], between: impl Fn() + Sync) -> Vec<Vec<
             between();
         }
         trainers.barrier().unwrap();
-        fleet.rollouts(trainers, weights).roll_out(&request(trainers.rank())).unwrap()
+        let rollouts = &mut fleet.rollouts(trainers, weights, PolicyVersion(5));
+        let groups = rollouts.roll_out(&request(trainers.rank())).unwrap();
+        groups.into_iter().map(Option::unwrap).collect::<Vec<_>>()
     });
     for (rank, groups) in groups.into_iter().enumerate() {
         assert_eq!(groups.len(), 3);
@@ -201,4 +203,38 @@ fn what_a_lost_generator_sent_is_not_asked_for_again() {
     let again: Vec<_> = asked[0].iter().filter(|(_, samples)| samples.len() < 4).collect();
     assert_eq!((asked[0].len(), again.len()), (7, 1));
     assert_eq!(again[0].1, [2, 3]);
+}
+
+#[test]
+fn rollouts_of_later_steps_begin_early_and_go_on_through_pushes() {
+    // The first calls are lost after two completions, so that some of each prompt comes from the next policy.
+    let generators = generators([(0..6).map(|_| Generate::Hang(2)).collect()]);
+    let request = |rank| RolloutRequest { min_version: PolicyVersion(4), ..request(rank) };
+    let groups = with_fleets(&generators, |mut fleet, trainers, weights| {
+        fleet.publish(trainers, weights, PolicyVersion(4)).unwrap();
+        fleet.begin(1, &request(trainers.rank()), &[]);
+        assert_eq!(fleet.num_ahead(), 1);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while fleet.received()[0].completions.len() < 6 {
+            assert!(Instant::now() < deadline, "nothing comes before it is waited for");
+            std::thread::park_timeout(Duration::from_millis(5));
+        }
+        trainers.barrier().unwrap();
+        if trainers.rank() == 0 {
+            // Whom the calls are lost to.
+            generators[0].kill();
+            generators[0].restart();
+        }
+        trainers.barrier().unwrap();
+        fleet.publish(trainers, weights, PolicyVersion(5)).unwrap();
+        let rollouts = &mut fleet.rollouts(trainers, weights, PolicyVersion(5));
+        let groups = rollouts.roll_out(&request(trainers.rank())).unwrap();
+        assert_eq!(fleet.num_ahead(), 0);
+        groups
+    });
+    for group in groups.into_iter().flatten() {
+        let versions = |completion: &Completion| completion.spans[0].version.0;
+        let versions: Vec<u64> = group.unwrap().completions.iter().map(versions).collect();
+        assert_eq!(versions, [4, 4, 5, 5]);
+    }
 }

@@ -1,6 +1,9 @@
 //! Rollouts: prompts in, groups of scored completions out, whoever generates them.
 
+mod call;
+mod filling;
 mod ledger;
+mod membership;
 mod pool;
 mod receipt;
 #[cfg(test)]
@@ -12,7 +15,8 @@ use aha_core::ids::{PolicyVersion, PromptId};
 use aha_core::rollout::{Group, Prompt, Sampling};
 use aha_nn::comm::CommError;
 
-pub use ledger::Ledger;
+pub use filling::Filling;
+pub use ledger::{Late, Ledger, Received};
 pub use pool::GeneratorPool;
 
 use crate::agreement::Disagreement;
@@ -21,11 +25,12 @@ use crate::publish::PublishError;
 
 /// Samples completions. Calls block until every completion is there.
 pub trait Rollouts {
-    /// The groups of the request's prompts, in their order, each with all its samples in the order of their index.
+    /// The groups of the request's prompts, in their order, each with all its samples in the order of their index; `None`
+    /// for a group that could not be completed in time.
     ///
     /// # Errors
-    /// If a completion cannot be had in time, is malformed, or was not sampled by the version that is asked for.
-    fn roll_out(&mut self, request: &RolloutRequest) -> Result<Vec<Group>, RolloutError>;
+    /// If a completion cannot be had, is malformed, or was sampled by a policy that is too old or was never published.
+    fn roll_out(&mut self, request: &RolloutRequest) -> Result<Vec<Option<Group>>, RolloutError>;
 }
 
 /// What is to be sampled.
@@ -39,8 +44,8 @@ pub struct RolloutRequest {
     pub seed: u64,
     /// Reward functions to score with, by name.
     pub rewards: Vec<String>,
-    /// The policy that must have sampled every token.
-    pub version: PolicyVersion,
+    /// The oldest policy that may have sampled a token; the newest is the one that was published last.
+    pub min_version: PolicyVersion,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -69,12 +74,21 @@ pub enum RolloutError {
         reason: String,
     },
     #[error(
-        "generator {generator} owes {missing} of {expected} completions of {prompt} after {:.1} s; raise \
-         rollout.deadline_seconds if it is merely slow", waited.as_secs_f64()
+        "of {} prompts, the first {}, no whole group came within rollout.deadline_seconds; warnings before this name the \
+         generators that owe them", prompts.len(), prompts[0]
     )]
-    Deadline { generator: String, prompt: PromptId, missing: usize, expected: usize, waited: Duration },
-    #[error("generator {generator} sampled {prompt} with policy {got}, but {expected} was published to it last")]
-    WrongVersion { generator: String, prompt: PromptId, expected: PolicyVersion, got: PolicyVersion },
+    Deadline { prompts: Vec<PromptId> },
+    #[error(
+        "generator {generator} sampled {prompt} with policy {got}, and only {oldest} to {newest} may be trained on"
+    )]
+    WrongVersion {
+        generator: String,
+        prompt: PromptId,
+        oldest: PolicyVersion,
+        /// The one that was published last.
+        newest: PolicyVersion,
+        got: PolicyVersion,
+    },
     #[error(transparent)]
     Publish(#[from] Box<PublishError>),
     #[error("rank {rank}: {reason}")]
@@ -83,6 +97,20 @@ pub enum RolloutError {
     Comm(#[from] CommError),
     #[error("generator {generator} sent a completion of {prompt} that cannot be used: {problem}")]
     BadCompletion { generator: String, prompt: PromptId, problem: String },
+}
+
+/// The groups of `prompts`, if all of them came in time.
+///
+/// # Errors
+/// Names those that did not.
+pub(crate) fn all_in_time(prompts: &[PromptId], groups: Vec<Option<Group>>) -> Result<Vec<Group>, RolloutError> {
+    let late = prompts.iter().zip(&groups).filter(|(_, group)| group.is_none());
+    let late: Vec<PromptId> = late.map(|(prompt, _)| *prompt).collect();
+    if late.is_empty() {
+        Ok(groups.into_iter().flatten().collect())
+    } else {
+        Err(RolloutError::Deadline { prompts: late })
+    }
 }
 
 impl RolloutError {

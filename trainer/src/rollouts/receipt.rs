@@ -1,18 +1,16 @@
 //! What has arrived of one group: every sample is taken once, and checked before it is.
 
-use aha_core::ids::PolicyVersion;
-use aha_core::rollout::{Completion, FinishReason, Group, Prompt};
+use std::ops::RangeInclusive;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use aha_core::ids::{PolicyVersion, PromptId};
+use aha_core::rollout::{Completion, FinishReason};
 
 use super::RolloutRequest;
 
-/// The completions of one prompt so far.
+/// The completions of one prompt so far, `[G]`, by sample index.
 #[derive(Debug)]
-pub(super) struct Receipt<'a> {
-    request: &'a RolloutRequest,
-    prompt: &'a Prompt,
-    /// `[G]`, by sample index.
-    completions: Vec<Option<Completion>>,
-}
+pub(super) struct Receipt(Mutex<Vec<Option<Completion>>>);
 
 /// Why a completion cannot be used.
 #[derive(Debug, PartialEq)]
@@ -29,51 +27,54 @@ pub(super) enum Taken {
     Ignored,
 }
 
-impl<'a> Receipt<'a> {
-    pub(super) fn new(request: &'a RolloutRequest, prompt: &'a Prompt) -> Self {
-        Self { request, prompt, completions: vec![None; request.num_generations] }
-    }
+/// Policies that may have sampled a token, oldest and newest.
+pub(super) type Versions = RangeInclusive<PolicyVersion>;
 
-    pub(super) fn prompt(&self) -> &'a Prompt {
-        self.prompt
+impl Receipt {
+    pub(super) fn new(num_generations: usize) -> Self {
+        Self(Mutex::new(vec![None; num_generations]))
     }
 
     /// The sample indices that have not arrived.
     pub(super) fn missing(&self) -> Vec<u32> {
-        (0_u32..)
-            .zip(&self.completions)
-            .filter(|(_, completion)| completion.is_none())
-            .map(|(index, _)| index)
-            .collect()
+        let completions = self.completions();
+        (0_u32..).zip(&*completions).filter(|(_, completion)| completion.is_none()).map(|(index, _)| index).collect()
     }
 
-    /// Takes a completion in.
-    pub(super) fn take(&mut self, completion: Completion) -> Result<Taken, Refusal> {
-        if completion.prompt_id != self.prompt.id {
+    /// Takes a completion of `prompt` in.
+    pub(super) fn take(
+        &self,
+        completion: Completion,
+        prompt: PromptId,
+        request: &RolloutRequest,
+        versions: &Versions,
+    ) -> Result<Taken, Refusal> {
+        if completion.prompt_id != prompt {
             return Err(Refusal::Malformed(format!("it answers {}", completion.prompt_id)));
         }
-        let Some(place) = self.completions.get_mut(completion.sample_index as usize) else {
+        let mut completions = self.completions();
+        let Some(place) = completions.get_mut(completion.sample_index as usize) else {
             return Err(Refusal::Malformed(format!("nobody asked for sample {}", completion.sample_index)));
         };
         if place.is_some() || completion.finish_reason == FinishReason::Aborted {
             return Ok(Taken::Ignored);
         }
-        check(&completion, self.request)?;
+        check(&completion, request, versions)?;
         *place = Some(completion);
         Ok(Taken::New)
     }
 
-    /// The group, if it is complete.
-    pub(super) fn into_group(self) -> Option<Group> {
-        let completions: Option<Vec<_>> = self.completions.into_iter().collect();
-        completions.map(|completions| Group { prompt: self.prompt.clone(), completions })
+    /// What has arrived, by sample index.
+    pub(super) fn completions(&self) -> MutexGuard<'_, Vec<Option<Completion>>> {
+        // Nobody panics while holding it, and if so each completion is still whole.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn check(completion: &Completion, request: &RolloutRequest) -> Result<(), Refusal> {
+fn check(completion: &Completion, request: &RolloutRequest, versions: &Versions) -> Result<(), Refusal> {
     let sample = completion.sample_index;
     let malformed = |problem: &str| Err(Refusal::Malformed(format!("sample {sample} {problem}")));
-    if let Some(span) = completion.spans.iter().find(|span| span.version != request.version) {
+    if let Some(span) = completion.spans.iter().find(|span| !versions.contains(&span.version)) {
         return Err(Refusal::WrongVersion(span.version));
     }
     let (num_tokens, max_tokens) = (completion.token_ids.len(), request.sampling.max_tokens);

@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 use aha_core::config::RunConfig;
 use aha_core::ids::{PolicyVersion, PromptId};
 use aha_core::random::derive_seed;
-use aha_core::rollout::{Group, Prompt, Sampling};
+use aha_core::rollout::{Completion, Group, Prompt, Sampling};
 use aha_proto::v1;
 use tokio::runtime::{Builder, Runtime};
 use tonic::Status;
 
 use super::pool::Progress;
-use super::{GeneratorPool, RolloutError, RolloutRequest, Rollouts};
+use super::{GeneratorPool, Late, Ledger, RolloutError, RolloutRequest};
 use crate::test_generator::{Generate, TestGenerator, completion};
 
 const SEED: u64 = 7;
@@ -31,18 +31,38 @@ fn request(prompt_ids: impl IntoIterator<Item = u64>) -> RolloutRequest {
         sampling: Sampling { max_tokens: 8, ..Sampling::default() },
         seed: SEED,
         rewards: vec!["format".to_owned(), "equation".to_owned()],
-        version: PolicyVersion(0),
+        min_version: PolicyVersion(0),
     }
+}
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// What comes of a request on these generators.
+fn roll_out(generators: &[&TestGenerator], request: RolloutRequest) -> Result<Vec<Group>, RolloutError> {
+    let ledger = Arc::new(Ledger::new(request, PATIENCE));
+    let pool = pool(generators);
+    let late = pool.wait(pool.begin(&ledger))?;
+    assert_eq!(late, []);
+    Ok(ledger.take_groups().into_iter().map(Option::unwrap).collect())
+}
+
+/// What one generator with this script does not send in time of one prompt's completions.
+fn late(script: impl IntoIterator<Item = Generate>, deadline: Duration) -> (Vec<Late>, TestGenerator) {
+    let generator = TestGenerator::start(script);
+    let ledger = Arc::new(Ledger::new(request([5]), deadline));
+    let pool = pool(&[&generator]);
+    let late = pool.wait(pool.begin(&ledger)).unwrap();
+    assert_eq!(ledger.take_groups(), [None]);
+    (late, generator)
 }
 
 fn runtime() -> Arc<Runtime> {
     Arc::new(Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap())
 }
 
-fn pool(generators: &[&TestGenerator], deadline_seconds: f64) -> GeneratorPool {
+fn pool(generators: &[&TestGenerator]) -> GeneratorPool {
     let mut config = RunConfig::default();
     config.generator.addresses = generators.iter().map(|generator| generator.address.clone()).collect();
-    config.rollout.deadline_seconds = deadline_seconds;
     GeneratorPool::connect(&config, runtime()).unwrap()
 }
 
@@ -67,26 +87,29 @@ fn check_groups(groups: &[Group], prompt_ids: impl IntoIterator<Item = u64>) {
 #[track_caller]
 fn check_recovers(script: impl IntoIterator<Item = Generate>) -> Vec<Vec<u32>> {
     let generator = TestGenerator::start(script);
-    check_groups(&pool(&[&generator], 20.0).roll_out(&request([5])).unwrap(), [5]);
+    check_groups(&roll_out(&[&generator], request([5])).unwrap(), [5]);
     generator.requests().into_iter().map(|request| request.sample_indices).collect()
 }
 
-fn fail(script: Generate, deadline_seconds: f64) -> (RolloutError, TestGenerator) {
+fn fail(script: Generate) -> (RolloutError, TestGenerator) {
     let generator = TestGenerator::start([script]);
-    let error = pool(&[&generator], deadline_seconds).roll_out(&request([5])).unwrap_err();
+    let error = roll_out(&[&generator], request([5])).unwrap_err();
     (error, generator)
 }
 
 #[test]
 fn groups_are_complete_and_in_order_and_spread_over_the_generators() {
     let generators = [TestGenerator::start([]), TestGenerator::start([])];
-    let mut pool = pool(&[&generators[0], &generators[1]], 20.0);
+    let mut pool = pool(&[&generators[0], &generators[1]]);
     let progress = Arc::new(Mutex::new(Vec::new()));
     let seen = Arc::clone(&progress);
     pool.set_on_progress(move |progress| seen.lock().unwrap().push(progress));
 
     let prompt_ids = [9, 2, 7, 4, 11, 3];
-    check_groups(&pool.roll_out(&request(prompt_ids)).unwrap(), prompt_ids);
+    let ledger = Arc::new(Ledger::new(request(prompt_ids), PATIENCE));
+    assert_eq!(pool.wait(pool.begin(&ledger)).unwrap(), []);
+    let groups: Vec<Group> = ledger.take_groups().into_iter().flatten().collect();
+    check_groups(&groups, prompt_ids);
     let counts = generators.each_ref().map(|generator| generator.requests().len());
     assert_eq!(counts, [3, 3]);
     let total = prompt_ids.len() * NUM_GENERATIONS;
@@ -117,7 +140,7 @@ fn what_comes_twice_counts_once() {
 fn the_debts_of_a_dead_generator_go_to_another() {
     let dying = TestGenerator::start((0..8).map(|_| Generate::Hang(1)));
     let other = TestGenerator::start([]);
-    let mut pool = pool(&[&dying, &other], 30.0);
+    let mut pool = pool(&[&dying, &other]);
     // Prompts of both generators; the first dies when it has sent one completion of each of its own.
     let (sender, receiver) = std::sync::mpsc::channel();
     pool.set_on_progress(move |progress| {
@@ -125,12 +148,12 @@ fn the_debts_of_a_dead_generator_go_to_another() {
             sender.send(()).unwrap();
         }
     });
-    let groups = std::thread::scope(|scope| {
-        let rolling = scope.spawn(|| pool.roll_out(&request(0..6)));
-        receiver.recv_timeout(Duration::from_secs(20)).unwrap();
-        dying.kill();
-        rolling.join().unwrap().unwrap()
-    });
+    let ledger = Arc::new(Ledger::new(request(0..6), Duration::from_secs(60)));
+    let filling = pool.begin(&ledger);
+    receiver.recv_timeout(PATIENCE).unwrap();
+    dying.kill();
+    assert_eq!(pool.wait(filling).unwrap(), []);
+    let groups: Vec<Group> = ledger.take_groups().into_iter().flatten().collect();
     check_groups(&groups, 0..6);
     let asked_again: Vec<_> = other
         .requests()
@@ -145,24 +168,101 @@ fn the_debts_of_a_dead_generator_go_to_another() {
 #[test]
 fn a_hanging_generator_is_named_at_the_deadline() {
     let started = Instant::now();
-    let (error, generator) = fail(Generate::Hang(1), 0.3);
+    let (late, generator) = late([Generate::Hang(1)], Duration::from_millis(300));
     assert!(started.elapsed() < Duration::from_secs(10));
-    let message = error.to_string();
+    let message = late[0].to_string();
     let expect = format!("generator {} owes 3 of 4 completions of prompt 5 after 0.3 s", generator.address);
-    assert!(matches!(error, RolloutError::Deadline { .. }) && message.contains(&expect), "{message}");
+    assert!(message.contains(&expect), "{message}");
 }
 
 #[test]
 fn a_generator_that_never_recovers_is_given_up_at_the_deadline() {
-    let generator = TestGenerator::start((0..100).map(|_| Generate::Fail(0, Status::unavailable("full"))));
-    let error = pool(&[&generator], 0.4).roll_out(&request([5])).unwrap_err();
-    assert!(matches!(error, RolloutError::Deadline { missing: 4, .. }), "{error}");
+    let script = (0..100).map(|_| Generate::Fail(0, Status::unavailable("full")));
+    let (late, generator) = late(script, Duration::from_millis(400));
+    assert_eq!(late[0].missing, 4);
     assert!(generator.requests().len() > 1);
 }
 
 #[test]
+fn what_a_slow_generator_owes_is_asked_of_another_at_half_of_the_time() {
+    let slow = TestGenerator::start((0..8).map(|_| Generate::Hang(1)));
+    let other = TestGenerator::start([]);
+    let ledger = Arc::new(Ledger::new(request(0..4), Duration::from_secs(8)));
+    let pool = pool(&[&slow, &other]);
+    let started = Instant::now();
+    assert_eq!(pool.wait(pool.begin(&ledger)).unwrap(), []);
+    assert!(started.elapsed() > Duration::from_secs(4));
+    let groups: Vec<Group> = ledger.take_groups().into_iter().flatten().collect();
+    check_groups(&groups, 0..4);
+    let missing = other.requests().into_iter().filter(|request| request.sample_indices == [1, 2, 3]).count();
+    assert_eq!(missing, slow.requests().len());
+}
+
+#[test]
+fn what_was_received_before_is_not_asked_for() {
+    let generator = TestGenerator::start([]);
+    let pool = pool(&[&generator]);
+    pool.set_newest(PolicyVersion(2));
+    let asked = |id: u64| v1::GenerateRequest {
+        prompt_id: id,
+        seed: derive_seed(SEED, &[id]),
+        rewards: vec!["format".to_owned(), "equation".to_owned()],
+        ..Default::default()
+    };
+    let completion =
+        |id, sample_index, version| Completion::try_from(completion(&asked(id), sample_index, version)).unwrap();
+    let request = RolloutRequest { min_version: PolicyVersion(1), ..request([5, 6]) };
+    let ledger = Arc::new(Ledger::new(request, PATIENCE));
+    // Too old, of another prompt, twice, and of a version that this run has not reached.
+    let received = [(5, 0, 1), (5, 1, 2), (5, 2, 0), (7, 0, 1), (6, 3, 2), (6, 3, 2), (6, 2, 3)];
+    ledger.restore(&received.map(|(id, sample_index, version)| completion(id, sample_index, version)), pool.newest());
+    assert_eq!(ledger.num_received(), 3);
+    generator.set_version(2);
+    assert_eq!(pool.wait(pool.begin(&ledger)).unwrap(), []);
+    let mut missing: Vec<_> =
+        generator.requests().into_iter().map(|request| (request.prompt_id, request.sample_indices)).collect();
+    missing.sort_unstable();
+    assert_eq!(missing, [(5, vec![2, 3]), (6, vec![0, 1, 2])]);
+    let versions = ledger.received().into_iter().map(|completion| completion.spans[0].version.0).collect::<Vec<_>>();
+    assert_eq!(versions, [1, 2, 2, 2, 2, 2, 2, 2]);
+    let groups: Vec<Group> = ledger.take_groups().into_iter().flatten().collect();
+    check_groups(&groups, [5, 6]);
+}
+
+#[test]
+fn rollouts_take_turns_and_what_is_between_them_is_counted() {
+    let generator = TestGenerator::start((0..2).map(|_| Generate::Hang(0)));
+    let pool = pool(&[&generator]);
+    let [first, second] = [0..1, 1..2].map(|ids| Arc::new(Ledger::new(request(ids), Duration::from_millis(300))));
+    let fillings = [&first, &second].map(|ledger| pool.begin(ledger));
+    for filling in fillings {
+        assert_eq!(pool.wait(filling).unwrap().len(), 1);
+    }
+    assert_eq!(pool.take_idle(), Duration::ZERO);
+    std::thread::park_timeout(Duration::from_millis(50));
+    let filling = pool.begin(&Arc::new(Ledger::new(request([3]), PATIENCE)));
+    let idle = pool.take_idle();
+    assert!(idle >= Duration::from_millis(40), "{idle:?}");
+    assert_eq!(pool.wait(filling).unwrap(), []);
+    assert_eq!(pool.take_idle(), Duration::ZERO);
+}
+
+#[test]
+fn a_rollout_under_way_asks_those_who_have_joined() {
+    let [gone, joined] = [(); 2].map(|()| TestGenerator::start([]));
+    let mut pool = pool(&[&gone]);
+    let both = self::pool(&[&gone, &joined]);
+    gone.kill();
+    let ledger = Arc::new(Ledger::new(request([5]), PATIENCE));
+    let filling = pool.begin(&ledger);
+    pool.set_clients(both.clients().to_vec());
+    assert_eq!(pool.wait(filling).unwrap(), []);
+    assert_eq!(joined.requests().len(), 1);
+}
+
+#[test]
 fn a_refused_request_is_not_repeated() {
-    let (error, generator) = fail(Generate::Fail(0, Status::invalid_argument("token_ids: 99999 is no token")), 20.0);
+    let (error, generator) = fail(Generate::Fail(0, Status::invalid_argument("token_ids: 99999 is no token")));
     assert!(matches!(error, RolloutError::Refused { .. }), "{error}");
     let message = error.to_string();
     assert!(
@@ -174,9 +274,9 @@ fn a_refused_request_is_not_repeated() {
 
 #[test]
 fn a_version_that_was_not_published_is_refused() {
-    let (error, generator) = fail(Generate::Version(3), 20.0);
+    let (error, generator) = fail(Generate::Version(3));
     let expect =
-        format!("generator {} sampled prompt 5 with policy v3, but v0 was published to it last", generator.address);
+        format!("generator {} sampled prompt 5 with policy v3, and only v0 to v0 may be trained on", generator.address);
     assert_eq!(error.to_string(), expect);
     assert_eq!(generator.requests().len(), 1);
 }
@@ -190,7 +290,7 @@ fn check_malformed(spoil: impl FnOnce(&mut v1::Completion), problem: &str) {
     };
     let mut bad = completion(&request, 3, 0);
     spoil(&mut bad);
-    let (error, generator) = fail(Generate::Send(bad), 20.0);
+    let (error, generator) = fail(Generate::Send(bad));
     let message = error.to_string();
     assert!(matches!(error, RolloutError::BadCompletion { .. }) && message.contains(problem), "{message}");
     assert!(message.contains(&generator.address) && message.contains("prompt 5"), "{message}");
@@ -224,11 +324,21 @@ fn completions_that_make_no_sense_are_refused() {
 }
 
 #[test]
-fn the_published_version_is_taken() {
+fn versions_within_the_bounds_are_taken() {
     let generator = TestGenerator::start([]);
-    generator.set_version(4);
-    let request = RolloutRequest { version: PolicyVersion(4), ..request([1]) };
-    check_groups(&pool(&[&generator], 20.0).roll_out(&request).unwrap(), [1]);
+    let check = |version, is_taken| {
+        generator.set_version(version);
+        let request = RolloutRequest { min_version: PolicyVersion(4), ..request([1]) };
+        let ledger = Arc::new(Ledger::new(request, PATIENCE));
+        let pool = pool(&[&generator]);
+        pool.set_newest(PolicyVersion(6));
+        let outcome = pool.wait(pool.begin(&ledger));
+        assert_eq!(outcome.is_ok(), is_taken, "{outcome:?}");
+    };
+    check(3, false);
+    check(4, true);
+    check(6, true);
+    check(7, false);
 }
 
 #[test]

@@ -118,8 +118,8 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn draw_rewards(request: &RolloutRequest, groups: &mut [Group]) {
-    for completion in groups.iter_mut().flat_map(|group| &mut group.completions) {
+fn draw_rewards(request: &RolloutRequest, groups: &mut [Option<Group>]) {
+    for completion in groups.iter_mut().flatten().flat_map(|group| &mut group.completions) {
         for reward in &mut completion.rewards {
             reward.score = sampling_uniform(request.seed ^ completion.prompt_id.0, completion.sample_index, 0);
         }

@@ -167,8 +167,13 @@ pub struct Rollout {
     pub repetition_penalty: f32,
     pub stop: Vec<String>,
     pub stop_token_ids: Vec<u32>,
-    /// A step whose completions take longer fails, naming the generator it waited for.
+    /// Prompts whose completions take longer are replaced by others; at half of it, another generator is asked for what is
+    /// missing. A step that begins behind others has their time as well.
     pub deadline_seconds: f64,
+    /// Versions that a token may be older than the policy that trains on it. 0 is strictly on policy: generators and
+    /// trainers take turns. With k, completions of the k next steps are sampled while a step trains, and go on with new
+    /// weights as they come.
+    pub max_lag: u64,
     /// What generators give back while the trainers train, for where they share memory.
     pub sleep_while_training: SleepMode,
 }
@@ -371,6 +376,7 @@ impl Default for Rollout {
             repetition_penalty: 1.0,
             stop: Vec::new(),
             stop_token_ids: Vec::new(),
+            max_lag: 0,
             deadline_seconds: 1800.0,
             sleep_while_training: SleepMode::Nothing,
         }

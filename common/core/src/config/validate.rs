@@ -108,6 +108,19 @@ impl RunConfig {
             "rollout.temperature: must be over 0, or the completions of a group are all equal".to_owned()
         });
         problems.positive("rollout.deadline_seconds", rollout.deadline_seconds);
+        if rollout.max_lag > 0 {
+            problems.unless(rollout.sleep_while_training == SleepMode::Nothing, || {
+                "rollout.max_lag: generators work while trainers train: set rollout.sleep_while_training to nothing"
+                    .to_owned()
+            });
+            problems.unless(self.train.rollout_importance_sampling_correction, || {
+                format!(
+                    "rollout.max_lag: tokens of up to {} versions ago need train.rollout_importance_sampling_correction: \
+                     true, best with train.rollout_importance_sampling_mode: token_truncate",
+                    rollout.max_lag
+                )
+            });
+        }
         let drops_weights = rollout.sleep_while_training == SleepMode::Weights;
         problems.unless(!drops_weights || self.model.device != DeviceKind::Cuda, || {
             "rollout.sleep_while_training: CUDA graphs refer to the weights of a generator on a GPU: use cache"
