@@ -1,4 +1,5 @@
-//! A run small enough for a test: a random model of a few thousand parameters on two-number puzzles.
+//! A run small enough for a test: a random model of a few thousand parameters on two-number puzzles. It solves none, but
+//! its completions end at different lengths, and shorter ones are better, so that every step changes it.
 
 use std::path::Path;
 
@@ -54,8 +55,8 @@ pub fn recipe() -> Value {
         },
         "rewards": [{"function": "format", "weight": 0.5}, {"function": "equation"}],
         "rollout": {"num_generations": 4, "generation_batch_size": 24, "max_completion_length": 24,
-            "deadline_seconds": 60.0},
-        "train": {"max_steps": MAX_STEPS, "learning_rate": 1e-3, "beta": 0.01, "micro_batch_tokens": 256,
+            "stop_token_ids": (20..40).collect::<Vec<_>>(), "deadline_seconds": 60.0},
+        "train": {"max_steps": MAX_STEPS, "learning_rate": 1e-3, "beta": 0.01, "soft_punish_cache": 24, "micro_batch_tokens": 256,
             "save_steps": 2, "collective_timeout_seconds": 60.0, "push_timeout_seconds": 60.0, "threads": 1},
         "sft": {"batch_size": 8, "completion": "</think>\n<answer>{{ solution }}</answer>", "max_length": 96},
         "eval": {"num_prompts": 8},

@@ -17,11 +17,6 @@ const NUM_TRAINERS: usize = 2;
 const COMPLETIONS_PER_STEP: usize = 24;
 /// What trainers end with when the run is to go on later.
 const RESUMABLE: i32 = 75;
-/// What a random model can be told apart by: completions end at different lengths, and shorter ones are better.
-const LEARNS: [&str; 2] = [
-    "rollout.stop_token_ids=[20,21,22,23,24,25,26,27,28,29,30,31,32,33,34,35,36,37,38,39]",
-    "train.soft_punish_cache=24",
-];
 /// Rollouts run up to two steps ahead.
 const AHEAD: [&str; 3] = [
     "rollout.max_lag=2",
@@ -81,7 +76,6 @@ impl<'a> Cluster<'a> {
             let mut command = self.role("trainer", rank);
             command.args(overrides.iter().flat_map(|text| ["--set", text]));
             command.args(["--set", "train.save_steps=10"]);
-            command.args(LEARNS.iter().flat_map(|text| ["--set", text]));
             for (name, value) in [("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", NUM_TRAINERS)] {
                 command.env(name, value.to_string());
             }
