@@ -33,11 +33,13 @@ pub struct GeneratorOptions {
     /// Of random weights, where the model asks for them.
     pub seed: u64,
     pub generator: config::Generator,
+    /// Index among the GPUs that this process sees.
+    pub gpu: usize,
 }
 
 impl From<&RunConfig> for GeneratorOptions {
     fn from(config: &RunConfig) -> Self {
-        Self { model: config.model.clone(), seed: config.run.seed, generator: config.generator.clone() }
+        Self { model: config.model.clone(), seed: config.run.seed, generator: config.generator.clone(), gpu: 0 }
     }
 }
 
@@ -60,8 +62,8 @@ impl Instance {
     /// # Errors
     /// Names the file that cannot be used, or the setting that cannot be met.
     pub(crate) fn start(options: &GeneratorOptions) -> anyhow::Result<Self> {
-        let GeneratorOptions { model, seed, generator } = options;
-        let format = weight_format(model, generator)?;
+        let GeneratorOptions { model, seed, generator, gpu } = options;
+        let format = weight_format(model, generator, *gpu)?;
         let tokenizer = Arc::new(Tokenizer::load(&model.path)?);
         let config = ModelConfig::load(&model.path)?;
         let pool = Pool::new(num_threads(generator.threads)?)?;
@@ -161,13 +163,13 @@ impl RunnerBuild {
 }
 
 /// Where the model runs, and in which type it is pushed.
-fn weight_format(model: &config::Model, generator: &config::Generator) -> anyhow::Result<WeightFormat> {
+fn weight_format(model: &config::Model, generator: &config::Generator, gpu: usize) -> anyhow::Result<WeightFormat> {
     let name = match model.device {
         DeviceKind::Auto => "auto",
         DeviceKind::Cpu => "cpu",
         DeviceKind::Cuda => "cuda",
     };
-    let device = runtime::device(name, 0).context("model.device")?;
+    let device = runtime::device(name, gpu).context("model.device")?;
     let format = |pushed| WeightFormat { pushed, device, quantization: generator.quantization };
     if device == Device::Cpu {
         return Ok(format(if model.dtype == Dtype::Bfloat16 { Kind::BFloat16 } else { Kind::Float }));
@@ -188,7 +190,7 @@ fn check_gpu_format(dtype: Dtype, quantization: Quantization) -> anyhow::Result<
     Ok(())
 }
 
-fn num_threads(asked: usize) -> anyhow::Result<usize> {
+pub(crate) fn num_threads(asked: usize) -> anyhow::Result<usize> {
     match asked {
         0 => Ok(std::thread::available_parallelism().context("counting this machine's cores")?.get()),
         _ => Ok(asked),
@@ -269,7 +271,7 @@ mod tests {
     fn a_gpu_that_is_not_there_is_named() {
         let model = config::Model { device: DeviceKind::Cuda, ..Default::default() };
         if runtime::num_cuda_devices() == 0 {
-            let error = format!("{:#}", weight_format(&model, &config::Generator::default()).unwrap_err());
+            let error = format!("{:#}", weight_format(&model, &config::Generator::default(), 0).unwrap_err());
             assert_eq!(error, "model.device: device cuda:0 is not there: libtorch sees 0 CUDA devices");
         }
     }

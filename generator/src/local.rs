@@ -1,18 +1,24 @@
-//! The engine without a network: for the command line, and for measuring.
+//! The engine without a network: for trainers that sample in their own process, for the command line, and for measuring.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use aha_core::dataset::Row;
-use aha_core::ids::{PromptId, TokenId};
+use aha_core::ids::{PolicyVersion, PromptId, TokenId};
 use aha_core::rollout::{Completion, Sampling};
 use aha_core::tokenizer::Tokenizer;
+use aha_nn::kernels::cpu::Pool;
+use aha_nn::runtime;
+use aha_nn::unit::{ModelWeights, Walk};
+use aha_proto::v1;
+use tch::Device;
 use tokio::sync::mpsc;
 
 use crate::engine::{EngineStatus, Request, RequestKey, TokenEvent};
 use crate::error::GeneratorError;
-use crate::instance::{GeneratorOptions, Instance};
+use crate::instance::{GeneratorOptions, Instance, num_threads};
 use crate::request::GenerateRequest;
+use crate::torch::DeviceWeights;
 
 /// Nobody is at the other end who could lose patience sooner.
 const DEADLINE: Duration = Duration::from_secs(24 * 3600);
@@ -22,6 +28,8 @@ const DEADLINE: Duration = Duration::from_secs(24 * 3600);
 pub struct LocalGenerator {
     instance: Instance,
     next_key: AtomicU64,
+    /// Packs new weights.
+    pool: Pool,
 }
 
 impl LocalGenerator {
@@ -30,7 +38,8 @@ impl LocalGenerator {
     /// # Errors
     /// Names the file that cannot be used, or the setting that cannot be met.
     pub fn load(options: &GeneratorOptions) -> anyhow::Result<Self> {
-        Ok(Self { instance: Instance::start(options)?, next_key: AtomicU64::new(0) })
+        let pool = Pool::new(num_threads(options.generator.threads)?)?;
+        Ok(Self { instance: Instance::start(options)?, next_key: AtomicU64::new(0), pool })
     }
 
     #[must_use]
@@ -49,7 +58,19 @@ impl LocalGenerator {
         seed: u64,
         num_samples: u32,
     ) -> Result<Vec<Completion>, GeneratorError> {
-        let request = self.request(prompt, sampling, seed, num_samples)?;
+        self.complete(self.request(prompt, sampling, seed, num_samples)?).await
+    }
+
+    /// The scored completions that the service would answer a request with, in the order of their sample index. Needs a
+    /// tokio runtime.
+    ///
+    /// # Errors
+    /// As for [`LocalGenerator::generate`].
+    pub async fn answer(&self, request: v1::GenerateRequest) -> Result<Vec<Completion>, GeneratorError> {
+        self.complete(self.instance.limits.check(request)?).await
+    }
+
+    async fn complete(&self, request: GenerateRequest) -> Result<Vec<Completion>, GeneratorError> {
         let mut finished = self.instance.outputs.start(self.key(), request, Instant::now() + DEADLINE, ()).await?;
         let mut completions = Vec::new();
         while let Some(completion) = finished.next().await {
@@ -57,6 +78,44 @@ impl LocalGenerator {
         }
         completions.sort_by_key(|completion| completion.sample_index);
         Ok(completions)
+    }
+
+    /// Hash of the manifest that weights must have.
+    #[must_use]
+    pub fn manifest_hash(&self) -> u64 {
+        self.instance.manifest_hash
+    }
+
+    /// Copies `weights` and serves them from now on, awake. Where ranks share the weights, all of them call this together.
+    /// Returns the time for which decoding stood still.
+    ///
+    /// # Errors
+    /// If there is no memory for them, the ranks cannot reach each other, or the engine is gone.
+    pub async fn serve(&self, weights: &dyn ModelWeights, version: PolicyVersion) -> anyhow::Result<Duration> {
+        let Instance { engine, config, format, .. } = &self.instance;
+        let mut walk = Walk::all(weights);
+        let mut staged = DeviceWeights::empty(config, *format);
+        for unit_idx in 0..weights.manifest().units.len() {
+            // Whatever fails here, the other ranks gather on.
+            let unit = walk.next(weights)?;
+            staged = staged.and_then(|mut staged| {
+                staged.set_unit(unit_idx, unit.params(), &self.pool)?;
+                Ok(staged)
+            });
+        }
+        let swapped = engine.swap(staged?, version).await?;
+        engine.wake().await?;
+        Ok(swapped.stood_still)
+    }
+
+    /// Gives back keys and values, and on the CPU the weights, until others are served.
+    ///
+    /// # Errors
+    /// If requests are in flight, or the engine is gone.
+    pub async fn sleep(&self) -> Result<(), GeneratorError> {
+        self.instance.engine.sleep(self.instance.format.device == Device::Cpu).await?;
+        runtime::release_memory();
+        Ok(())
     }
 
     /// One completion, token by token. Stop strings are not looked for.

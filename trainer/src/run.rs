@@ -6,11 +6,12 @@ use aha_core::config::{RewardSpec, RunConfig, SleepMode};
 use aha_core::ids::PolicyVersion;
 use aha_core::rollout::{Completion, Group};
 use aha_nn::runtime;
+use aha_nn::unit::ModelWeights;
 use anyhow::Result;
 use serde::Serialize;
 
 use crate::evaluate::{self, Evaluation, evaluate};
-use crate::fleet::Fleet;
+use crate::generators::{Generators, PolicyRollouts};
 use crate::kl_reward::divergences;
 use crate::loggers::{CompletionRecord, Metrics};
 use crate::optimize::optimize;
@@ -45,48 +46,50 @@ pub fn run(
     config: &RunConfig,
     world: &World,
     stop: &StopRequest,
-    connect: impl FnOnce(&Session) -> Result<Fleet>,
+    connect: impl FnOnce(&Session) -> Result<Box<dyn Generators>>,
 ) -> Result<Outcome<Summary>> {
     let objective = Objective::Policy(PolicyObjective::new(&config.train));
     let mut session = Session::start(config, world, objective, stop)?;
-    let mut fleet = connect(&session)?;
-    fleet.sleep()?;
+    let mut generators = connect(&session)?;
+    let generators = &mut *generators;
+    generators.sleep()?;
     make_room(&mut session);
-    fleet.publish(session.group(), &*session.learner.policy(), PolicyVersion(session.step))?;
+    generators.publish(session.group(), &*session.learner.policy(), PolicyVersion(session.step))?;
     let first_step = session.step;
-    evaluate_if_due(&mut session, &mut fleet, first_step)?;
+    evaluate_if_due(&mut session, generators, first_step)?;
     for step in first_step..config.train.max_steps {
-        if let Some(stopped) = session.stop_if_due(step, &|| fleet.received())? {
+        if let Some(stopped) = session.stop_if_due(step, &|| generators.received())? {
             if let Some(loggers) = session.loggers {
                 loggers.finish()?;
             }
             return Ok(Outcome::Stopped(stopped));
         }
-        let num_skipped = train_step(&mut session, &mut fleet, step)?;
+        let num_skipped = train_step(&mut session, generators, step)?;
         session.skips.note(step + 1, num_skipped)?;
-        evaluate_if_due(&mut session, &mut fleet, step + 1)?;
+        evaluate_if_due(&mut session, generators, step + 1)?;
         session.sync_reference_if_due(step + 1)?;
-        session.save_if_due(step + 1, &|| fleet.received())?;
+        session.save_if_due(step + 1, &|| generators.received())?;
     }
     finish(session).map(Outcome::Finished)
 }
 
 /// One step; returns how many of its updates were left out.
-fn train_step(session: &mut Session, fleet: &mut Fleet, step: u64) -> Result<u32> {
+fn train_step(session: &mut Session, generators: &mut dyn Generators, step: u64) -> Result<u32> {
     let mut clock = Clock::start();
     let mut metrics = Metrics::default();
     let config = session.config.clone();
     let prompts = session.prompts.step_prompts(step)?;
-    begin_rollouts(session, fleet, step)?;
+    begin_rollouts(session, generators, step)?;
     let policy = session.learner.policy();
-    let rollouts = &mut fleet.rollouts(session.group(), &*policy, PolicyVersion(step));
+    let published = (&*policy as &dyn ModelWeights, PolicyVersion(step));
+    let rollouts = &mut PolicyRollouts { generators, trainers: session.group(), policy: published };
     let sampler = Sampler { rollouts, group: session.group(), config: &config, step };
     let replacements = |round, count, seen: &_| session.prompts.replacements((step, round), count, seen);
     let sampled = sampler.sample(prompts, replacements)?;
     drop(policy);
     clock.lap("time/generate");
     clock.split_off("time/exchange", sampled.exchange);
-    fleet.sleep()?;
+    generators.sleep()?;
     let groups = sampled.groups;
     let mut batch = TrainingBatch::new(&groups, &config, step);
     let mut divergence = None;
@@ -106,12 +109,12 @@ fn train_step(session: &mut Session, fleet: &mut Fleet, step: u64) -> Result<u32
     let output = optimize(&mut session.learner, &config.train, &mut batch, (&adamw, &mut session.entropy))?;
     clock.lap("time/train");
     make_room(session);
-    let push = fleet.publish(session.group(), &*session.learner.policy(), PolicyVersion(step + 1))?;
+    let push = generators.publish(session.group(), &*session.learner.policy(), PolicyVersion(step + 1))?;
     clock.lap("weights/push_seconds");
 
     let logprobs: Vec<&[f32]> =
         groups.iter().flat_map(|group| &group.completions).map(|completion| completion.logprobs.as_slice()).collect();
-    let idle = fleet.take_idle().as_secs_f64();
+    let idle = generators.take_idle().as_secs_f64();
     step_metrics((session.group(), &config), (&output, idle), &logprobs, &mut metrics)?;
     if let Some(divergence) = divergence {
         metrics.set("kl", divergence);
@@ -120,7 +123,7 @@ fn train_step(session: &mut Session, fleet: &mut Fleet, step: u64) -> Result<u32
         metrics.set("entropy_coef", f64::from(session.entropy.entropy_coef));
     }
     metrics.set("learning_rate", adamw.lr);
-    metrics.set("generators", fleet.num_generators() as f64);
+    metrics.set("generators", generators.num_generators() as f64);
     metrics.set("weights/swap_seconds", push.swap_seconds);
     finish_metrics(&mut metrics, &clock, &groups, &config);
     if let Some(loggers) = &mut session.loggers {
@@ -131,33 +134,35 @@ fn train_step(session: &mut Session, fleet: &mut Fleet, step: u64) -> Result<u32
 }
 
 /// Begins the rollouts of this step and of as many later ones as `rollout.max_lag` allows, where they have not begun.
-fn begin_rollouts(session: &mut Session, fleet: &mut Fleet, step: u64) -> Result<()> {
+fn begin_rollouts(session: &mut Session, generators: &mut dyn Generators, step: u64) -> Result<()> {
     let config = &session.config;
     let end = step.saturating_add(config.rollout.max_lag).min(config.train.max_steps - 1);
-    for step in step + fleet.num_ahead() as u64..=end {
+    for step in step + generators.num_ahead() as u64..=end {
         let world = (session.world.rank, session.world.size);
         let request = rollout_request(config, world, &session.prompts.step_prompts(step)?, (step, 0));
         let of_step = session.received.extract_if(.., |received| received.step == step);
         let received: Vec<Completion> = of_step.flat_map(|received| received.completions).collect();
-        fleet.begin(step, &request, &received);
+        generators.begin(step, &request, &received);
     }
     Ok(())
 }
 
 /// Where generators and trainers take turns with the memory, gives back what only training needs.
 fn make_room(session: &mut Session) {
-    if session.config.rollout.sleep_while_training != SleepMode::Nothing {
+    let config = &session.config;
+    if config.launch.colocate || config.rollout.sleep_while_training != SleepMode::Nothing {
         session.learner.zero_mut().release_gradients();
         runtime::release_memory();
     }
 }
 
-fn evaluate_if_due(session: &mut Session, fleet: &mut Fleet, step: u64) -> Result<()> {
+fn evaluate_if_due(session: &mut Session, generators: &mut dyn Generators, step: u64) -> Result<()> {
     if !evaluate::is_due(&session.config, step) {
         return Ok(());
     }
     let policy = session.learner.policy();
-    let mut rollouts = fleet.rollouts(session.group(), &*policy, PolicyVersion(step));
+    let published = (&*policy as &dyn ModelWeights, PolicyVersion(step));
+    let mut rollouts = PolicyRollouts { generators, trainers: session.group(), policy: published };
     let evaluation = evaluate(session, &mut rollouts, PolicyVersion(step))?;
     drop(policy);
     if let Some(loggers) = &mut session.loggers {

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use aha_trainer::clients;
+use aha_trainer::colocated::Colocated;
 use aha_trainer::fleet::Fleet;
 use aha_trainer::run::{self, Summary};
 use aha_trainer::stop::Outcome;
@@ -33,15 +34,19 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     supervised::follow_parent()?;
     let (config, credentials) = args.config.load_with_credentials()?;
     ensure!(
-        !config.generator.addresses.is_empty() || config.generator.coordinator.is_some(),
+        config.launch.colocate || !config.generator.addresses.is_empty() || config.generator.coordinator.is_some(),
         "generator.addresses: none; start `aha generator` and name its address, set generator.coordinator and let it register, \
-         or use `aha launch`"
+         set launch.colocate, or use `aha launch`"
     );
     clients::use_credentials(credentials)?;
     let world = World::from_variables(std::env::vars())?;
     let runtime = Arc::new(network_runtime()?);
     let outcome = run::run(&config, &world, &stop_on_signals()?, |session| {
-        Ok(Fleet::connect(&config, session.group(), &*session.learner.policy(), runtime)?)
+        let (trainers, policy) = (session.group(), session.learner.policy());
+        if config.launch.colocate {
+            return Ok(Box::new(Colocated::start(&config, world.local_rank, trainers, &*policy, runtime)?));
+        }
+        Ok(Box::new(Fleet::connect(&config, trainers, &*policy, runtime)?))
     })?;
     Ok(match outcome {
         Outcome::Finished(summary) => {

@@ -34,6 +34,9 @@ pub(crate) struct Args {
     /// Generators (launch.generators)
     #[arg(long)]
     generators: Option<usize>,
+    /// Sample in the trainers' processes, without generators (launch.colocate): for one GPU, or a rank on each
+    #[arg(long, conflicts_with = "generators")]
+    colocate: bool,
     /// Roles that may be started again after they failed (launch.max_restarts)
     #[arg(long)]
     max_restarts: Option<usize>,
@@ -45,10 +48,14 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     for (key, value) in own {
         config_args.overrides.extend(value.map(|value| format!("launch.{key}={value}")));
     }
+    if args.colocate {
+        config_args.overrides.push("launch.colocate=true".to_owned());
+    }
     let config = config_args.load()?;
     let gpus = gpus(&config);
-    let num_trainers = num_trainers(&config, gpus.len())?;
-    let mut addresses = free_addresses(config.launch.generators + 1)?;
+    let num_generators = if config.launch.colocate { 0 } else { config.launch.generators };
+    let num_trainers = num_trainers(&config, gpus.len(), num_generators)?;
+    let mut addresses = free_addresses(num_generators + 1)?;
     let master = addresses.pop().context("a launch has a port for its ranks to meet at")?;
     let listed = format!("generator.addresses={}", serde_json::to_string(&addresses)?);
 
@@ -73,15 +80,15 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         let role = Role::new(RoleKind::Trainer, rank, arguments);
         roles.push(if num_trainers > 1 { role.with_world(rank, num_trainers, &master) } else { role });
     }
-    println!(
-        "{}: {num_trainers} trainer rank(s) and {} generator(s), logs in {}",
-        config.run.name,
-        addresses.len(),
-        config.run_dir().join("logs").display()
-    );
+    let engines = if config.launch.colocate {
+        "that sample by themselves".to_owned()
+    } else {
+        format!("and {num_generators} generator(s)")
+    };
+    let logs = config.run_dir().join("logs");
+    println!("{}: {num_trainers} trainer rank(s) {engines}, logs in {}", config.run.name, logs.display());
     let [save, grace] = [config.launch.save_seconds, config.launch.grace_seconds].map(Duration::from_secs_f64);
-    let (logs, patience) = (config.run_dir().join("logs"), Patience { save, grace });
-    Supervisor::start(roles, logs, patience, config.launch.max_restarts)?.supervise()
+    Supervisor::start(roles, logs, Patience { save, grace }, config.launch.max_restarts)?.supervise()
 }
 
 /// Where the generator number `index` serves its metrics: at the first one's port and those after it.
@@ -112,20 +119,20 @@ fn generator_gpu(gpus: &[String], index: usize) -> Option<&str> {
 }
 
 /// Trainer ranks to start: as configured, or one for each GPU that the generators leave.
-fn num_trainers(config: &RunConfig, num_gpus: usize) -> Result<usize> {
+fn num_trainers(config: &RunConfig, num_gpus: usize, num_generators: usize) -> Result<usize> {
     if config.launch.trainers > 0 {
         return Ok(config.launch.trainers);
     }
     if num_gpus == 0 {
         return Ok(1);
     }
-    if num_gpus <= config.launch.generators {
+    if num_gpus <= num_generators {
         bail!(
-            "launch.generators: {} generators leave no GPU of {num_gpus} for a trainer; set launch.trainers and launch.generators",
-            config.launch.generators
+            "launch.generators: {num_generators} generators leave no GPU of {num_gpus} for a trainer; set launch.trainers and \
+             launch.generators, or sample in the trainers' processes with launch.colocate"
         );
     }
-    Ok(num_gpus - config.launch.generators)
+    Ok(num_gpus - num_generators)
 }
 
 /// Loopback addresses that were free a moment ago.

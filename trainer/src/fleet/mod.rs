@@ -29,8 +29,9 @@ use tokio::runtime::Runtime;
 
 use crate::agreement::agree;
 use crate::clients::{Client, ConnectError, own_credentials, seconds};
+use crate::generators::{Generators, is_filled_everywhere};
 use crate::publish::{PublishError, Publisher, PushReport};
-use crate::rollouts::{GeneratorPool, Late, Received, RolloutError, RolloutRequest, Rollouts};
+use crate::rollouts::{GeneratorPool, Received, RolloutError, RolloutRequest};
 use ahead::{Ahead, Begun};
 use roster::Roster;
 
@@ -66,15 +67,6 @@ struct Count {
 pub struct Hooks {
     pub request: fn(&mut RolloutRequest),
     pub groups: fn(&RolloutRequest, &mut [Option<Group>]),
-}
-
-/// [`Rollouts`] while this policy trains.
-#[derive(Debug)]
-pub struct FleetRollouts<'a> {
-    fleet: &'a mut Fleet,
-    trainers: &'a ProcessGroup,
-    policy: &'a dyn ModelWeights,
-    version: PolicyVersion,
 }
 
 impl Fleet {
@@ -124,104 +116,6 @@ impl Fleet {
 
     pub fn set_hooks(&mut self, hooks: Hooks) {
         self.hooks = Some(hooks);
-    }
-
-    /// Generators that take part.
-    #[must_use]
-    pub fn num_generators(&self) -> usize {
-        self.pool.clients().len()
-    }
-
-    /// Puts `policy` into all generators that are there as `version`; whoever makes a push fail is left out of the next.
-    ///
-    /// # Errors
-    /// On all ranks alike: if no generator is there in time, or too many pushes fail.
-    pub fn publish(
-        &mut self,
-        trainers: &ProcessGroup,
-        policy: &dyn ModelWeights,
-        version: PolicyVersion,
-    ) -> Result<PushReport, PublishError> {
-        let mut num_pushes = 0;
-        // Generators serve it before all of them have said so.
-        self.pool.set_newest(version);
-        loop {
-            self.muster(trainers, policy.manifest().hash())?;
-            let error = match self.push(trainers, policy, version) {
-                Ok(report) => {
-                    if let Some(roster) = &mut self.roster {
-                        roster.commend(self.pool.clients());
-                    }
-                    self.pool.absolve();
-                    self.ahead.iter_mut().for_each(|ahead| ahead.begun.revive(&self.pool));
-                    return Ok(report);
-                }
-                Err(error) => error,
-            };
-            num_pushes += 1;
-            if matches!(error, PublishError::Comm(_)) || num_pushes == MAX_PUSHES {
-                return Err(error);
-            }
-            self.publisher = None;
-            if let Some(roster) = &mut self.roster {
-                tracing::warn!("{error}; trying again");
-                self.runtime.block_on(roster.blame(error.failed()));
-            }
-        }
-    }
-
-    /// Lets the generators give back what `rollout.sleep_while_training` says, until the next push.
-    ///
-    /// # Errors
-    /// If the ranks cannot reach each other. A generator that fails is looked at again before the next push.
-    pub fn sleep(&mut self) -> Result<(), PublishError> {
-        match self.publisher.as_ref().map_or(Ok(()), Publisher::sleep) {
-            Err(error @ PublishError::Comm(_)) => Err(error),
-            Err(error) => {
-                if self.roster.is_some() {
-                    tracing::warn!("{error}");
-                }
-                self.publisher = None;
-                Ok(())
-            }
-            Ok(()) => Ok(()),
-        }
-    }
-
-    /// Begins the rollout of a later step, for [`FleetRollouts`] to wait for. `received` has what came of it before the
-    /// run was interrupted.
-    pub fn begin(&mut self, step: u64, request: &RolloutRequest, received: &[Completion]) {
-        let begun = self.begun(request, received);
-        self.ahead.push_back(Ahead { step, request: request.clone(), begun });
-    }
-
-    /// Steps whose rollouts have begun and were not waited for.
-    #[must_use]
-    pub fn num_ahead(&self) -> usize {
-        self.ahead.len()
-    }
-
-    /// What has been received of steps whose rollouts have begun.
-    #[must_use]
-    pub fn received(&self) -> Vec<Received> {
-        let received = |ahead: &Ahead| Received { step: ahead.step, completions: ahead.begun.ledger.received() };
-        self.ahead.iter().map(received).collect()
-    }
-
-    /// Time for which the generators had nothing to do for this rank, since it was last asked for.
-    #[must_use]
-    pub fn take_idle(&self) -> Duration {
-        self.pool.take_idle()
-    }
-
-    /// For rollouts while `policy` trains, which was published last, as `version`.
-    pub fn rollouts<'a>(
-        &'a mut self,
-        trainers: &'a ProcessGroup,
-        policy: &'a dyn ModelWeights,
-        version: PolicyVersion,
-    ) -> FleetRollouts<'a> {
-        FleetRollouts { fleet: self, trainers, policy, version }
     }
 
     /// Asks the generators, behind what they were asked for before.
@@ -317,46 +211,98 @@ impl Fleet {
     }
 }
 
-fn addresses(clients: &[Client]) -> impl Iterator<Item = &str> {
-    clients.iter().map(Client::address)
-}
-
-impl Rollouts for FleetRollouts<'_> {
-    fn roll_out(&mut self, request: &RolloutRequest) -> Result<Vec<Option<Group>>, RolloutError> {
-        let Self { fleet, trainers, policy, version } = self;
-        let mut begun = fleet.take_begun(request);
+impl Generators for Fleet {
+    /// Whoever makes a push fail is left out of the next.
+    fn publish(
+        &mut self,
+        trainers: &ProcessGroup,
+        policy: &dyn ModelWeights,
+        version: PolicyVersion,
+    ) -> Result<PushReport, PublishError> {
+        let mut num_pushes = 0;
+        // Generators serve it before all of them have said so.
+        self.pool.set_newest(version);
         loop {
-            let filled = begun.wait(&fleet.pool);
-            if is_filled_everywhere(trainers, filled)? {
-                break;
+            self.muster(trainers, policy.manifest().hash())?;
+            let error = match self.push(trainers, policy, version) {
+                Ok(report) => {
+                    if let Some(roster) = &mut self.roster {
+                        roster.commend(self.pool.clients());
+                    }
+                    self.pool.absolve();
+                    self.ahead.iter_mut().for_each(|ahead| ahead.begun.revive(&self.pool));
+                    return Ok(report);
+                }
+                Err(error) => error,
+            };
+            num_pushes += 1;
+            if matches!(error, PublishError::Comm(_)) || num_pushes == MAX_PUSHES {
+                return Err(error);
             }
-            fleet.publish(trainers, *policy, *version).map_err(Box::new)?;
-            begun.begin_again(&fleet.pool);
+            self.publisher = None;
+            if let Some(roster) = &mut self.roster {
+                tracing::warn!("{error}; trying again");
+                self.runtime.block_on(roster.blame(error.failed()));
+            }
+        }
+    }
+
+    /// A generator that fails is looked at again before the next push.
+    fn sleep(&mut self) -> Result<(), PublishError> {
+        match self.publisher.as_ref().map_or(Ok(()), Publisher::sleep) {
+            Err(error @ PublishError::Comm(_)) => Err(error),
+            Err(error) => {
+                if self.roster.is_some() {
+                    tracing::warn!("{error}");
+                }
+                self.publisher = None;
+                Ok(())
+            }
+            Ok(()) => Ok(()),
+        }
+    }
+
+    fn num_generators(&self) -> usize {
+        self.pool.clients().len()
+    }
+
+    fn begin(&mut self, step: u64, request: &RolloutRequest, received: &[Completion]) {
+        let begun = self.begun(request, received);
+        self.ahead.push_back(Ahead { step, request: request.clone(), begun });
+    }
+
+    fn num_ahead(&self) -> usize {
+        self.ahead.len()
+    }
+
+    fn received(&self) -> Vec<Received> {
+        let received = |ahead: &Ahead| Received { step: ahead.step, completions: ahead.begun.ledger.received() };
+        self.ahead.iter().map(received).collect()
+    }
+
+    fn take_idle(&self) -> Duration {
+        self.pool.take_idle()
+    }
+
+    fn roll_out(
+        &mut self,
+        trainers: &ProcessGroup,
+        (policy, version): (&dyn ModelWeights, PolicyVersion),
+        request: &RolloutRequest,
+    ) -> Result<Vec<Option<Group>>, RolloutError> {
+        let mut begun = self.take_begun(request);
+        while !is_filled_everywhere(trainers, begun.wait(&self.pool))? {
+            self.publish(trainers, policy, version).map_err(Box::new)?;
+            begun.begin_again(&self.pool);
         }
         let mut groups = begun.ledger.take_groups();
-        if let Some(hooks) = fleet.hooks {
+        if let Some(hooks) = self.hooks {
             (hooks.groups)(request, &mut groups);
         }
         Ok(groups)
     }
 }
 
-/// Whether all ranks have what could be had in time; else some of them want generators.
-fn is_filled_everywhere(
-    trainers: &ProcessGroup,
-    filled: Result<Vec<Late>, RolloutError>,
-) -> Result<bool, RolloutError> {
-    let outcome = match filled {
-        Ok(late) => {
-            late.iter().for_each(|late| tracing::warn!("{late}; other prompts take the place of this one"));
-            Ok(vec![u8::from(true)])
-        }
-        Err(error) if error.is_want_of_generators() => {
-            tracing::warn!("{error}; looking for generators");
-            Ok(vec![u8::from(false)])
-        }
-        Err(error) => Err(error),
-    };
-    let answers = agree(trainers, outcome)?;
-    Ok(answers.iter().all(|answer| *answer == [u8::from(true)]))
+fn addresses(clients: &[Client]) -> impl Iterator<Item = &str> {
+    clients.iter().map(Client::address)
 }

@@ -164,8 +164,7 @@ fn roll_out(generators: &[TestGenerator], between: impl Fn() + Sync) -> Vec<Vec<
             between();
         }
         trainers.barrier().unwrap();
-        let rollouts = &mut fleet.rollouts(trainers, weights, PolicyVersion(5));
-        let groups = rollouts.roll_out(&request(trainers.rank())).unwrap();
+        let groups = fleet.roll_out(trainers, (weights, PolicyVersion(5)), &request(trainers.rank())).unwrap();
         groups.into_iter().map(Option::unwrap).collect::<Vec<_>>()
     });
     for (rank, groups) in groups.into_iter().enumerate() {
@@ -227,8 +226,7 @@ fn rollouts_of_later_steps_begin_early_and_go_on_through_pushes() {
         }
         trainers.barrier().unwrap();
         fleet.publish(trainers, weights, PolicyVersion(5)).unwrap();
-        let rollouts = &mut fleet.rollouts(trainers, weights, PolicyVersion(5));
-        let groups = rollouts.roll_out(&request(trainers.rank())).unwrap();
+        let groups = fleet.roll_out(trainers, (weights, PolicyVersion(5)), &request(trainers.rank())).unwrap();
         assert_eq!(fleet.num_ahead(), 0);
         groups
     });

@@ -12,7 +12,7 @@ use std::time::Duration;
 use aha_core::ids::PromptId;
 use aha_core::random::derive_seed;
 use aha_core::rollout::{Completion, Prompt};
-use aha_proto::{BadMessage, v1};
+use aha_proto::BadMessage;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use tokio::time::{Instant, timeout_at};
@@ -129,7 +129,7 @@ impl Call {
         let client = &member.client;
         let missing = receipt.missing();
         let mut debt = Debt::new(member, missing.len());
-        let message = self.message(prompt, missing);
+        let message = self.ledger.request.message(prompt, missing, self.shared.request_id());
         let rest = self.ledger.deadline.saturating_duration_since(Instant::now()) + GRACE;
         let failed = |status| failure(client, prompt, &status);
         let response = client.rpc().generate(with_timeout(message, rest)).await.map_err(failed)?;
@@ -152,20 +152,6 @@ impl Call {
     /// Of a moment: what is newest changes while completions come.
     fn versions(&self) -> Versions {
         self.ledger.request.min_version..=self.shared.newest()
-    }
-
-    fn message(&self, prompt: &Prompt, missing: Vec<u32>) -> v1::GenerateRequest {
-        let request = &self.ledger.request;
-        v1::GenerateRequest {
-            request_id: self.shared.request_id(),
-            prompt_id: prompt.id.0,
-            token_ids: prompt.token_ids.clone(),
-            sample_indices: missing,
-            sampling: Some((&request.sampling).into()),
-            seed: derive_seed(request.seed, &[prompt.id.0]),
-            rewards: request.rewards.clone(),
-            columns: serde_json::Value::Object(prompt.columns.clone()).to_string(),
-        }
     }
 
     fn count(&self) {

@@ -12,8 +12,10 @@ mod tests;
 use std::time::Duration;
 
 use aha_core::ids::{PolicyVersion, PromptId};
+use aha_core::random::derive_seed;
 use aha_core::rollout::{Group, Prompt, Sampling};
 use aha_nn::comm::CommError;
+use aha_proto::v1;
 
 pub use filling::Filling;
 pub use ledger::{Late, Ledger, Received};
@@ -46,6 +48,22 @@ pub struct RolloutRequest {
     pub rewards: Vec<String>,
     /// The oldest policy that may have sampled a token; the newest is the one that was published last.
     pub min_version: PolicyVersion,
+}
+
+impl RolloutRequest {
+    /// What a generator is asked for the samples of `prompt` that are missing.
+    pub(crate) fn message(&self, prompt: &Prompt, missing: Vec<u32>, request_id: String) -> v1::GenerateRequest {
+        v1::GenerateRequest {
+            request_id,
+            prompt_id: prompt.id.0,
+            token_ids: prompt.token_ids.clone(),
+            sample_indices: missing,
+            sampling: Some((&self.sampling).into()),
+            seed: derive_seed(self.seed, &[prompt.id.0]),
+            rewards: self.rewards.clone(),
+            columns: serde_json::Value::Object(prompt.columns.clone()).to_string(),
+        }
+    }
 }
 
 #[derive(Debug, thiserror::Error)]

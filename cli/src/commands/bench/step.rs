@@ -86,7 +86,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         let mut fleet = Fleet::connect(&config, session.group(), &*session.learner.policy(), runtime)?;
         // Completions that end at their longest whatever they say, and rewards that say nothing.
         fleet.set_hooks(Hooks { request: |request| request.sampling.ignore_eos = true, groups: draw_rewards });
-        Ok(fleet)
+        Ok(Box::new(fleet))
     })?;
 
     let metrics = std::fs::read_to_string(config.run_dir().join("metrics.jsonl"))?;

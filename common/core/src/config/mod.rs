@@ -308,6 +308,9 @@ pub struct Launch {
     /// Trainer ranks; 0 takes one for each GPU but the generators', or 1 on a CPU.
     pub trainers: usize,
     pub generators: usize,
+    /// Instead of generators, every trainer rank has an engine in its own process, which samples its share while the rank
+    /// does not train, and gives its memory back while it does.
+    pub colocate: bool,
     /// After Ctrl-C or SIGTERM, trainers may take so long to finish their step and to write a checkpoint. A second signal
     /// ends them at once.
     pub save_seconds: f64,
@@ -451,6 +454,6 @@ impl Default for Logging {
 
 impl Default for Launch {
     fn default() -> Self {
-        Self { trainers: 0, generators: 1, save_seconds: 300.0, grace_seconds: 10.0, max_restarts: 0 }
+        Self { trainers: 0, generators: 1, colocate: false, save_seconds: 300.0, grace_seconds: 10.0, max_restarts: 0 }
     }
 }

@@ -157,7 +157,19 @@ impl RunConfig {
         problems.positive("generator.probe_timeout_seconds", generator.probe_timeout_seconds);
         problems.positive("launch.save_seconds", self.launch.save_seconds);
         problems.positive("launch.grace_seconds", self.launch.grace_seconds);
-        problems.unless(self.launch.generators > 0, || "launch.generators: must be at least 1".to_owned());
+        let launch = &self.launch;
+        problems.unless(launch.generators > 0 || launch.colocate, || {
+            "launch.generators: must be at least 1, or launch.colocate true".to_owned()
+        });
+        if launch.colocate {
+            problems.unless(self.rollout.max_lag == 0, || {
+                "launch.colocate: sampling and training take turns in one process: set rollout.max_lag to 0".to_owned()
+            });
+            problems.unless(generator.addresses.is_empty() && generator.coordinator.is_none(), || {
+                "launch.colocate: samples in the trainers' processes: leave generator.addresses and generator.coordinator out"
+                    .to_owned()
+            });
+        }
         problems.unless(self.logging.logging_steps > 0, || "logging.logging_steps: must be at least 1".to_owned());
     }
 }
