@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
-use commands::{bench, export, generate, generator, plan, reward, score, sft, trainer};
+use commands::{bench, export, generate, generator, plan, reward, score, sft, status, trainer};
 
 /// Makes language models reason by reinforcement learning: trainer ranks, generators, and the tools around them.
 #[derive(Debug, Parser)]
@@ -31,6 +31,7 @@ enum Command {
     Generate(generate::Args),
     Score(score::Args),
     Plan(plan::Args),
+    Status(status::Args),
     Reward(reward::Args),
     Bench(bench::Args),
 }
@@ -50,6 +51,7 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::run(&args),
         Command::Score(args) => score::run(&args),
         Command::Plan(args) => plan::run(&args),
+        Command::Status(args) => status::run(&args),
         Command::Reward(args) => reward::run(&args),
         Command::Bench(args) => bench::run(&args),
     };

@@ -52,6 +52,8 @@ pub(crate) struct Instance {
     pub config: ModelConfig,
     pub manifest_hash: u64,
     pub format: WeightFormat,
+    /// Folder of the model, as it was named.
+    pub model: PathBuf,
 }
 
 impl Instance {
@@ -108,6 +110,7 @@ impl Instance {
             manifest_hash: config.manifest().hash(),
             config,
             format,
+            model: model.path.clone(),
         })
     }
 }

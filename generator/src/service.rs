@@ -36,6 +36,7 @@ pub(crate) struct Service {
     in_flight: InFlight,
     /// UUID of the GPU that the weights are on; empty on a CPU.
     gpu: String,
+    started: Instant,
 }
 
 impl Service {
@@ -45,7 +46,7 @@ impl Service {
             Device::Cuda(index) => gpu_uuid(index).unwrap_or_default(),
             _ => String::new(),
         };
-        Self { instance, receiver, in_flight: InFlight::default(), gpu }
+        Self { instance, receiver, in_flight: InFlight::default(), gpu, started: Instant::now() }
     }
 
     pub(crate) fn manifest_hash(&self) -> u64 {
@@ -110,6 +111,9 @@ impl Generator for Service {
                 _ => v1::WeightType::Float32.into(),
             },
             update_group: self.receiver.group().unwrap_or_default(),
+            asleep: status.activity == Activity::Asleep,
+            model: self.instance.model.display().to_string(),
+            uptime_seconds: self.started.elapsed().as_secs_f64(),
         }))
     }
 

@@ -17,7 +17,9 @@ pub(crate) mod plan;
 pub(crate) mod reward;
 pub(crate) mod score;
 pub(crate) mod sft;
+pub(crate) mod status;
 pub(crate) mod stop;
+mod table;
 pub(crate) mod trainer;
 
 /// A configuration file with its overrides, as every role takes it.

@@ -89,7 +89,12 @@ impl Fleet {
         };
         let roster = if trainers.rank() == 0 {
             let serve = |address: &String| {
-                let served = coordinator::serve(address, own_credentials(), policy.manifest().hash(), &runtime);
+                let run = coordinator::Run {
+                    name: config.run.name.clone(),
+                    max_steps: config.train.max_steps,
+                    manifest_hash: policy.manifest().hash(),
+                };
+                let served = coordinator::serve(address, own_credentials(), run, &runtime);
                 let failed =
                     |error| RolloutError::Coordinator { address: address.clone(), reason: format!("{error:#}") };
                 served.map_err(failed)
@@ -130,7 +135,7 @@ impl Fleet {
             let error = match self.push(trainers, policy, version) {
                 Ok(report) => {
                     if let Some(roster) = &mut self.roster {
-                        roster.commend(self.pool.clients());
+                        roster.commend(self.pool.clients(), version);
                     }
                     return Ok(report);
                 }
