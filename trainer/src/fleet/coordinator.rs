@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use aha_core::config::Credentials;
 use aha_core::ids::PolicyVersion;
-use aha_proto::guard::{Guard, check_listen, secure_server};
+use aha_proto::guard::{Guard, check_listen, secure_server, serving};
 use aha_proto::v1;
 use aha_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
 use anyhow::{Context, anyhow};
@@ -67,9 +67,7 @@ struct Service {
 pub(super) fn serve(address: &str, credentials: &Credentials, run: Run, runtime: &Runtime) -> anyhow::Result<Registry> {
     let registry = Registry::default();
     let socket = address.to_socket_addrs()?.next().context("it has no address")?;
-    let mut credentials = credentials.clone();
-    // A trainer without a certificate may have the authority of the generators.
-    credentials.ca = credentials.ca.filter(|_| credentials.identity.is_some());
+    let credentials = serving(credentials);
     check_listen("generator.coordinator", socket, &credentials)?;
     let _entered = runtime.enter();
     let incoming = TcpIncoming::bind(socket).map_err(|error| anyhow!(error))?;
