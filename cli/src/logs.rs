@@ -20,18 +20,19 @@ use tracing_subscriber::{EnvFilter, Layer, Registry, fmt, reload};
 const MAX_BYTES: u64 = 64 << 20;
 
 /// One of the things that are done with what is logged.
-type BoxedLayer = Box<dyn Layer<Registry> + Send + Sync>;
+pub(crate) type BoxedLayer = Box<dyn Layer<Registry> + Send + Sync>;
 type FileLayer = Option<BoxedLayer>;
 
 /// The place of the JSON layer, which is empty until a configuration is read.
 static FILE: OnceLock<reload::Handle<FileLayer, Registry>> = OnceLock::new();
 
-/// Logs to standard error what `RUST_LOG` asks for, or else from `info` on.
-pub(crate) fn init() {
+/// Logs to standard error what `RUST_LOG` asks for, or else from `info` on; and to `other`, which has its own filter.
+pub(crate) fn init(other: Option<BoxedLayer>) {
     let (file, handle) = reload::Layer::new(None);
     let terminal = fmt::layer().with_writer(io::stderr).with_target(false).with_ansi(io::stderr().is_terminal());
     // Each layer has its own filter, so that one layer's spans are not in the lines of another.
-    let layers = vec![file.with_filter(filter()).boxed(), terminal.with_filter(filter()).boxed()];
+    let mut layers = vec![file.with_filter(filter()).boxed(), terminal.with_filter(filter()).boxed()];
+    layers.extend(other);
     tracing_subscriber::registry().with(layers).init();
     FILE.get_or_init(|| handle);
 }

@@ -5,10 +5,12 @@
 mod commands;
 mod launch;
 mod logs;
+mod telemetry;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use telemetry::Telemetry;
 
 use commands::{bench, doctor, export, generate, generator, plan, reward, score, sft, status, trainer};
 
@@ -38,8 +40,13 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    logs::init();
-    let result = run(cli.command);
+    // A subcommand comes before all options.
+    let role = std::env::args().nth(1).unwrap_or_default();
+    let result = Telemetry::from_environment(&role).and_then(|telemetry| {
+        logs::init(telemetry.as_ref().map(Telemetry::layer));
+        // Telemetry stays until the command has ended.
+        run(cli.command)
+    });
     match result {
         Ok(code) => code,
         Err(error) => {

@@ -70,11 +70,13 @@ impl Generator for Service {
         check_request_id(&wire.request_id)?;
         // Before the checks that cost time: a flood is refused by looking at a number.
         let place = self.in_flight.enter(&wire.request_id, wire.sample_indices.len())?;
+        // Lasts until the client has its completions, or goes.
+        let span = tracing::debug_span!("request", prompt_id = wire.prompt_id, samples = wire.sample_indices.len());
         let request = self.instance.limits.check(wire)?;
         let completions = self.instance.outputs.start(place.key, request, deadline, place).await?;
-        let stream = stream::unfold(completions, |mut completions| async {
+        let stream = stream::unfold((completions, span), |(mut completions, span)| async {
             let done = completions.next().await?;
-            Some((done.map(v1::Completion::from).map_err(Status::from), completions))
+            Some((done.map(v1::Completion::from).map_err(Status::from), (completions, span)))
         });
         Ok(Response::new(Box::pin(stream)))
     }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use aha_core::config::Credentials;
 use aha_core::ids::PolicyVersion;
+use aha_proto::connections::ConnectionLimits;
 use aha_proto::guard::{Guard, check_listen, secure_server, serving};
 use aha_proto::v1;
 use aha_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
@@ -75,7 +76,7 @@ pub(super) fn serve(address: &str, credentials: &Credentials, run: Run, runtime:
     let served = secure_server(&credentials)?
         .max_concurrent_streams(MAX_STREAMS)
         .add_routes(Guard::new(&credentials).over_grpc(Routes::new(service)))
-        .serve_with_incoming(incoming);
+        .serve_with_incoming(ConnectionLimits::default().over(incoming));
     runtime.spawn(async move {
         if let Err(error) = served.await {
             tracing::error!("generators cannot register any more: {error}");

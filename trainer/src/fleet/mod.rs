@@ -123,6 +123,7 @@ impl Fleet {
     ///
     /// # Errors
     /// On all ranks alike: if no generator is there in time, or too many pushes fail.
+    #[tracing::instrument(level = "debug", name = "push", skip_all, fields(version = version.0))]
     pub fn publish(
         &mut self,
         trainers: &ProcessGroup,
