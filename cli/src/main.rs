@@ -4,14 +4,15 @@
 
 mod commands;
 mod launch;
+mod logs;
+mod telemetry;
 
-use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use tracing_subscriber::EnvFilter;
+use telemetry::Telemetry;
 
-use commands::{bench, export, generate, generator, plan, reward, score, sft, trainer};
+use commands::{bench, doctor, export, generate, generator, plan, reward, score, sft, status, trainer};
 
 /// Makes language models reason by reinforcement learning: trainer ranks, generators, and the tools around them.
 #[derive(Debug, Parser)]
@@ -31,17 +32,32 @@ enum Command {
     Generate(generate::Args),
     Score(score::Args),
     Plan(plan::Args),
+    Doctor(doctor::Args),
+    Status(status::Args),
     Reward(reward::Args),
     Bench(bench::Args),
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let colours = std::io::stderr().is_terminal();
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    log.with_target(false).with_ansi(colours).init();
-    let result = match cli.command {
+    // A subcommand comes before all options.
+    let role = std::env::args().nth(1).unwrap_or_default();
+    let result = Telemetry::from_environment(&role).and_then(|telemetry| {
+        logs::init(telemetry.as_ref().map(Telemetry::layer));
+        // Telemetry stays until the command has ended.
+        run(cli.command)
+    });
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {}", chain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
         Command::Launch(args) => launch::run(&args),
         Command::Trainer(args) => trainer::run(&args),
         Command::Generator(args) => generator::run(&args),
@@ -50,15 +66,10 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::run(&args),
         Command::Score(args) => score::run(&args),
         Command::Plan(args) => plan::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
+        Command::Status(args) => status::run(&args),
         Command::Reward(args) => reward::run(&args),
         Command::Bench(args) => bench::run(&args),
-    };
-    match result {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("error: {}", chain(&error));
-            ExitCode::FAILURE
-        }
     }
 }
 

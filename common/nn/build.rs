@@ -8,8 +8,9 @@ use std::error::Error;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-const SOURCES: [&str; 13] = [
+const SOURCES: [&str; 14] = [
     "guard",
+    "build_info",
     "store",
     "group",
     "gloo",

@@ -54,6 +54,8 @@ pub(crate) struct Instance {
     pub config: ModelConfig,
     pub manifest_hash: u64,
     pub format: WeightFormat,
+    /// Folder of the model, as it was named.
+    pub model: PathBuf,
 }
 
 impl Instance {
@@ -110,6 +112,7 @@ impl Instance {
             manifest_hash: config.manifest().hash(),
             config,
             format,
+            model: model.path.clone(),
         })
     }
 }

@@ -1,7 +1,6 @@
 //! The rollout service: an engine that batches continuously over a paged KV cache, served by gRPC.
 #![cfg_attr(not(test), forbid(unsafe_code))]
 
-mod connections;
 mod deadline;
 pub mod engine;
 mod error;

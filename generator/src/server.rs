@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use aha_core::config::Credentials;
+use aha_proto::connections::ConnectionLimits;
 use aha_proto::guard::{Guard, check_listen, secure_server};
 use aha_proto::v1;
 use aha_proto::v1::generator_server::GeneratorServer as GeneratorService;
@@ -18,11 +19,10 @@ use tonic::service::Routes;
 use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
 
-use crate::connections::ConnectionLimits;
 use crate::engine::{EngineHandle, EngineHealth};
 
 use crate::instance::{GeneratorOptions, Instance};
-use crate::metrics::{MetricsServer, Observed};
+use crate::metrics::{EngineMetrics, Observed};
 use crate::service::Service;
 use crate::torch::{DeviceWeights, WeightReceiver};
 
@@ -55,7 +55,7 @@ pub struct GeneratorServer {
     engine: EngineHandle<DeviceWeights>,
     observed: Arc<Observed>,
     service: Service,
-    metrics: Option<MetricsServer>,
+    metrics: Option<EngineMetrics>,
     credentials: Credentials,
 }
 
@@ -77,7 +77,7 @@ impl GeneratorServer {
         aha_nn::runtime::set_num_threads(NonZeroUsize::MIN);
         let incoming =
             TcpIncoming::bind(listen).with_context(|| format!("listening on {listen}"))?.with_nodelay(Some(true));
-        let metrics = MetricsServer::bind(&options.model, &options.generator, &credentials)?;
+        let metrics = EngineMetrics::bind(&options.model, &options.generator, &credentials)?;
         let options = options.clone();
         let instance = tokio::task::spawn_blocking(move || Instance::start(&options)).await??;
         Ok(Self { metrics, credentials, ..Self::over(instance, incoming)? })
@@ -108,7 +108,7 @@ impl GeneratorServer {
     /// Where it serves metrics, if it does.
     #[must_use]
     pub fn metrics_address(&self) -> Option<SocketAddr> {
-        self.metrics.as_ref().map(|metrics| metrics.address)
+        self.metrics.as_ref().map(|metrics| metrics.address())
     }
 
     /// Answers until `shutdown` resolves; requests then have `grace` to finish before they are aborted.

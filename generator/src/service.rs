@@ -36,6 +36,7 @@ pub(crate) struct Service {
     in_flight: InFlight,
     /// UUID of the GPU that the weights are on; empty on a CPU.
     gpu: String,
+    started: Instant,
 }
 
 impl Service {
@@ -45,7 +46,7 @@ impl Service {
             Device::Cuda(index) => gpu_uuid(index).unwrap_or_default(),
             _ => String::new(),
         };
-        Self { instance, receiver, in_flight: InFlight::default(), gpu }
+        Self { instance, receiver, in_flight: InFlight::default(), gpu, started: Instant::now() }
     }
 
     pub(crate) fn manifest_hash(&self) -> u64 {
@@ -69,11 +70,13 @@ impl Generator for Service {
         check_request_id(&wire.request_id)?;
         // Before the checks that cost time: a flood is refused by looking at a number.
         let place = self.in_flight.enter(&wire.request_id, wire.sample_indices.len())?;
+        // Lasts until the client has its completions, or goes.
+        let span = tracing::debug_span!("request", prompt_id = wire.prompt_id, samples = wire.sample_indices.len());
         let request = self.instance.limits.check(wire)?;
         let completions = self.instance.outputs.start(place.key, request, deadline, place).await?;
-        let stream = stream::unfold(completions, |mut completions| async {
+        let stream = stream::unfold((completions, span), |(mut completions, span)| async {
             let done = completions.next().await?;
-            Some((done.map(v1::Completion::from).map_err(Status::from), completions))
+            Some((done.map(v1::Completion::from).map_err(Status::from), (completions, span)))
         });
         Ok(Response::new(Box::pin(stream)))
     }
@@ -110,6 +113,9 @@ impl Generator for Service {
                 _ => v1::WeightType::Float32.into(),
             },
             update_group: self.receiver.group().unwrap_or_default(),
+            asleep: status.activity == Activity::Asleep,
+            model: self.instance.model.display().to_string(),
+            uptime_seconds: self.started.elapsed().as_secs_f64(),
         }))
     }
 

@@ -48,6 +48,15 @@ pub fn check_listen(key: &str, address: SocketAddr, credentials: &Credentials) -
     Ok(())
 }
 
+/// What a trainer serves by. One without a certificate may have the authority of those that it calls, who prove nothing to
+/// it.
+#[must_use]
+pub fn serving(credentials: &Credentials) -> Credentials {
+    let mut credentials = credentials.clone();
+    credentials.ca = credentials.ca.filter(|_| credentials.identity.is_some());
+    credentials
+}
+
 /// A server with the certificate of `credentials`, where there is one, which lets everyone in whom they admit.
 ///
 /// # Errors

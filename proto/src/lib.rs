@@ -1,9 +1,11 @@
-//! aha's wire protocol: generated types, conversions to and from the domain, and who may call whom.
+//! aha's wire protocol: generated types, conversions to and from the domain, who may call whom, and metrics over HTTP.
 #![forbid(unsafe_code)]
 
 pub mod caller;
+pub mod connections;
 mod convert;
 pub mod guard;
+pub mod metrics;
 
 pub use convert::BadMessage;
 

@@ -43,7 +43,7 @@ fn s8_a_run_by_mutual_tls_leaves_its_secrets_nowhere() {
     let key = write_certificate(&folder);
     let files_of_tls = ["tls_cert=cert.pem", "tls_key=key.pem", "tls_ca=cert.pem"];
     let mut child = Command::new(aha())
-        .args(["launch", "run.yaml", "--set", "train.max_steps=3"])
+        .args(["launch", "run.yaml", "--set", "train.max_steps=3", "--set", "logging.json_logs=true"])
         .args(files_of_tls.iter().flat_map(|file| ["--set".to_owned(), format!("security.{file}")]))
         .current_dir(&folder)
         .envs([("AHA_TOKEN", TOKEN), ("RUST_LOG", "trace"), ("OMP_NUM_THREADS", "1")])
@@ -73,6 +73,10 @@ fn s8_a_run_by_mutual_tls_leaves_its_secrets_nowhere() {
     assert!(written.iter().any(|path| path.ends_with("runs/small/config.yaml")), "{written:?}");
     let log = std::fs::read_to_string(folder.join("runs/small/logs/generator-0.log")).unwrap();
     assert!(log.contains("TRACE") && log.contains("peer=Server"), "the HTTP/2 library logs too: {log}");
+    for role in ["generator-0", "trainer-0", "trainer-1"] {
+        let log = std::fs::read_to_string(folder.join(format!("runs/small/logs/{role}.jsonl"))).unwrap();
+        assert!(log.contains("\"level\":\"TRACE\""), "{role} logs all it can: {log}");
+    }
     for path in written {
         let bytes = std::fs::read(&path).unwrap();
         for secret in secrets {

@@ -197,7 +197,8 @@ pub(crate) fn with_timeout<T>(message: T, timeout: Duration) -> tonic::Request<T
 }
 
 /// A failed call in one line: the kind of failure, what the generator says, and what lies below.
-pub(crate) fn describe(status: &Status) -> String {
+#[must_use]
+pub fn describe(status: &Status) -> String {
     let mut text = status.code().description().to_lowercase();
     if !status.message().is_empty() {
         text.push_str(&format!(": {}", status.message()));

@@ -11,6 +11,7 @@ pub mod entropy;
 pub mod evaluate;
 pub mod exchange;
 pub mod export;
+pub mod exporter;
 mod failpoint;
 pub mod fleet;
 pub mod flops;

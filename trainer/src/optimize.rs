@@ -18,6 +18,7 @@ use crate::training_batch::{Plan, TrainingBatch};
 ///
 /// # Errors
 /// As [`crate::torch::learner::Learner::step`]'s, or if a sequence exceeds `train.micro_batch_tokens`.
+#[tracing::instrument(level = "debug", name = "train", skip_all)]
 pub fn optimize(
     learner: &mut Learner,
     train: &Train,

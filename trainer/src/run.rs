@@ -75,6 +75,7 @@ pub fn run(
 
 /// One step; returns how many of its updates were left out.
 fn train_step(session: &mut Session, generators: &mut dyn Generators, step: u64) -> Result<u32> {
+    let _span = tracing::debug_span!("train_step", step = step + 1).entered();
     let mut clock = Clock::start();
     let mut metrics = Metrics::default();
     let config = session.config.clone();

@@ -70,6 +70,7 @@ impl Sampler<'_> {
     ///
     /// # Errors
     /// If a completion or a prompt cannot be had.
+    #[tracing::instrument(level = "debug", name = "generate", skip_all)]
     pub(crate) fn sample(
         mut self,
         prompts: Vec<Prompt>,

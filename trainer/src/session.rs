@@ -222,7 +222,13 @@ fn device(config: &RunConfig, world: &World) -> Result<Device> {
         DeviceKind::Cuda => "cuda",
         DeviceKind::Auto => "auto",
     };
-    Ok(runtime::device(name, world.local_rank)?)
+    runtime::device(name, world.local_rank).with_context(|| {
+        let local_rank = world.local_rank;
+        format!(
+            "LOCAL_RANK {local_rank}: every trainer rank needs a GPU of its own, as NCCL refuses two on one; start fewer ranks \
+             on this machine, check CUDA_VISIBLE_DEVICES, or set model.device: cpu"
+        )
+    })
 }
 
 fn num_threads(config: &RunConfig, world: &World) -> NonZeroUsize {

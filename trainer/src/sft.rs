@@ -18,16 +18,22 @@ use crate::torch::objective::Objective;
 use crate::training_batch::Plan;
 use crate::world::World;
 
-/// Trains on `data`'s rows with `sft.completion` as the answer, and writes `<run>/model`.
+/// Trains on `data`'s rows with `sft.completion` as the answer, and writes `<run>/model`. `ready` is told when it begins.
 ///
 /// # Errors
 /// Names what is missing or failed; the run goes on from its last checkpoint when it is started again.
-pub fn run(config: &RunConfig, world: &World, stop: &StopRequest) -> Result<Outcome<std::path::PathBuf>> {
+pub fn run(
+    config: &RunConfig,
+    world: &World,
+    stop: &StopRequest,
+    ready: impl FnOnce(&Session),
+) -> Result<Outcome<std::path::PathBuf>> {
     ensure!(
         !config.sft.completion.is_empty(),
         "sft.completion: missing; write the answer as a template over the row's columns"
     );
     let mut session = Session::start(config, world, Objective::Supervised, stop)?;
+    ready(&session);
     for step in session.step..config.train.max_steps {
         if let Some(stopped) = session.stop_if_due(step, &Vec::new)? {
             if let Some(loggers) = session.loggers {
@@ -76,7 +82,7 @@ fn supervised_step(session: &mut Session, step: u64) -> Result<(Metrics, u32)> {
     metrics.set("grad_norm", output.grad_norm);
     metrics.set(names::SKIPPED_UPDATES, f64::from(output.num_skipped));
     metrics.set("learning_rate", options.lr);
-    metrics.set("num_tokens", lengths.iter().sum::<usize>() as f64);
+    metrics.set(names::NUM_TOKENS, lengths.iter().sum::<usize>() as f64);
     let seconds = start.elapsed().as_secs_f64();
     metrics.set("step_time", seconds);
     metrics.set("tokens_per_second/step", lengths.iter().sum::<usize>() as f64 / seconds);

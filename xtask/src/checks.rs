@@ -7,6 +7,9 @@ use crate::libtorch;
 use crate::process::{Stage, Status, human, run_stage};
 use crate::workspace::Workspace;
 
+/// With the optional feature, which the stages after it do without.
+const CLIPPY: &str = "clippy --workspace --all-targets --features aha/otel -- -D warnings";
+
 /// Runs every stage, even after one failed, and prints which did. Tests are skipped only where the build fails.
 pub(crate) fn run(workspace: &Workspace) -> anyhow::Result<Status> {
     let start = Instant::now();
@@ -16,7 +19,7 @@ pub(crate) fn run(workspace: &Workspace) -> anyhow::Result<Status> {
     let mut stages = vec![
         setup,
         run_stage("fmt", workspace.cargo().args(["fmt", "--all", "--check"]))?,
-        run_stage("clippy", workspace.cargo().args("clippy --workspace --all-targets -- -D warnings".split(' ')))?,
+        run_stage("clippy", workspace.cargo().args(CLIPPY.split(' ')))?,
         // The whole-run tests start this binary and look for it in their own profile's folder.
         run_stage("build", workspace.cargo().args(["build", "--package", "aha"]))?,
     ];

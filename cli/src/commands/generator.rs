@@ -11,6 +11,7 @@ use anyhow::{Context, Result};
 
 use super::{ConfigArgs, network_runtime};
 use crate::launch::supervised;
+use crate::logs;
 
 /// Serve rollouts by gRPC until SIGTERM or Ctrl-C.
 #[derive(Debug, clap::Args)]
@@ -33,6 +34,10 @@ pub(crate) struct Args {
     /// Address to serve Prometheus metrics at (generator.metrics_address), to those who may call; port 0 takes a free one
     #[arg(long)]
     metrics_address: Option<SocketAddr>,
+    /// Number of this generator among those of the run, in the name of its JSON log (logging.json_logs); otherwise the
+    /// machine's name and the port
+    #[arg(long, value_name = "N")]
+    index: Option<usize>,
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
@@ -42,6 +47,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let (mut config, credentials) = args.config.load_with_credentials()?;
     config.generator.metrics_address = args.metrics_address.or(config.generator.metrics_address);
     config.generator.coordinator = args.coordinator.clone().or(config.generator.coordinator);
+    logs::also_to_file(&config, "generator", &rank(args))?;
     let scheme = if credentials.identity.is_some() { "https" } else { "http" };
     let grace = Duration::from_secs_f64(config.launch.grace_seconds);
     network_runtime()?.block_on(async {
@@ -65,6 +71,12 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     })?;
     tracing::info!("generator stopped");
     Ok(ExitCode::SUCCESS)
+}
+
+/// What tells this generator from the others of the run.
+fn rank(args: &Args) -> String {
+    let node = || rustix::system::uname().nodename().to_string_lossy().into_owned();
+    args.index.map_or_else(|| format!("{}-{}", node(), args.listen.port()), |index| index.to_string())
 }
 
 /// Under the address that is advertised, or else listened on, or else towards the coordinator where that is all.

@@ -10,6 +10,7 @@ use tch::{Device, Kind};
 use tokio::runtime::Runtime;
 
 pub(crate) mod bench;
+pub(crate) mod doctor;
 pub(crate) mod export;
 pub(crate) mod generate;
 pub(crate) mod generator;
@@ -17,7 +18,9 @@ pub(crate) mod plan;
 pub(crate) mod reward;
 pub(crate) mod score;
 pub(crate) mod sft;
+pub(crate) mod status;
 pub(crate) mod stop;
+mod table;
 pub(crate) mod trainer;
 
 /// A configuration file with its overrides, as every role takes it.

@@ -33,11 +33,12 @@ pub(crate) struct Args {
 }
 
 /// A process and what it takes of one memory.
-struct Row {
-    process: String,
-    plan: Plan,
+pub(super) struct Row {
+    pub(super) process: String,
+    pub(super) is_generator: bool,
+    pub(super) plan: Plan,
     /// Of the device, not of a host beside it.
-    is_on_device: bool,
+    pub(super) is_on_device: bool,
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
@@ -66,29 +67,40 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn rows(config: &RunConfig, model: &ModelConfig, world_size: usize) -> Vec<Row> {
-    // A plan for GPUs is made on machines without one: only `cpu` is not planned for a GPU, and `auto` where there is none.
-    let device = match config.model.device {
+/// Where `config` has processes compute. A plan for GPUs is made on machines without one: only `cpu` is not planned for a
+/// GPU, and `auto` where there is none.
+pub(super) fn device(config: &RunConfig) -> Device {
+    match config.model.device {
         DeviceKind::Cuda => Device::Cuda(0),
         DeviceKind::Auto if tch::Cuda::is_available() => Device::Cuda(0),
         DeviceKind::Cpu | DeviceKind::Auto => Device::Cpu,
-    };
-    let kind = match (config.model.dtype, device) {
+    }
+}
+
+/// Type of a trainer's weights.
+pub(super) fn kind(config: &RunConfig) -> Kind {
+    match (config.model.dtype, device(config)) {
         (Dtype::Float32, _) | (Dtype::Auto, Device::Cpu) => Kind::Float,
         (Dtype::Bfloat16, _) | (Dtype::Auto, _) => Kind::BFloat16,
-    };
+    }
+}
+
+/// What one process of each kind takes, of each memory.
+pub(super) fn rows(config: &RunConfig, model: &ModelConfig, world_size: usize) -> Vec<Row> {
+    let (device, kind) = (device(config), kind(config));
     let (num_tokens, num_targets) = memory_plan::largest_micro_batch(config, world_size);
     let (train, lora) = (&config.train, &config.lora);
     let setting = Setting { model, train, lora, kind, device, world_size, num_tokens, num_targets };
     let TrainerPlan { device: on_device, host } = memory_plan::trainer(&setting);
     let trainer = format!("trainer rank of {world_size}, {num_tokens} tokens at a time");
-    let mut rows = vec![Row { process: trainer, plan: on_device, is_on_device: true }];
+    let mut rows = vec![Row { process: trainer, is_generator: false, plan: on_device, is_on_device: true }];
     if host.total() > 0 {
-        rows.push(Row { process: "trainer rank, on the CPU".to_owned(), plan: host, is_on_device: false });
+        let process = "trainer rank, on the CPU".to_owned();
+        rows.push(Row { process, is_generator: false, plan: host, is_on_device: false });
     }
     let kind = if device == Device::Cpu { Kind::Float } else { kind };
     let plan = memory_plan::generator(config, model, kind);
-    rows.push(Row { process: "generator".to_owned(), plan, is_on_device: true });
+    rows.push(Row { process: "generator".to_owned(), is_generator: true, plan, is_on_device: true });
     rows
 }
 
@@ -114,7 +126,8 @@ mod tests {
     #[test]
     fn the_columns_of_a_table_are_aligned() {
         let terms = vec![("weights", 3 << 30), ("temporary buffers", 1 << 29)];
-        let row = Row { process: "trainer rank".to_owned(), plan: Plan { terms }, is_on_device: true };
+        let row =
+            Row { process: "trainer rank".to_owned(), is_generator: false, plan: Plan { terms }, is_on_device: true };
         let expect = "trainer rank\n  weights                   3.00 GiB\n  temporary buffers         0.50 GiB\n  \
                       total                     3.50 GiB\n";
         assert_eq!(table(&row), expect);

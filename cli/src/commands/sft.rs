@@ -2,13 +2,16 @@
 
 use std::process::ExitCode;
 
+use aha_trainer::exporter::Exporter;
+use aha_trainer::session::Session;
 use aha_trainer::sft;
 use aha_trainer::stop::Outcome;
 use aha_trainer::world::World;
 use anyhow::Result;
 
-use super::ConfigArgs;
 use super::stop::{report_stop, stop_on_signals};
+use super::{ConfigArgs, network_runtime};
+use crate::logs;
 
 /// Fine-tune on worked answers with the trainer's own step, before reinforcement learning.
 ///
@@ -21,9 +24,13 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
-    let config = args.config.load()?;
+    let (config, credentials) = args.config.load_with_credentials()?;
     let world = World::from_variables(std::env::vars())?;
-    Ok(match sft::run(&config, &world, &stop_on_signals()?)? {
+    logs::also_to_file(&config, "sft", &world.rank.to_string())?;
+    let runtime = network_runtime()?;
+    let exporter = Exporter::bind(&config, &credentials, &world, runtime.handle())?;
+    let ready = |session: &Session| exporter.into_iter().for_each(|exporter| exporter.serve(session));
+    Ok(match sft::run(&config, &world, &stop_on_signals()?, ready)? {
         Outcome::Finished(folder) => {
             if world.is_main() {
                 println!("model written to {}", folder.display());

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use aha_trainer::clients;
 use aha_trainer::colocated::Colocated;
+use aha_trainer::exporter::Exporter;
 use aha_trainer::fleet::Fleet;
 use aha_trainer::run::{self, Summary};
 use aha_trainer::stop::Outcome;
@@ -15,6 +16,7 @@ use owo_colors::OwoColorize;
 use super::stop::{report_stop, stop_on_signals};
 use super::{ConfigArgs, network_runtime};
 use crate::launch::supervised;
+use crate::logs;
 
 /// Run one trainer rank; RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT say which.
 ///
@@ -38,10 +40,13 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         "generator.addresses: none; start `aha generator` and name its address, set generator.coordinator and let it register, \
          set launch.colocate, or use `aha launch`"
     );
-    clients::use_credentials(credentials)?;
     let world = World::from_variables(std::env::vars())?;
+    logs::also_to_file(&config, "trainer", &world.rank.to_string())?;
     let runtime = Arc::new(network_runtime()?);
+    let exporter = Exporter::bind(&config, &credentials, &world, runtime.handle())?;
+    clients::use_credentials(credentials)?;
     let outcome = run::run(&config, &world, &stop_on_signals()?, |session| {
+        exporter.into_iter().for_each(|exporter| exporter.serve(session));
         let (trainers, policy) = (session.group(), session.learner.policy());
         if config.launch.colocate {
             return Ok(Box::new(Colocated::start(&config, world.local_rank, trainers, &*policy, runtime)?));

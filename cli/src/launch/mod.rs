@@ -63,7 +63,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     for (index, address) in addresses.iter().enumerate() {
         let mut arguments = vec!["generator".to_owned()];
         arguments.extend(config_args.to_arguments());
-        arguments.extend(["--listen".to_owned(), address.clone()]);
+        arguments.extend(["--listen".to_owned(), address.clone(), "--index".to_owned(), index.to_string()]);
         if let Some(first) = config.generator.metrics_address {
             arguments.extend(["--metrics-address".to_owned(), metrics_address(first, index)?.to_string()]);
         }
@@ -120,11 +120,15 @@ fn generator_gpu(gpus: &[String], index: usize) -> Option<&str> {
 
 /// Trainer ranks to start: as configured, or one for each GPU that the generators leave.
 fn num_trainers(config: &RunConfig, num_gpus: usize, num_generators: usize) -> Result<usize> {
-    if config.launch.trainers > 0 {
-        return Ok(config.launch.trainers);
+    let asked = config.launch.trainers;
+    if num_gpus > 0 && asked > num_gpus {
+        bail!(
+            "launch.trainers: {asked} trainer ranks, and {num_gpus} GPUs: NCCL refuses two ranks on one GPU; start {num_gpus} \
+             at most, or check {GPUS_VARIABLE}"
+        );
     }
-    if num_gpus == 0 {
-        return Ok(1);
+    if asked > 0 || num_gpus == 0 {
+        return Ok(asked.max(1));
     }
     if num_gpus <= num_generators {
         bail!(
@@ -161,6 +165,18 @@ mod tests {
         assert_eq!(of(&gpus, 2), Some("GPU-7f".to_owned()));
         assert_eq!(of(&gpus[..1], 1), Some("4".to_owned()), "one GPU for both");
         assert_eq!(of(&[], 1), None);
+    }
+
+    #[test]
+    fn every_trainer_has_a_gpu_of_its_own_or_all_compute_on_the_cpu() {
+        let of = |trainers, num_gpus| {
+            let mut config = RunConfig::default();
+            config.launch.trainers = trainers;
+            num_trainers(&config, num_gpus, config.launch.generators).map_err(|error| error.to_string())
+        };
+        assert_eq!([of(0, 0), of(5, 0), of(2, 2), of(0, 8)], [Ok(1), Ok(5), Ok(2), Ok(7)]);
+        let error = of(3, 2).unwrap_err();
+        assert!(error.starts_with("launch.trainers: 3 trainer ranks, and 2 GPUs"), "{error}");
     }
 
     #[test]

@@ -118,6 +118,9 @@ size_t aha_memory_bytes(const at::Tensor* tensor);
 char* aha_fused_adamw(at::Tensor* param, at::Tensor* grad, at::Tensor* exp_avg, at::Tensor* exp_avg_sq, double step,
                       const AhaAdamW* options);
 
+// How the loaded libtorch was built, as text for people; freed with `aha_string_free`.
+char* aha_torch_config(void);
+
 // The CUDA stream that libtorch's operators on `device` are queued on.
 char* aha_current_stream(int32_t device, void** out);
 

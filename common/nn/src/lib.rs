@@ -4,6 +4,7 @@ pub mod activation;
 pub mod autograd;
 pub mod autograd_ops;
 pub mod bandwidth;
+pub mod build_info;
 pub mod comm;
 mod flash_attention;
 pub mod forward;

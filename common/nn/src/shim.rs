@@ -70,6 +70,7 @@ pub(crate) struct AhaBackward {
 
 unsafe extern "C" {
     pub(crate) fn aha_string_free(message: *mut c_char);
+    pub(crate) safe fn aha_torch_config() -> *mut c_char;
 
     pub(crate) fn aha_store_host(
         listen_fd: c_int,

@@ -3,6 +3,8 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use aha_proto::metrics::Snapshot;
+
 const NANOSECONDS: f64 = 1e9;
 
 #[derive(Debug)]
@@ -14,14 +16,6 @@ pub(super) struct Histogram {
     /// In nanoseconds, or as it is.
     sum: AtomicU64,
     per_unit: f64,
-}
-
-/// A histogram at one moment.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) struct Snapshot {
-    /// Upper bound, and how many values are in this bucket alone; the last one has no bound.
-    pub(super) buckets: Vec<(Option<f64>, u64)>,
-    pub(super) sum: f64,
 }
 
 impl Histogram {
@@ -60,15 +54,6 @@ impl Histogram {
         let bucket = self.bounds.partition_point(|&bound| bound < value as f64 / self.per_unit);
         self.buckets[bucket].fetch_add(1, Ordering::Relaxed);
         self.sum.fetch_add(value, Ordering::Relaxed);
-    }
-}
-
-impl Snapshot {
-    /// The same values with the first `num_finer` buckets made part of the next.
-    pub(super) fn coarser(&self, num_finer: usize) -> Self {
-        let mut buckets = self.buckets[num_finer..].to_vec();
-        buckets[0].1 += self.buckets[..num_finer].iter().map(|(_, count)| count).sum::<u64>();
-        Self { buckets, sum: self.sum }
     }
 }
 

@@ -6,17 +6,17 @@
 //! Names, labels and buckets under `vllm:` are those of `vllm/v1/metrics/loggers.py`. A metric that vLLM has and this page
 //! has not under its name is one that could not be filled with what vLLM means by it.
 
-mod exposition;
 mod histogram;
 mod observed;
 mod server;
 
+use aha_proto::metrics::{Exposition, Value};
+
 use crate::engine::EngineStatus;
-use exposition::{Exposition, Value};
 use histogram::Histogram;
 use observed::FINER_INTER_TOKEN_BOUNDS;
 pub(crate) use observed::{Ended, Observed};
-pub(crate) use server::MetricsServer;
+pub(crate) use server::EngineMetrics;
 
 /// One metric, and what vLLM calls it.
 #[derive(Debug)]

@@ -1,23 +1,14 @@
-//! `GET /metrics` over HTTP, for those who may call the generator too.
+//! The page of a running engine, served.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use aha_core::config::{self, Credentials};
-use aha_proto::guard::{Guard, check_listen, secure_server};
-use anyhow::Context;
-use axum::http::StatusCode;
-use axum::http::header::CONTENT_TYPE;
-use axum::response::{IntoResponse, Response};
-use axum::routing::get;
-use tonic::service::Routes;
-use tonic::transport::server::TcpIncoming;
+use aha_proto::metrics::MetricsServer;
 
-use super::{Observed, exposition, page};
-use crate::connections::ConnectionLimits;
+use super::{Observed, page};
 use crate::engine::EngineHandle;
-
 use crate::torch::DeviceWeights;
 
 /// Prometheus' own patience, by default; the engine answers between two steps.
@@ -25,15 +16,13 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A listener that does not answer yet.
 #[derive(Debug)]
-pub(crate) struct MetricsServer {
-    incoming: TcpIncoming,
-    pub(crate) address: SocketAddr,
+pub(crate) struct EngineMetrics {
+    server: MetricsServer,
     /// Where vLLM's names are wanted.
     vllm_model: Option<String>,
-    credentials: Credentials,
 }
 
-impl MetricsServer {
+impl EngineMetrics {
     /// Takes the address, where one is asked for.
     ///
     /// # Errors
@@ -44,35 +33,23 @@ impl MetricsServer {
         credentials: &Credentials,
     ) -> anyhow::Result<Option<Self>> {
         let Some(address) = generator.metrics_address else { return Ok(None) };
-        check_listen("generator.metrics_address", address, credentials)?;
-        let incoming =
-            TcpIncoming::bind(address).with_context(|| format!("generator.metrics_address: listening on {address}"))?;
-        let address = incoming.local_addr().context("asking for the address that was taken")?;
+        let server = MetricsServer::bind("generator.metrics_address", address, credentials)?;
         let vllm_model = generator.vllm_metric_names.then(|| model.path.display().to_string());
-        Ok(Some(Self { incoming, address, vllm_model, credentials: credentials.clone() }))
+        Ok(Some(Self { server, vllm_model }))
+    }
+
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.server.address()
     }
 
     /// Answers until it is dropped.
     pub(crate) async fn serve(self, engine: EngineHandle<DeviceWeights>, observed: Arc<Observed>) {
         let source = Arc::new(Source { engine, observed, vllm_model: self.vllm_model });
-        let answer = move || {
+        let page = move || {
             let source = Arc::clone(&source);
-            async move { source.answer().await }
+            async move { source.page().await }
         };
-        let router = Guard::new(&self.credentials).over_http(axum::Router::new().route("/metrics", get(answer)));
-        let served = match secure_server(&self.credentials) {
-            Ok(server) => {
-                let server = server.accept_http1(true).add_routes(Routes::from(router));
-                server
-                    .serve_with_incoming(ConnectionLimits::default().over(self.incoming))
-                    .await
-                    .map_err(anyhow::Error::from)
-            }
-            Err(error) => Err(error),
-        };
-        if let Err(error) = served {
-            tracing::error!(%error, "metrics are no longer served");
-        }
+        self.server.serve(page).await;
     }
 }
 
@@ -84,15 +61,11 @@ struct Source {
 }
 
 impl Source {
-    async fn answer(&self) -> Response {
-        let problem = match tokio::time::timeout(PATIENCE, self.engine.status()).await {
-            Ok(Ok(status)) => {
-                let text = page(&status, &self.observed, self.vllm_model.as_deref());
-                return ([(CONTENT_TYPE, exposition::CONTENT_TYPE)], text).into_response();
-            }
-            Ok(Err(error)) => error.to_string(),
-            Err(_) => format!("the engine did not answer within {} s", PATIENCE.as_secs()),
-        };
-        (StatusCode::SERVICE_UNAVAILABLE, problem).into_response()
+    async fn page(&self) -> Result<String, String> {
+        match tokio::time::timeout(PATIENCE, self.engine.status()).await {
+            Ok(Ok(status)) => Ok(page(&status, &self.observed, self.vllm_model.as_deref())),
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(_) => Err(format!("the engine did not answer within {} s", PATIENCE.as_secs())),
+        }
     }
 }

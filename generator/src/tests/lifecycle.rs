@@ -200,5 +200,6 @@ fn broken_instance() -> Instance {
             device: Device::Cpu,
             quantization: aha_core::config::Quantization::None,
         },
+        model: "broken".into(),
     }
 }

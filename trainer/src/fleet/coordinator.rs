@@ -6,7 +6,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use aha_core::config::Credentials;
-use aha_proto::guard::{Guard, check_listen, secure_server};
+use aha_core::ids::PolicyVersion;
+use aha_proto::connections::ConnectionLimits;
+use aha_proto::guard::{Guard, check_listen, secure_server, serving};
 use aha_proto::v1;
 use aha_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
 use anyhow::{Context, anyhow};
@@ -26,39 +28,55 @@ const MAX_STREAMS: u32 = 16;
 /// Most generators that may be registered at once.
 const MAX_GENERATORS: usize = 4096;
 
-/// Those that have registered, and until when that holds.
+/// Those that have registered, and what was pushed last.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Registry(Arc<Mutex<BTreeMap<String, Instant>>>);
+pub(super) struct Registry(Arc<Mutex<State>>);
+
+#[derive(Debug, Default)]
+struct State {
+    /// Until when each registration holds, by address.
+    leases: BTreeMap<String, Instant>,
+    pushed: Pushed,
+}
+
+/// A version of the policy, and who took it.
+#[derive(Debug, Clone, Default)]
+struct Pushed {
+    version: u64,
+    members: Vec<String>,
+}
+
+/// The run that generators register for.
+#[derive(Debug, Clone)]
+pub(super) struct Run {
+    pub(super) name: String,
+    pub(super) max_steps: u64,
+    pub(super) manifest_hash: u64,
+}
 
 #[derive(Debug)]
 struct Service {
     registry: Registry,
-    manifest_hash: u64,
+    run: Run,
+    started: Instant,
 }
 
 /// Serves on `address`, `host:port`, as long as `runtime` lives.
 ///
 /// # Errors
 /// Says why the address cannot be listened on, or may not be.
-pub(super) fn serve(
-    address: &str,
-    credentials: &Credentials,
-    manifest_hash: u64,
-    runtime: &Runtime,
-) -> anyhow::Result<Registry> {
+pub(super) fn serve(address: &str, credentials: &Credentials, run: Run, runtime: &Runtime) -> anyhow::Result<Registry> {
     let registry = Registry::default();
     let socket = address.to_socket_addrs()?.next().context("it has no address")?;
-    let mut credentials = credentials.clone();
-    // A trainer without a certificate may have the authority of the generators.
-    credentials.ca = credentials.ca.filter(|_| credentials.identity.is_some());
+    let credentials = serving(credentials);
     check_listen("generator.coordinator", socket, &credentials)?;
     let _entered = runtime.enter();
     let incoming = TcpIncoming::bind(socket).map_err(|error| anyhow!(error))?;
-    let service = CoordinatorServer::new(Service { registry: registry.clone(), manifest_hash });
+    let service = CoordinatorServer::new(Service { registry: registry.clone(), run, started: Instant::now() });
     let served = secure_server(&credentials)?
         .max_concurrent_streams(MAX_STREAMS)
         .add_routes(Guard::new(&credentials).over_grpc(Routes::new(service)))
-        .serve_with_incoming(incoming);
+        .serve_with_incoming(ConnectionLimits::default().over(incoming));
     runtime.spawn(async move {
         if let Err(error) = served.await {
             tracing::error!("generators cannot register any more: {error}");
@@ -71,7 +89,7 @@ pub(super) fn serve(
 impl Registry {
     /// The addresses of those whose lease has not run out.
     pub(super) fn members(&self) -> Vec<String> {
-        let mut leases = self.lock();
+        let leases = &mut self.lock().leases;
         let now = Instant::now();
         leases.retain(|address, until| {
             if *until <= now {
@@ -82,7 +100,12 @@ impl Registry {
         leases.keys().cloned().collect()
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Instant>> {
+    /// `members` have taken `version`.
+    pub(super) fn note_push(&self, version: PolicyVersion, members: Vec<String>) {
+        self.lock().pushed = Pushed { version: version.0, members };
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -91,15 +114,15 @@ impl Registry {
 impl Coordinator for Service {
     async fn register(&self, call: Request<v1::RegisterRequest>) -> Result<Response<v1::RegisterResponse>, Status> {
         let v1::RegisterRequest { address, manifest_hash } = call.into_inner();
-        if manifest_hash != self.manifest_hash {
-            let ours = self.manifest_hash;
+        if manifest_hash != self.run.manifest_hash {
+            let ours = self.run.manifest_hash;
             return Err(Status::failed_precondition(format!(
                 "manifest_hash: the weights of {address} have manifest {manifest_hash:016x}, and the trainer's {ours:016x}; \
                  start it with the trainer's model.path"
             )));
         }
         Client::new(&address).map_err(|error| Status::invalid_argument(format!("address: {error}")))?;
-        let mut leases = self.registry.lock();
+        let leases = &mut self.registry.lock().leases;
         if leases.len() >= MAX_GENERATORS && !leases.contains_key(&address) {
             return Err(Status::resource_exhausted(format!("{MAX_GENERATORS} generators are registered already")));
         }
@@ -111,9 +134,31 @@ impl Coordinator for Service {
 
     async fn leave(&self, call: Request<v1::LeaveRequest>) -> Result<Response<v1::LeaveResponse>, Status> {
         let address = call.into_inner().address;
-        if self.registry.lock().remove(&address).is_some() {
+        if self.registry.lock().leases.remove(&address).is_some() {
             tracing::info!("generator {address} leaves");
         }
         Ok(Response::new(v1::LeaveResponse {}))
+    }
+    async fn run_status(&self, _: Request<v1::RunStatusRequest>) -> Result<Response<v1::RunStatusResponse>, Status> {
+        // Forgets those whose lease has run out.
+        self.registry.members();
+        let state = self.registry.lock();
+        let (now, pushed) = (Instant::now(), &state.pushed);
+        let heard = |until: &Instant| LEASE.saturating_sub(until.saturating_duration_since(now)).as_secs_f64();
+        let registered = state.leases.iter().map(|(address, until)| v1::Member {
+            address: address.clone(),
+            heard_seconds: Some(heard(until)),
+            takes_part: pushed.members.contains(address),
+        });
+        let others = pushed.members.iter().filter(|address| !state.leases.contains_key(*address));
+        let named =
+            others.map(|address| v1::Member { address: address.clone(), heard_seconds: None, takes_part: true });
+        Ok(Response::new(v1::RunStatusResponse {
+            run: self.run.name.clone(),
+            version: pushed.version,
+            max_steps: self.run.max_steps,
+            uptime_seconds: self.started.elapsed().as_secs_f64(),
+            members: registered.chain(named).collect(),
+        }))
     }
 }

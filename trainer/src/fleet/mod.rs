@@ -90,7 +90,12 @@ impl Fleet {
         };
         let roster = if trainers.rank() == 0 {
             let serve = |address: &String| {
-                let served = coordinator::serve(address, own_credentials(), policy.manifest().hash(), &runtime);
+                let run = coordinator::Run {
+                    name: config.run.name.clone(),
+                    max_steps: config.train.max_steps,
+                    manifest_hash: policy.manifest().hash(),
+                };
+                let served = coordinator::serve(address, own_credentials(), run, &runtime);
                 let failed =
                     |error| RolloutError::Coordinator { address: address.clone(), reason: format!("{error:#}") };
                 served.map_err(failed)
@@ -213,6 +218,7 @@ impl Fleet {
 
 impl Generators for Fleet {
     /// Whoever makes a push fail is left out of the next.
+    #[tracing::instrument(level = "debug", name = "push", skip_all, fields(version = version.0))]
     fn publish(
         &mut self,
         trainers: &ProcessGroup,
@@ -227,7 +233,7 @@ impl Generators for Fleet {
             let error = match self.push(trainers, policy, version) {
                 Ok(report) => {
                     if let Some(roster) = &mut self.roster {
-                        roster.commend(self.pool.clients());
+                        roster.commend(self.pool.clients(), version);
                     }
                     self.pool.absolve();
                     self.ahead.iter_mut().for_each(|ahead| ahead.begun.revive(&self.pool));

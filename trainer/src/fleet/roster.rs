@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use aha_core::ids::PolicyVersion;
 use aha_proto::v1::StatusResponse;
 use futures::future::join_all;
 
@@ -113,8 +114,11 @@ impl Roster {
         }
     }
 
-    /// These have taken weights.
-    pub(super) fn commend(&mut self, clients: &[Client]) {
+    /// These have taken the weights of `version`.
+    pub(super) fn commend(&mut self, clients: &[Client], version: PolicyVersion) {
+        if let Some(registry) = &self.registry {
+            registry.note_push(version, clients.iter().map(|client| client.address().to_owned()).collect());
+        }
         let is_one = |known: &&mut Known| clients.iter().any(|client| client.address() == known.client.address());
         for known in self.known.iter_mut().filter(is_one) {
             (known.strikes, known.barred_until) = (0, None);

@@ -20,6 +20,8 @@ pub mod names {
     /// Largest |trainer log-prob - generator log-prob| of a sampled token.
     pub const LOGP_DIFFERENCE_MAX: &str = "sampling/sampling_logp_difference/max";
     pub const LOGP_DIFFERENCE_MEAN: &str = "sampling/sampling_logp_difference/mean";
+    /// Of prompts and completions.
+    pub const NUM_TOKENS: &str = "num_tokens";
     /// Seconds of the whole step.
     pub const STEP_TIME: &str = "step_time";
     /// Seconds that the step waited for completions.

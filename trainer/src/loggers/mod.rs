@@ -7,6 +7,7 @@ mod console;
 mod error;
 mod jsonl;
 mod metrics;
+mod newest;
 mod printable;
 mod tensorboard;
 
@@ -16,6 +17,7 @@ use std::path::Path;
 pub use completions::CompletionRecord;
 pub use error::LoggerError;
 pub use metrics::{Metrics, names};
+pub use newest::Newest;
 pub use printable::printable;
 
 use completions::CompletionFiles;
@@ -50,6 +52,7 @@ pub struct Loggers {
     tensorboard: Option<EventFile>,
     completions: CompletionFiles,
     console: Console,
+    newest: Newest,
 }
 
 impl Loggers {
@@ -67,11 +70,13 @@ impl Loggers {
             tensorboard,
             completions: CompletionFiles::open(run_dir, options)?,
             console: Console::new(options),
+            newest: Newest::new(options.resume_from.unwrap_or(0), options.max_steps),
         })
     }
 
     /// Records the metrics of one step. Steps count from 1.
     pub fn log_step(&mut self, step: u64, metrics: &Metrics) -> Result<(), LoggerError> {
+        self.newest.note_step(step, metrics);
         self.metrics.append(step, metrics)?;
         if let Some(tensorboard) = &mut self.tensorboard {
             tensorboard.scalars(step, metrics)?;
@@ -93,10 +98,17 @@ impl Loggers {
 
     /// Shows an evaluation on the terminal and in TensorBoard; the run's `evaluations.jsonl` is the evaluation's own.
     pub fn log_evaluation(&mut self, step: u64, accuracy: f64, num_prompts: usize) -> Result<(), LoggerError> {
+        self.newest.note_evaluation(accuracy);
         if let Some(tensorboard) = &mut self.tensorboard {
             tensorboard.scalars(step, &Metrics::from_iter([("eval_accuracy", accuracy)]))?;
         }
         self.console.evaluation(step, accuracy, num_prompts)
+    }
+
+    /// What this logs from now on, for others to look at.
+    #[must_use]
+    pub fn newest(&self) -> Newest {
+        self.newest.clone()
     }
 
     /// The metrics of the steps so far are on disk when this returns: no checkpoint is ahead of them.

@@ -299,6 +299,10 @@ pub struct Logging {
     pub tensorboard: bool,
     /// Completions shown on the terminal now and then; 0 shows none.
     pub num_completions_to_print: usize,
+    /// Every process writes what it logs to `logs/ROLE-RANK.jsonl` in the run's folder as well, one JSON object a line.
+    pub json_logs: bool,
+    /// Where trainer rank 0 serves Prometheus metrics of the newest step, at `/metrics` over HTTP; unset serves none.
+    pub metrics_address: Option<SocketAddr>,
 }
 
 /// What `aha launch` starts on this machine.
@@ -448,7 +452,13 @@ impl Default for Generator {
 
 impl Default for Logging {
     fn default() -> Self {
-        Self { logging_steps: 1, tensorboard: true, num_completions_to_print: 2 }
+        Self {
+            logging_steps: 1,
+            tensorboard: true,
+            num_completions_to_print: 2,
+            json_logs: false,
+            metrics_address: None,
+        }
     }
 }
 

@@ -17,6 +17,7 @@
 mod attention;
 mod cache;
 mod compiler;
+mod driver_info;
 mod elementwise;
 mod kernel_set;
 mod launch;
@@ -32,6 +33,7 @@ mod training;
 pub use attention::{AttentionShape, DecodeAttention, PagedKv, PrefillAttention, Span, kv_cache_len};
 pub use cache::CompileCache;
 pub use compiler::{CompileError, Compiler, Gpu};
+pub use driver_info::{DriverInfo, GpuInfo, driver_info, nccl_version};
 pub use elementwise::{AddRmsNorm, Embed, SiluMul};
 pub use kernel_set::{KernelSet, LaunchError, Stream, gpu_uuid};
 pub use launch::{DevicePtr, Launch};

@@ -2,26 +2,44 @@
 
 use std::fmt::{Display, Write};
 
-use super::histogram::Snapshot;
-
 /// What a scrape is told that it gets.
 pub(super) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// What one metric has come to.
 #[derive(Debug, Clone)]
-pub(super) enum Value {
+pub enum Value {
     Counter(u64),
     /// One counter for each value of a label.
     Counters(&'static str, Vec<(&'static str, u64)>),
     Gauge(f64),
+    /// One gauge for each value of a label.
+    Gauges(&'static str, Vec<(String, f64)>),
     Histogram(Snapshot),
+}
+
+/// A histogram at one moment.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Snapshot {
+    /// Upper bound, and how many values are in this bucket alone; the last one has no bound.
+    pub buckets: Vec<(Option<f64>, u64)>,
+    pub sum: f64,
+}
+
+impl Snapshot {
+    /// The same values with the first `num_finer` buckets made part of the next.
+    #[must_use]
+    pub fn coarser(&self, num_finer: usize) -> Self {
+        let mut buckets = self.buckets[num_finer..].to_vec();
+        buckets[0].1 += self.buckets[..num_finer].iter().map(|(_, count)| count).sum::<u64>();
+        Self { buckets, sum: self.sum }
+    }
 }
 
 impl Value {
     fn kind(&self) -> &'static str {
         match self {
             Self::Counter(_) | Self::Counters(..) => "counter",
-            Self::Gauge(_) => "gauge",
+            Self::Gauge(_) | Self::Gauges(..) => "gauge",
             Self::Histogram(_) => "histogram",
         }
     }
@@ -29,16 +47,21 @@ impl Value {
 
 /// A page of metrics in the making.
 #[derive(Debug, Default)]
-pub(super) struct Exposition(String);
+pub struct Exposition(String);
 
 impl Exposition {
     /// Adds a metric; `labels` go with every one of its samples.
-    pub(super) fn push(&mut self, name: &str, help: &str, labels: &[(&str, &str)], value: &Value) {
+    pub fn push(&mut self, name: &str, help: &str, labels: &[(&str, &str)], value: &Value) {
         self.line(format_args!("# HELP {name} {}", help.replace('\\', r"\\").replace('\n', r"\n")));
         self.line(format_args!("# TYPE {name} {}", value.kind()));
         match value {
             Value::Counter(count) => self.sample(name, labels, count),
-            Value::Gauge(gauge) => self.sample(name, labels, gauge),
+            Value::Gauge(gauge) => self.sample(name, labels, Number(*gauge)),
+            Value::Gauges(label, gauges) => {
+                for (value, gauge) in gauges {
+                    self.sample(name, &[labels, &[(*label, value)]].concat(), Number(*gauge));
+                }
+            }
             Value::Counters(label, counts) => {
                 for (value, count) in counts {
                     self.sample(name, &[labels, &[(*label, *value)]].concat(), count);
@@ -58,7 +81,8 @@ impl Exposition {
         }
     }
 
-    pub(super) fn into_text(self) -> String {
+    #[must_use]
+    pub fn into_text(self) -> String {
         self.0
     }
 
@@ -72,6 +96,19 @@ impl Exposition {
 
     fn line(&mut self, line: std::fmt::Arguments<'_>) {
         writeln!(self.0, "{line}").expect("a string takes everything");
+    }
+}
+
+/// With the format's own words for what is none.
+struct Number(f64);
+
+impl Display for Number {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            f64::INFINITY => f.write_str("+Inf"),
+            f64::NEG_INFINITY => f.write_str("-Inf"),
+            number => write!(f, "{number}"),
+        }
     }
 }
 
@@ -89,6 +126,8 @@ mod tests {
         page.push("steps_total", "Steps.", &[], &Value::Counter(7));
         page.push("usage", "A \\ and\na line.", &[("model", "a \"b\"\\c\n")], &Value::Gauge(0.25));
         page.push("ended_total", "Ends.", &[("m", "x")], &Value::Counters("why", vec![("stop", 3), ("abort", 0)]));
+        let gauges = vec![("a/b".to_owned(), f64::NAN), ("\n".to_owned(), f64::INFINITY), ("c".to_owned(), -0.5)];
+        page.push("reward", "R.", &[], &Value::Gauges("f", gauges));
         let buckets = vec![(Some(0.001), 2), (Some(2.5), 0), (Some(10.0), 3), (None, 1)];
         let snapshot = Snapshot { buckets, sum: 31.5 };
         page.push("latency_seconds", "Time.", &[("m", "x")], &Value::Histogram(snapshot));
@@ -102,6 +141,11 @@ usage{model="a \"b\"\\c\n"} 0.25
 # TYPE ended_total counter
 ended_total{m="x",why="stop"} 3
 ended_total{m="x",why="abort"} 0
+# HELP reward R.
+# TYPE reward gauge
+reward{f="a/b"} NaN
+reward{f="\n"} +Inf
+reward{f="c"} -0.5
 # HELP latency_seconds Time.
 # TYPE latency_seconds histogram
 latency_seconds_bucket{m="x",le="0.001"} 2

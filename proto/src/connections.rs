@@ -24,9 +24,9 @@ const PAUSE: Duration = Duration::from_millis(100);
 
 /// What bounds the connections of a listener.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct ConnectionLimits {
-    pub(crate) max_connections: usize,
-    pub(crate) hello_timeout: Duration,
+pub struct ConnectionLimits {
+    pub max_connections: usize,
+    pub hello_timeout: Duration,
 }
 
 impl Default for ConnectionLimits {
@@ -38,7 +38,7 @@ impl Default for ConnectionLimits {
 impl ConnectionLimits {
     /// The connections of `incoming`. Those over the bound wait for others to end. One that cannot be taken is logged, and
     /// does not end the listener.
-    pub(crate) fn over<S>(self, incoming: S) -> impl Stream<Item = io::Result<Connection>> + Send
+    pub fn over<S>(self, incoming: S) -> impl Stream<Item = io::Result<Connection>> + Send
     where
         S: Stream<Item = io::Result<TcpStream>> + Send + Unpin,
     {
@@ -64,7 +64,7 @@ impl ConnectionLimits {
 
 /// A connection that holds a place among those that may be open.
 #[derive(Debug)]
-pub(crate) struct Connection {
+pub struct Connection {
     stream: TcpStream,
     /// Until it has come.
     hello: Option<Hello>,
