@@ -3,7 +3,6 @@
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use aha_trainer::clients;
 use aha_trainer::fleet::Fleet;
 use aha_trainer::run::{self, Summary};
 use aha_trainer::stop::Outcome;
@@ -37,11 +36,10 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         "generator.addresses: none; start `aha generator` and name its address, set generator.coordinator and let it register, \
          or use `aha launch`"
     );
-    clients::use_credentials(credentials)?;
     let world = World::from_variables(std::env::vars())?;
     let runtime = Arc::new(network_runtime()?);
     let outcome = run::run(&config, &world, &stop_on_signals()?, |session| {
-        Ok(Fleet::connect(&config, session.group(), &*session.learner.policy(), runtime)?)
+        Ok(Fleet::connect(&config, session.group(), &*session.learner.policy(), credentials, runtime)?)
     })?;
     Ok(match outcome {
         Outcome::Finished(summary) => {

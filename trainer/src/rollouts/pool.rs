@@ -23,7 +23,7 @@ use tonic::Status;
 
 use super::receipt::{Receipt, Refusal, Taken};
 use super::{Ledger, RolloutError, RolloutRequest, Rollouts};
-use crate::clients::{Client, describe, is_passing, seconds, with_timeout};
+use crate::clients::{Client, Connector, describe, is_passing, seconds, with_timeout};
 
 /// Prompts in flight for each generator: more than one batch of any engine, few enough to keep its queue short.
 const MAX_IN_FLIGHT: usize = 256;
@@ -61,13 +61,13 @@ impl GeneratorPool {
     ///
     /// # Errors
     /// Names the first address that is none, or that did not answer in time.
-    pub fn connect(config: &RunConfig, runtime: Arc<Runtime>) -> Result<Self, RolloutError> {
+    pub fn connect(config: &RunConfig, connector: &Connector, runtime: Arc<Runtime>) -> Result<Self, RolloutError> {
         let addresses = &config.generator.addresses;
         if addresses.is_empty() && config.generator.coordinator.is_none() {
             return Err(RolloutError::NoGenerators);
         }
         let timeout = seconds(config.generator.connect_timeout_seconds);
-        let connecting = addresses.iter().map(|address| Client::connect(address, timeout));
+        let connecting = addresses.iter().map(|address| connector.connect(address, timeout));
         let clients = runtime.block_on(futures::future::try_join_all(connecting))?;
         let deadline = seconds(config.rollout.deadline_seconds);
         let client_id = RandomState::new().build_hasher().finish();

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use aha_core::config::{DataSource, RewardSpec, RunConfig, SleepMode};
+use aha_core::config::{Credentials, DataSource, RewardSpec, RunConfig, SleepMode};
 use aha_core::random::sampling_uniform;
 use aha_core::rollout::Group;
 use aha_nn::runtime;
@@ -83,7 +83,8 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
 
     let runtime = Arc::new(network_runtime()?);
     aha_trainer::run::run(&config, &World::single(), &StopRequest::default(), |session| {
-        let mut fleet = Fleet::connect(&config, session.group(), &*session.learner.policy(), runtime)?;
+        let mut fleet =
+            Fleet::connect(&config, session.group(), &*session.learner.policy(), Credentials::default(), runtime)?;
         // Completions that end at their longest whatever they say, and rewards that say nothing.
         fleet.set_hooks(Hooks { request: |request| request.sampling.ignore_eos = true, groups: draw_rewards });
         Ok(fleet)
