@@ -3,6 +3,7 @@
 use super::collective::{Collective, ReduceOp};
 use super::deadline::within;
 use super::error::CommError;
+use super::note::{Mismatch, Note};
 use super::store::{RawStore, Store, c_string, millis};
 use super::work::{RawWork, Ticket, Work};
 use crate::shim::{
@@ -10,6 +11,7 @@ use crate::shim::{
     aha_nccl_new,
 };
 use std::ffi::CString;
+use std::panic::Location;
 use std::ptr::{self, NonNull};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -50,13 +52,15 @@ pub struct GroupSpec {
 /// A group of ranks.
 ///
 /// All ranks must issue the same collectives with tensors of the same size and kind in the same order: that order is
-/// the caller's to agree on, and a rank that departs from it makes all others fail at their deadline. A group of one
-/// behaves alike and communicates nothing.
+/// the caller's to agree on, and a rank that departs from it makes all others fail at their deadline, or with
+/// [`CommError::Mismatch`] where collectives are checked. A group of one behaves alike and communicates nothing.
 #[derive(Debug)]
 pub struct ProcessGroup {
     shared: Arc<Shared>,
     /// The number of the last collective. Held while one is issued, so that numbers follow the order on the wire.
     issued: Mutex<u64>,
+    /// Compare what the ranks are about to do before each collective.
+    is_checked: bool,
 }
 
 /// Whether [`Backend::Nccl`] is part of this build.
@@ -87,7 +91,7 @@ impl ProcessGroup {
             Backend::Nccl { device } => Device::Cuda(device),
         };
         let shared = Shared { raw, spec: spec.clone(), device, closed: OnceLock::new() };
-        Ok(Self { shared: Arc::new(shared), issued: Mutex::new(0) })
+        Ok(Self { shared: Arc::new(shared), issued: Mutex::new(0), is_checked: false })
     }
 
     /// The group of one that needs no store.
@@ -95,7 +99,15 @@ impl ProcessGroup {
         let address = Address::Host("localhost".to_owned());
         let spec = GroupSpec { name: name.to_owned(), rank: 0, size: 1, timeout: Duration::MAX, address };
         let shared = Shared { raw: None, spec, device, closed: OnceLock::new() };
-        Self { shared: Arc::new(shared), issued: Mutex::new(0) }
+        Self { shared: Arc::new(shared), issued: Mutex::new(0), is_checked: false }
+    }
+
+    /// Has the ranks compare before every collective what they are about to do: operation, elements, kind, and the line of
+    /// code that asks for it. All ranks do so or none. A collective then begins when every rank has come to it, so that
+    /// none overlaps with computation.
+    #[must_use]
+    pub fn checked(self, is_checked: bool) -> Self {
+        Self { is_checked, ..self }
     }
 
     pub fn name(&self) -> &str {
@@ -120,12 +132,15 @@ impl ProcessGroup {
     ///
     /// # Errors
     /// [`CommError::Invalid`] when a tensor does not fit, [`CommError::Collective`] when a peer fails or time runs out,
-    /// [`CommError::Closed`] after either an abort or such a failure; so for all collectives.
+    /// [`CommError::Closed`] after either an abort or such a failure, [`CommError::Mismatch`] in a checked group; so for
+    /// all collectives.
+    #[track_caller]
     pub fn all_reduce(&self, tensor: &mut Tensor, op: ReduceOp) -> Result<(), CommError> {
         self.all_reduce_async(tensor, op)?.wait()
     }
 
     /// Issues [`ProcessGroup::all_reduce`].
+    #[track_caller]
     pub fn all_reduce_async(&self, tensor: &mut Tensor, op: ReduceOp) -> Result<Work, CommError> {
         self.issue(Collective::AllReduce { tensor, op })
     }
@@ -134,11 +149,13 @@ impl ProcessGroup {
     ///
     /// # Shapes
     /// - input: `[W * n]`, output: `[n]`, elements `rank * n ..` of the reduction.
+    #[track_caller]
     pub fn reduce_scatter(&self, input: &Tensor, output: &mut Tensor, op: ReduceOp) -> Result<(), CommError> {
         self.reduce_scatter_async(input, output, op)?.wait()
     }
 
     /// Issues [`ProcessGroup::reduce_scatter`].
+    #[track_caller]
     pub fn reduce_scatter_async(&self, input: &Tensor, output: &mut Tensor, op: ReduceOp) -> Result<Work, CommError> {
         self.issue(Collective::ReduceScatter { output, input, op })
     }
@@ -147,26 +164,31 @@ impl ProcessGroup {
     ///
     /// # Shapes
     /// - input: `[n]`, output: `[W * n]`.
+    #[track_caller]
     pub fn all_gather(&self, input: &Tensor, output: &mut Tensor) -> Result<(), CommError> {
         self.all_gather_async(input, output)?.wait()
     }
 
     /// Issues [`ProcessGroup::all_gather`].
+    #[track_caller]
     pub fn all_gather_async(&self, input: &Tensor, output: &mut Tensor) -> Result<Work, CommError> {
         self.issue(Collective::AllGather { output, input })
     }
 
     /// Overwrites `tensor` with that of rank `root`.
+    #[track_caller]
     pub fn broadcast(&self, tensor: &mut Tensor, root: usize) -> Result<(), CommError> {
         self.broadcast_async(tensor, root)?.wait()
     }
 
     /// Issues [`ProcessGroup::broadcast`].
+    #[track_caller]
     pub fn broadcast_async(&self, tensor: &mut Tensor, root: usize) -> Result<Work, CommError> {
         self.issue(Collective::Broadcast { tensor, root })
     }
 
     /// Returns when every rank has called it.
+    #[track_caller]
     pub fn barrier(&self) -> Result<(), CommError> {
         self.issue(Collective::Barrier)?.wait()
     }
@@ -182,7 +204,31 @@ impl ProcessGroup {
         CommError::Invalid { group: name.clone(), operation, rank: *rank, size: *size, reason }
     }
 
+    /// Closes the group because the ranks are not at the same place.
+    pub(super) fn mismatch(&self, mismatch: &Mismatch) -> CommError {
+        self.shared.close(&mismatch.to_string());
+        let GroupSpec { name, rank, size, .. } = &self.shared.spec;
+        CommError::Mismatch { group: name.clone(), rank: *rank, size: *size, reason: mismatch.to_string() }
+    }
+
+    #[track_caller]
     fn issue(&self, collective: Collective<'_>) -> Result<Work, CommError> {
+        if self.is_checked && self.shared.raw.is_some() {
+            self.check_match(&collective, Location::caller())?;
+        }
+        self.issue_unchecked(collective)
+    }
+
+    /// Compares with the other ranks. This is a collective whose size is the same whatever it is about.
+    fn check_match(&self, collective: &Collective<'_>, caller: &Location<'_>) -> Result<(), CommError> {
+        let note = Note::new(&collective.describe(), caller);
+        let (input, mut output) = note.tensors(self.size(), self.device());
+        self.issue_unchecked(Collective::AllGather { output: &mut output, input: &input })?.wait()?;
+        let notes = self.to_bytes(collective.name(), &output)?;
+        note.compare(&notes).map_err(|mismatch| self.mismatch(&mismatch))
+    }
+
+    fn issue_unchecked(&self, collective: Collective<'_>) -> Result<Work, CommError> {
         let operation = collective.name();
         if let Some(reason) = self.shared.closed.get() {
             let GroupSpec { name, rank, size, .. } = &self.shared.spec;

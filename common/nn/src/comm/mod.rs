@@ -8,6 +8,7 @@ mod collective;
 mod deadline;
 mod error;
 mod group;
+mod note;
 mod store;
 #[cfg(test)]
 mod tests;
