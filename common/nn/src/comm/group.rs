@@ -4,6 +4,7 @@ use super::collective::{Collective, ReduceOp};
 use super::deadline::within;
 use super::error::CommError;
 use super::note::{Mismatch, Note};
+use super::roll_call::roll_call;
 use super::store::{RawStore, Store, c_string, millis};
 use super::work::{RawWork, Ticket, Work};
 use crate::shim::{
@@ -85,12 +86,16 @@ impl ProcessGroup {
                 spec.size.saturating_sub(1)
             )));
         }
-        let raw = if spec.size == 1 { None } else { Some(connect(backend, store, spec)?) };
+        let (raw, store) = if spec.size == 1 {
+            (None, None)
+        } else {
+            connect(backend, store, spec).map(|(raw, store)| (Some(raw), Some(store)))?
+        };
         let device = match backend {
             Backend::Gloo => Device::Cpu,
             Backend::Nccl { device } => Device::Cuda(device),
         };
-        let shared = Shared { raw, spec: spec.clone(), device, closed: OnceLock::new() };
+        let shared = Shared { raw, store, spec: spec.clone(), device, closed: OnceLock::new() };
         Ok(Self { shared: Arc::new(shared), issued: Mutex::new(0), is_checked: false })
     }
 
@@ -98,7 +103,7 @@ impl ProcessGroup {
     pub fn solo(name: &str, device: Device) -> Self {
         let address = Address::Host("localhost".to_owned());
         let spec = GroupSpec { name: name.to_owned(), rank: 0, size: 1, timeout: Duration::MAX, address };
-        let shared = Shared { raw: None, spec, device, closed: OnceLock::new() };
+        let shared = Shared { raw: None, store: None, spec, device, closed: OnceLock::new() };
         Self { shared: Arc::new(shared), issued: Mutex::new(0), is_checked: false }
     }
 
@@ -265,6 +270,8 @@ impl GroupSpec {
 pub(super) struct Shared {
     /// `None` in a group of one.
     raw: Option<RawGroup>,
+    /// Where the ranks met, with keys of this group; `None` in a group of one.
+    store: Option<Store>,
     spec: GroupSpec,
     device: Device,
     /// Why the group is closed, once it is.
@@ -276,17 +283,22 @@ impl Shared {
         self.spec.timeout
     }
 
-    /// Closes the group because a collective failed.
+    /// Closes the group because a collective failed. Where that is news, asks which ranks have noticed.
     pub(super) fn fail(&self, ticket: Ticket, reason: String) -> CommError {
         let Ticket { operation, sequence, issued } = ticket;
         let elapsed = issued.elapsed();
         // In a group that was closed before, what libtorch says of lost connections is not the cause.
-        let reason = match self.closed.get() {
-            Some(cause) => format!("{cause} ({reason})"),
-            None => reason,
-        };
+        let cause = self.closed.get().cloned();
         self.close(&format!("{operation} #{sequence} failed: {reason}"));
         let GroupSpec { name, rank, size, .. } = &self.spec;
+        let reason = match (cause, &self.store) {
+            (Some(cause), _) => format!("{cause} ({reason})"),
+            (None, Some(store)) => {
+                let others = roll_call(store, (*rank, *size), &format!("{operation} #{sequence}"));
+                format!("{reason}; {others}")
+            }
+            (None, None) => reason,
+        };
         CommError::Collective { group: name.clone(), operation, sequence, rank: *rank, size: *size, elapsed, reason }
     }
 
@@ -320,7 +332,7 @@ impl Drop for RawGroup {
 }
 
 /// Announces this rank, waits for the others, and connects to them.
-fn connect(backend: Backend, store: &Store, spec: &GroupSpec) -> Result<RawGroup, CommError> {
+fn connect(backend: Backend, store: &Store, spec: &GroupSpec) -> Result<(RawGroup, Store), CommError> {
     let started = Instant::now();
     let rest = || spec.timeout.saturating_sub(started.elapsed());
     let store = store.scoped(&spec.name, spec.timeout)?;
@@ -335,7 +347,8 @@ fn connect(backend: Backend, store: &Store, spec: &GroupSpec) -> Result<RawGroup
         );
     }
     let (raw_store, options) = (store.raw(), Options::new(backend, spec)?);
-    within(rest(), move || options.open(backend, &raw_store)).map_err(|reason| spec.join_error(reason))
+    let group = within(rest(), move || options.open(backend, &raw_store)).map_err(|reason| spec.join_error(reason))?;
+    Ok((group, store))
 }
 
 fn arrival_key(rank: usize) -> String {

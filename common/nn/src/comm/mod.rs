@@ -9,6 +9,7 @@ mod deadline;
 mod error;
 mod group;
 mod note;
+mod roll_call;
 mod store;
 #[cfg(test)]
 mod tests;

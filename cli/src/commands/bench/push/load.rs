@@ -14,11 +14,12 @@ use tokio::task::JoinHandle;
 const LOOK_AGAIN: Duration = Duration::from_millis(2);
 /// Of a request; after it comes the next.
 const NEW_TOKENS: u32 = 512;
+/// For a request, and for an engine to take steps at all.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Decodes until it is dropped.
 pub(super) struct Load {
-    tasks: Vec<JoinHandle<Result<()>>>,
+    tasks: Vec<JoinHandle<()>>,
     gaps: Gaps,
 }
 
@@ -30,8 +31,9 @@ impl Load {
     pub(super) fn start(addresses: &[String], batch: u32, runtime: &Runtime) -> Self {
         let gaps = Gaps::default();
         let start = |address: &String| {
-            let decoding = runtime.spawn(decode(format!("http://{address}"), batch));
-            [decoding, runtime.spawn(watch(format!("http://{address}"), Arc::clone(&gaps)))]
+            let address = format!("http://{address}");
+            let decoding = report(address.clone(), decode(address.clone(), batch));
+            [runtime.spawn(decoding), runtime.spawn(report(address.clone(), watch(address, Arc::clone(&gaps))))]
         };
         Self { tasks: addresses.iter().flat_map(start).collect(), gaps }
     }
@@ -47,6 +49,7 @@ impl Load {
                 return Ok(gaps);
             }
             drop(gaps);
+            ensure!(!self.tasks.iter().any(JoinHandle::is_finished), "a generator has failed");
             ensure!(started.elapsed() < PATIENCE, "no generator has decoded for {} s", PATIENCE.as_secs());
             std::thread::park_timeout(LOOK_AGAIN);
         }
@@ -56,6 +59,12 @@ impl Load {
 impl Drop for Load {
     fn drop(&mut self) {
         self.tasks.iter().for_each(JoinHandle::abort);
+    }
+}
+
+async fn report(address: String, task: impl Future<Output = Result<()>>) {
+    if let Err(error) = task.await {
+        tracing::error!("{address}: {error:#}");
     }
 }
 
@@ -72,6 +81,8 @@ async fn decode(address: String, batch: u32) -> Result<()> {
             columns: "{}".to_owned(),
             ..v1::GenerateRequest::default()
         };
+        let mut request = tonic::Request::new(request);
+        request.set_timeout(PATIENCE);
         let mut completions = client.generate(request).await?.into_inner();
         while completions.message().await?.is_some() {}
     }

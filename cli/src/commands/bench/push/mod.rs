@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use aha_core::config::{Credentials, DeviceKind, Dtype, RunConfig};
+use aha_core::config::{Credentials, DeviceKind, Dtype, RewardSpec, RunConfig};
 use aha_core::ids::PolicyVersion;
 use aha_nn::comm::ProcessGroup;
 use aha_nn::model_config::ModelConfig;
@@ -104,10 +104,13 @@ fn config(args: &Args, folder: &Path, addresses: &[String]) -> RunConfig {
     config.model.random_init = true;
     config.model.device = DeviceKind::Cpu;
     config.model.dtype = Dtype::Bfloat16;
+    // Nothing is asked; a configuration needs a question all the same.
+    config.data.prompt.user = "{{ nums }} {{ target }}".to_owned();
+    config.rewards = vec![RewardSpec { function: "format".to_owned(), weight: 1.0 }];
     config.generator.addresses = addresses.to_vec();
     config.generator.threads = args.threads;
     config.generator.max_model_len = 1024;
-    config.generator.connect_timeout_seconds = 600.0;
+    config.generator.connect_timeout_seconds = 120.0;
     config.generator.probe_timeout_seconds = 60.0;
     config
 }
