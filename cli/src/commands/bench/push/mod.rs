@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use aha_core::config::{Credentials, DeviceKind, Dtype, RewardSpec, RunConfig};
+use aha_core::config::{Credentials, DeviceKind, Dtype, KvPolicy, RewardSpec, RunConfig};
 use aha_core::ids::PolicyVersion;
 use aha_nn::comm::ProcessGroup;
 use aha_nn::model_config::ModelConfig;
@@ -34,7 +34,8 @@ const CALM_STEPS: usize = 40;
 ///
 /// Pushes come in turns with plain broadcasts of as many bytes, by Gloo among as many processes in buckets of 256 MiB; a push
 /// includes its calls and the hashes of all weights on both sides. After that the generators decode while they are pushed to.
-/// Their pauses are what they measure themselves; gaps are the times between engine steps, looked at every 2 ms.
+/// Their pauses, for which an engine stands still, are what they measure themselves; gaps are the times between engine steps,
+/// looked at every 2 ms, and those after a push have the running sequences computed again unless --kv is keep.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  OMP_NUM_THREADS=1 aha bench push --generators 2 --rounds 5")]
 pub(super) struct Args {
@@ -51,6 +52,9 @@ pub(super) struct Args {
     /// Threads of each engine
     #[arg(long, default_value_t = 1)]
     threads: usize,
+    /// What becomes of the keys and values of running sequences (generator.kv): recompute, or keep
+    #[arg(long, default_value = "recompute", value_parser = kv_policy)]
+    kv: KvPolicy,
     /// What this command starts by itself, to broadcast to
     #[arg(long, hide = true, value_name = "JSON")]
     peer: Option<String>,
@@ -110,9 +114,14 @@ fn config(args: &Args, folder: &Path, addresses: &[String]) -> RunConfig {
     config.generator.addresses = addresses.to_vec();
     config.generator.threads = args.threads;
     config.generator.max_model_len = 1024;
+    config.generator.kv = args.kv;
     config.generator.connect_timeout_seconds = 120.0;
     config.generator.probe_timeout_seconds = 60.0;
     config
+}
+
+fn kv_policy(name: &str) -> Result<KvPolicy, String> {
+    serde_json::from_value(json!(name)).map_err(|_| "it is keep or recompute".to_owned())
 }
 
 /// A single rank with random weights.
