@@ -162,7 +162,6 @@ fn check_one(fault: Fault, act: impl Fn(&mut Trainer, &ChaosProxy) -> String) {
     let started = Instant::now();
     let said = act(&mut trainer, &proxy);
     let elapsed = started.elapsed();
-    println!("{fault:?}: {said}, after {elapsed:.1?}");
     assert!(said.contains("no generator has answered for") && said.contains(&proxy.address()), "{fault:?}: {said}");
     assert!(elapsed < ROLLOUT_DEADLINE, "{fault:?}: {elapsed:?}");
 }
