@@ -119,6 +119,7 @@ fn whatever_the_network_does_and_whenever_a_step_goes_on_without_the_generator_b
     let bytes = proxy.forwarded() - before;
     assert!(bytes > 2000, "{bytes} bytes only: the generator behind the proxy was not asked");
 
+    let mut times = Vec::new();
     for place in 0..PLACES {
         let (from, fault) = (bytes * place / PLACES, FAULTS[place as usize % FAULTS.len()]);
         trainer.gather(2);
@@ -129,10 +130,14 @@ fn whatever_the_network_does_and_whenever_a_step_goes_on_without_the_generator_b
         let elapsed = started.elapsed();
         println!("{fault:?} from byte {from} of {bytes}: {elapsed:.1?}");
         assert!(groups == expect, "{fault:?} from byte {from} changed the completions");
-        assert!(elapsed < PUSH_DEADLINE.min(ROLLOUT_DEADLINE), "{fault:?} from byte {from} took {elapsed:?}");
+        assert!(elapsed < PUSH_DEADLINE + ROLLOUT_DEADLINE, "{fault:?} from byte {from} took {elapsed:?}");
+        times.push(elapsed);
         assert!(proxy.forwarded() - before >= from, "{fault:?} never began");
         proxy.set(Fault::None);
     }
+    // As a rule it is the probes that notice.
+    times.sort_unstable();
+    assert!(times[times.len() / 2] < ROLLOUT_DEADLINE / 2, "{times:?}");
 }
 
 /// What a trainer says whose only generator is behind a network with each of `faults`, all at the same time.
@@ -208,13 +213,16 @@ fn a_rollout_over_a_slow_network_ends_at_its_deadline() {
 #[test]
 fn a_generator_stopped_anywhere_in_a_push_is_left_out_and_comes_back() {
     const PLACES: u64 = 6;
+    const DEADLINE: Duration = Duration::from_secs(30);
     let folder = tempfile::tempdir().unwrap();
     small_run::write(folder.path());
     widen_model(folder.path());
-    let (_well, well) = start_generator(folder.path(), "well");
+    let (well_process, well) = start_generator(folder.path(), "well");
     let (behind, address) = start_generator(folder.path(), "behind");
     let proxy = ChaosProxy::start(&address).unwrap();
-    let mut trainer = Trainer::start(folder.path(), &[well, proxy.address()], |_| {});
+    let mut trainer = Trainer::start(folder.path(), &[well, proxy.address()], |config| {
+        config.train.push_timeout_seconds = DEADLINE.as_secs_f64();
+    });
     trainer.gather(2);
     let before = proxy.forwarded();
     trainer.publish().unwrap();
@@ -236,7 +244,9 @@ fn a_generator_stopped_anywhere_in_a_push_is_left_out_and_comes_back() {
         let elapsed = started.elapsed();
         println!("stopped after {} of {bytes} bytes: {elapsed:.1?}", bytes * place / PLACES);
         assert!(trainer.fleet.num_generators() == 1, "a stopped generator has taken a push");
-        assert!(elapsed < PUSH_DEADLINE, "{elapsed:?}");
+        let said = [&well_process, &behind].map(Process::said);
+        // A push that fails and one without the generator.
+        assert!(elapsed < 2 * DEADLINE + PATIENCE, "{elapsed:?}, and the generators said {}\n{}", said[0], said[1]);
         behind.signal("-CONT");
     }
     trainer.gather(2);
