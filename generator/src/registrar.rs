@@ -10,12 +10,12 @@ use aha_proto::v1::coordinator_client::CoordinatorClient;
 use tokio::task::JoinHandle;
 use tonic::Request;
 
-/// For an answer of the coordinator.
-const TIMEOUT: Duration = Duration::from_secs(5);
 /// Until the next try where there was none.
 const RETRY: Duration = Duration::from_secs(1);
 /// How often a generator registers within its lease.
 const PER_LEASE: f64 = 3.0;
+/// In seconds, whatever the coordinator says.
+const LONGEST_LEASE: f64 = 3600.0;
 
 /// Registers again and again until it leaves.
 #[derive(Debug)]
@@ -23,11 +23,12 @@ pub struct Registrar {
     client: CoordinatorClient<SecureChannel>,
     address: String,
     registering: JoinHandle<Infallible>,
+    timeout: Duration,
 }
 
 impl Registrar {
-    /// Begins to register at `coordinator`, `host:port`, whether that
-    /// is there yet or not; `credentials` are this generator's. Must be called within a runtime.
+    /// Begins to register at `coordinator`, `host:port`, whether that is there yet or not. It may take `timeout` for an
+    /// answer; `credentials` are this generator's. Must be called within a runtime.
     ///
     /// # Errors
     /// If `coordinator` is no address, or the credentials cannot be used.
@@ -35,19 +36,21 @@ impl Registrar {
         coordinator: &str,
         credentials: &Credentials,
         request: v1::RegisterRequest,
+        timeout: Duration,
     ) -> Result<Self, CallerError> {
-        let channel = caller::endpoint(coordinator, credentials)?.connect_timeout(TIMEOUT).connect_lazy();
+        let channel = caller::endpoint(coordinator, credentials)?.connect_timeout(timeout).connect_lazy();
         let client = CoordinatorClient::with_interceptor(channel, Bearer::new(credentials)?);
         let address = request.address.clone();
+        let request = move || with_timeout(request.clone(), timeout);
         let registering = tokio::spawn(keep_registered(client.clone(), request, coordinator.to_owned()));
-        Ok(Self { client, address, registering })
+        Ok(Self { client, address, registering, timeout })
     }
 
     /// Takes part no more; says so where the coordinator does not answer.
     pub async fn leave(mut self) {
         self.registering.abort();
         let message = v1::LeaveRequest { address: self.address };
-        if let Err(status) = self.client.leave(with_timeout(message)).await {
+        if let Err(status) = self.client.leave(with_timeout(message, self.timeout)).await {
             tracing::warn!("the coordinator was not told that this generator leaves: {}", status.message());
         }
     }
@@ -56,14 +59,14 @@ impl Registrar {
 /// Says what changes, not what stays.
 async fn keep_registered(
     mut client: CoordinatorClient<SecureChannel>,
-    request: v1::RegisterRequest,
+    request: impl Fn() -> Request<v1::RegisterRequest>,
     coordinator: String,
 ) -> Infallible {
     let mut last: Option<Result<(), String>> = None;
     loop {
-        let (now, pause) = match client.register(with_timeout(request.clone())).await {
+        let (now, pause) = match client.register(request()).await {
             Ok(answer) => {
-                let lease = answer.into_inner().lease_seconds.clamp(RETRY.as_secs_f64(), 3600.0);
+                let lease = answer.into_inner().lease_seconds.clamp(RETRY.as_secs_f64(), LONGEST_LEASE);
                 (Ok(()), Duration::from_secs_f64(lease / PER_LEASE))
             }
             Err(status) => {
@@ -72,7 +75,7 @@ async fn keep_registered(
         };
         if last.as_ref() != Some(&now) {
             match &now {
-                Ok(()) => tracing::info!("registered at {coordinator} as {}", request.address),
+                Ok(()) => tracing::info!("registered at {coordinator} as {}", request().get_ref().address),
                 Err(reason) => tracing::warn!("not registered at {coordinator} yet: {reason}"),
             }
             last = Some(now);
@@ -81,8 +84,8 @@ async fn keep_registered(
     }
 }
 
-fn with_timeout<T>(message: T) -> Request<T> {
+fn with_timeout<T>(message: T, timeout: Duration) -> Request<T> {
     let mut request = Request::new(message);
-    request.set_timeout(TIMEOUT);
+    request.set_timeout(timeout);
     request
 }

@@ -1,7 +1,9 @@
-//! What the whole-run tests share: golden models, the aha binary, and small configurations.
+//! What the whole-run tests share: golden models, the aha binary, a network that fails, and small
+//! configurations.
 #![forbid(unsafe_code)]
 
 pub mod binary;
+pub mod chaos;
 pub mod formula;
 pub mod golden;
 pub mod small_run;

@@ -295,6 +295,10 @@ fn a_launch_with_restarts_survives_a_lost_generator_and_a_lost_trainer() {
     for expect in ["generator-0 was killed by signal 9; it is started again, restarts left: 1", "restarts left: 0"] {
         assert!(said.contains(expect), "no {expect:?} in {said}");
     }
+    assert!(said.contains("trainer-1 was killed by signal 9; all roles are started again"), "{said}");
+    let names_collective =
+        |line: &str| line.contains(" #") && line.contains("on rank 0 of ") && line.contains("failed after");
+    assert!(said.lines().any(names_collective), "no collective is named in {said}");
     assert_eq!(metrics(&folder), metrics(whole.path()));
     assert!(last_checkpoint(&folder) == last_checkpoint(whole.path()));
     assert_eq!(processes_in(&folder), Vec::<String>::new(), "processes stayed behind");

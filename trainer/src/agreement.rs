@@ -20,7 +20,9 @@ const FAILED: u8 = 1;
 
 /// Exchanges outcomes: what every rank has to tell the others, in the order of ranks, if all of them succeeded.
 ///
-/// All ranks call this at the same place, whatever happened to each before: it is a collective.
+/// All ranks call this at the same place, whatever happened to each before: it is a collective, and fails on ranks that are
+/// at different places.
+#[track_caller]
 pub(crate) fn agree<E: Display>(
     group: &ProcessGroup,
     outcome: Result<Vec<u8>, E>,
@@ -53,6 +55,21 @@ mod tests {
     fn payloads_come_in_the_order_of_ranks() {
         for payloads in run_ranks(3, |group| agree(&group, Ok::<_, String>(vec![group.rank() as u8; 2])).unwrap()) {
             assert_eq!(payloads, [[0, 0], [1, 1], [2, 2]]);
+        }
+    }
+
+    #[test]
+    fn ranks_at_different_places_are_told_so() {
+        let said = run_ranks(2, |group| {
+            let agreed = match group.rank() {
+                0 => agree(&group, Ok::<_, String>(b"written".to_vec())),
+                _ => agree(&group, Ok::<_, String>(b"read".to_vec())),
+            };
+            let Err(Disagreement::Comm(error)) = agreed else { panic!("they agreed: {agreed:?}") };
+            error.to_string()
+        });
+        for text in said {
+            assert!(text.contains("out of step") && text.matches("trainer/src/agreement.rs:").count() == 2, "{text}");
         }
     }
 

@@ -1,6 +1,5 @@
 //! Connections to generators.
 
-use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use aha_core::config::Credentials;
@@ -15,41 +14,20 @@ const MAX_MESSAGE_BYTES: usize = 64 << 20;
 /// would take more than half of this, at 256 bytes each: as many as the completions a generator may have in flight.
 const CONNECTION_WINDOW: u32 = 2 * 256 * (256 << 10);
 
-/// A connection on which nothing arrives is probed this often, and given up when the probe is not answered. Finds a
-/// generator whose machine is gone, or that is stopped.
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
-
-/// One try to reach a generator that does not answer yet, and the pauses between tries.
-const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Pauses between tries to reach a generator that does not answer yet.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// Longest time limit that is told apart from none: about 30 years.
 const LONGEST_SECONDS: f64 = 1e9;
 
-/// Who this process is: set once, at its start.
-static CREDENTIALS: OnceLock<Credentials> = OnceLock::new();
-
-/// Proves every call of this process to generators by `credentials`, from here on. Without, calls carry no token and
-/// are not encrypted.
-///
-/// # Errors
-/// If some were set before, or a certificate comes without the authority that generators are checked by.
-pub fn use_credentials(credentials: Credentials) -> Result<(), ConnectError> {
-    if credentials.identity.is_some() && credentials.ca.is_none() {
-        return Err(ConnectError::BadCredentials(
-            "security.tls_ca: missing; a trainer with a certificate needs the authority that signed the generators'"
-                .to_owned(),
-        ));
-    }
-    let again = |_| ConnectError::BadCredentials("credentials were set before".to_owned());
-    CREDENTIALS.set(credentials).map_err(again)
-}
-
-/// Those of this process; none unless they were set.
-pub(crate) fn own_credentials() -> &'static Credentials {
-    CREDENTIALS.get_or_init(Credentials::default)
+/// How this process reaches generators: what it proves itself by, and how long one may be silent.
+#[derive(Debug, Clone)]
+pub struct Connector {
+    credentials: Credentials,
+    /// For a connection or a status request. A connection on which nothing arrives for so long is probed, and given up
+    /// after as long again: that finds a generator whose machine is gone, or that is stopped.
+    probe_timeout: Duration,
 }
 
 /// The calls of the service, each with the token.
@@ -87,27 +65,33 @@ pub enum ConnectError {
     BadCredentials(String),
 }
 
-impl Client {
+impl Connector {
+    /// Credentials without anything are calls without a token that are not encrypted; `probe_timeout` is
+    /// `generator.probe_timeout_seconds`.
+    ///
+    /// # Errors
+    /// If a certificate comes without the authority that generators are checked by.
+    pub fn new(credentials: Credentials, probe_timeout: Duration) -> Result<Self, ConnectError> {
+        if credentials.identity.is_some() && credentials.ca.is_none() {
+            return Err(ConnectError::BadCredentials(
+                "security.tls_ca: missing; a trainer with a certificate needs the authority that signed the generators'"
+                    .to_owned(),
+            ));
+        }
+        Ok(Self { credentials, probe_timeout })
+    }
+
     /// Waits until the generator at `address`, `host:port`, answers, at most for `timeout`.
     ///
     /// # Errors
     /// Names the address, how long it did not answer and what happened last.
-    pub async fn connect(address: &str, timeout: Duration) -> Result<Self, ConnectError> {
-        Self::connect_with(address, timeout, own_credentials()).await
-    }
-
-    /// Like [`Client::connect`], with other credentials than the process's.
-    pub(crate) async fn connect_with(
-        address: &str,
-        timeout: Duration,
-        credentials: &Credentials,
-    ) -> Result<Self, ConnectError> {
+    pub async fn connect(&self, address: &str, timeout: Duration) -> Result<Client, ConnectError> {
         let started = Instant::now();
-        let client = Self::new_with(address, credentials)?;
+        let client = self.client(address)?;
         let mut pause = FIRST_PAUSE;
         loop {
             let rest = timeout.saturating_sub(started.elapsed());
-            let probe = tokio::time::timeout(PROBE_TIMEOUT.min(rest), client.status()).await;
+            let probe = tokio::time::timeout(self.probe_timeout.min(rest), client.status()).await;
             let reason = match probe {
                 Ok(Ok(_)) => return Ok(client),
                 Ok(Err(status)) => {
@@ -127,6 +111,40 @@ impl Client {
         }
     }
 
+    /// The generator at `address`, `host:port`, whether it is there or not. Must be called within a runtime.
+    ///
+    /// # Errors
+    /// If the address is none, or the credentials cannot be used.
+    pub(crate) fn client(&self, address: &str) -> Result<Client, ConnectError> {
+        let bad = |error| match error {
+            CallerError::BadAddress(address, reason) => ConnectError::BadAddress { address, reason },
+            CallerError::BadCredentials(reason) => ConnectError::BadCredentials(reason),
+        };
+        let channel = caller::endpoint(address, &self.credentials)
+            .map_err(bad)?
+            .connect_timeout(self.probe_timeout)
+            .tcp_nodelay(true)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .http2_keep_alive_interval(self.probe_timeout)
+            .keep_alive_timeout(self.probe_timeout)
+            .keep_alive_while_idle(true)
+            .connect_lazy();
+        let rpc = GeneratorClient::with_interceptor(channel, Bearer::new(&self.credentials).map_err(bad)?)
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES);
+        Ok(Client { address: address.to_owned(), rpc, encrypted: self.credentials.ca.is_some() })
+    }
+
+    pub(crate) fn credentials(&self) -> &Credentials {
+        &self.credentials
+    }
+
+    pub(crate) fn probe_timeout(&self) -> Duration {
+        self.probe_timeout
+    }
+}
+
+impl Client {
     #[must_use]
     pub fn address(&self) -> &str {
         &self.address
@@ -158,34 +176,6 @@ impl Client {
             error.is_some_and(|error| error.kind() == std::io::ErrorKind::InvalidData)
         });
         (self.encrypted && refused).then_some(ConnectError::Tls { address, reason })
-    }
-
-    /// The generator at `address`, `host:port`, whether it is there or not.
-    ///
-    /// # Errors
-    /// If the address is none.
-    pub(crate) fn new(address: &str) -> Result<Self, ConnectError> {
-        Self::new_with(address, own_credentials())
-    }
-
-    fn new_with(address: &str, credentials: &Credentials) -> Result<Self, ConnectError> {
-        let bad = |error| match error {
-            CallerError::BadAddress(address, reason) => ConnectError::BadAddress { address, reason },
-            CallerError::BadCredentials(reason) => ConnectError::BadCredentials(reason),
-        };
-        let channel = caller::endpoint(address, credentials)
-            .map_err(bad)?
-            .connect_timeout(PROBE_TIMEOUT)
-            .tcp_nodelay(true)
-            .initial_connection_window_size(CONNECTION_WINDOW)
-            .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
-            .keep_alive_timeout(KEEPALIVE_TIMEOUT)
-            .keep_alive_while_idle(true)
-            .connect_lazy();
-        let rpc = GeneratorClient::with_interceptor(channel, Bearer::new(credentials).map_err(bad)?)
-            .max_decoding_message_size(MAX_MESSAGE_BYTES)
-            .max_encoding_message_size(MAX_MESSAGE_BYTES);
-        Ok(Self { address: address.to_owned(), rpc, encrypted: credentials.ca.is_some() })
     }
 }
 
@@ -229,7 +219,8 @@ pub(crate) fn is_passing(code: Code) -> bool {
 }
 
 /// A time limit from the configuration.
-pub(crate) fn seconds(seconds: f64) -> Duration {
+#[must_use]
+pub fn seconds(seconds: f64) -> Duration {
     Duration::from_secs_f64(seconds.clamp(0.0, LONGEST_SECONDS))
 }
 

@@ -19,7 +19,7 @@ const DIRS: [&str; 4] = ["completions", "completion_samples", "checkpoints", LOG
 
 /// Settings that change how a run is carried out and not what comes out: sections, or keys. A run goes on under other
 /// values of these.
-const FREE_SETTINGS: [&str; 21] = [
+const FREE_SETTINGS: [&str; 22] = [
     "run.output_dir",
     "generator.addresses",
     "generator.connect_timeout_seconds",
@@ -34,6 +34,7 @@ const FREE_SETTINGS: [&str; 21] = [
     "rollout.deadline_seconds",
     "rollout.sleep_while_training",
     "security",
+    "train.check_collectives",
     "train.collective_timeout_seconds",
     "train.max_skipped_steps",
     "train.max_wall_clock_seconds",

@@ -251,7 +251,8 @@ fn join(config: &RunConfig, world: &World, device: Device) -> Result<(ProcessGro
     };
     let address = Address::Host(world.own_address());
     let spec = GroupSpec { name: "trainers".to_owned(), rank: world.rank, size: world.size, timeout, address };
-    Ok((ProcessGroup::new(backend, &store, &spec)?, Some(store)))
+    let group = ProcessGroup::new(backend, &store, &spec)?.checked(config.train.check_collectives);
+    Ok((group, Some(store)))
 }
 
 /// The policy, fresh or as a checkpoint left it.

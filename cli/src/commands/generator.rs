@@ -4,9 +4,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket}
 use std::process::ExitCode;
 use std::time::Duration;
 
-use aha_core::config::Credentials;
 use aha_generator::{GeneratorOptions, GeneratorServer, Registrar};
 use aha_proto::v1::RegisterRequest;
+use aha_trainer::clients::seconds;
 use anyhow::{Context, Result};
 
 use super::{ConfigArgs, network_runtime};
@@ -57,7 +57,13 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
             tracing::info!("metrics are at {scheme}://{address}/metrics");
         }
         let registrar = match &config.generator.coordinator {
-            Some(coordinator) => Some(register(args, coordinator, &credentials, &server)?),
+            Some(coordinator) => {
+                let timeout = seconds(config.generator.probe_timeout_seconds);
+                Some(
+                    Registrar::start(coordinator, &credentials, registration(args, coordinator, &server)?, timeout)
+                        .context("generator.coordinator")?,
+                )
+            }
             None => None,
         };
         let stopped = async {
@@ -80,7 +86,7 @@ fn rank(args: &Args) -> String {
 }
 
 /// Under the address that is advertised, or else listened on, or else towards the coordinator where that is all.
-fn register(args: &Args, coordinator: &str, credentials: &Credentials, server: &GeneratorServer) -> Result<Registrar> {
+fn registration(args: &Args, coordinator: &str, server: &GeneratorServer) -> Result<RegisterRequest> {
     let own = server.address();
     let address = match &args.advertise {
         Some(address) => address.clone(),
@@ -91,8 +97,7 @@ fn register(args: &Args, coordinator: &str, credentials: &Credentials, server: &
         }
         None => own.to_string(),
     };
-    let request = RegisterRequest { address, manifest_hash: server.manifest_hash() };
-    Registrar::start(coordinator, credentials, request).context("generator.coordinator")
+    Ok(RegisterRequest { address, manifest_hash: server.manifest_hash() })
 }
 
 /// Connecting a datagram socket sends nothing; it makes the system choose a route.

@@ -3,7 +3,6 @@
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use aha_trainer::clients;
 use aha_trainer::colocated::Colocated;
 use aha_trainer::exporter::Exporter;
 use aha_trainer::fleet::Fleet;
@@ -44,14 +43,13 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     logs::also_to_file(&config, "trainer", &world.rank.to_string())?;
     let runtime = Arc::new(network_runtime()?);
     let exporter = Exporter::bind(&config, &credentials, &world, runtime.handle())?;
-    clients::use_credentials(credentials)?;
     let outcome = run::run(&config, &world, &stop_on_signals()?, |session| {
         exporter.into_iter().for_each(|exporter| exporter.serve(session));
         let (trainers, policy) = (session.group(), session.learner.policy());
         if config.launch.colocate {
             return Ok(Box::new(Colocated::start(&config, world.local_rank, trainers, &*policy, runtime)?));
         }
-        Ok(Box::new(Fleet::connect(&config, trainers, &*policy, runtime)?))
+        Ok(Box::new(Fleet::connect(&config, trainers, &*policy, credentials, runtime)?))
     })?;
     Ok(match outcome {
         Outcome::Finished(summary) => {

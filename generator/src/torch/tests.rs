@@ -260,15 +260,18 @@ fn edits_and_raw_logprobs_agree_with_the_trainers_path() {
 
 #[test]
 fn a_refilled_set_equals_a_new_one() {
-    for (tiny, quantization) in
-        ALL.into_iter().flat_map(|tiny| [(tiny, Quantization::None), (tiny, Quantization::Int8)])
-    {
+    let cases =
+        [(Quantization::None, Kind::Float), (Quantization::Int8, Kind::Float), (Quantization::None, Kind::BFloat16)];
+    for (tiny, (quantization, kind)) in ALL.into_iter().flat_map(|tiny| cases.map(|case| (tiny, case))) {
         let config = tiny_config(tiny);
         let (old, new) = (tiny_weights(&config, 1), tiny_weights(&config, 2));
         let pool = Pool::new(1).unwrap();
         let mut refilled = ServingWeights::new(&config, &old, quantization, &pool);
         for unit_idx in (0..new.num_units()).rev() {
-            refilled.set_unit(unit_idx, split(new.flat(unit_idx), &new.manifest, unit_idx), &pool);
+            // What comes in bf16 is what both have.
+            let pushed = new.flat(unit_idx).to_kind(kind);
+            tch::no_grad(|| new.flat(unit_idx).shallow_clone().copy_(&pushed));
+            refilled.set_unit(unit_idx, split(&pushed, &new.manifest, unit_idx), &pool);
         }
         let (tokens, blocks) = (some_tokens(30, 1), [BlockId(1), BlockId(0)]);
         let mut runner = quantised_runner(&config, &old, quantization);

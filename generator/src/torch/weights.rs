@@ -34,6 +34,9 @@ pub struct ServingWeights {
     norm: Tensor,
     /// Those of the layers, then the head, which is never quantised: log-probs depend on it most directly.
     matrices: Vec<Matrix>,
+    /// Of a layer that is being replaced, in fp32; empty when none is. Memory that is new to a process is cleared by the
+    /// system first, so all layers of a push share it.
+    scratch: Tensor,
 }
 
 impl ServingWeights {
@@ -72,23 +75,26 @@ impl ServingWeights {
         let head = Head::new(unit(1 + config.num_layers), |matrix| matrix);
         let head_matrix = head.lm_head.map_or_else(|| embedding.shallow_clone(), |projection| projection.weight);
         place(head_idx(config), &[head_matrix]);
-        Self { config: config.clone(), embedding, layers, norm: head.norm.copy(), matrices }
+        Self { config: config.clone(), embedding, layers, norm: head.norm.copy(), matrices, scratch: no_floats() }
     }
 
     /// Replaces the parameters of one unit by copies of `params`, given in the order of the manifest.
     pub fn set_unit(&mut self, unit_idx: usize, params: Vec<Tensor>, pool: &Pool) {
-        let params: Vec<Tensor> = params.iter().map(|param| param.to_kind(Kind::Float)).collect();
-        let Self { config, embedding, layers, norm, matrices } = self;
+        let Self { config, embedding, layers, norm, matrices, scratch } = self;
         let mut repack = |matrix_idx: usize, stacked: &[Tensor]| matrices[matrix_idx].repack(pool, &slices(stacked));
         match unit_idx.checked_sub(1) {
             None => {
                 tch::no_grad(|| embedding.copy_(&params[0]));
                 if config.tie_word_embeddings {
-                    repack(head_idx(config), &params[..1]);
+                    repack(head_idx(config), std::slice::from_ref(embedding));
                 }
             }
-            Some(layer) if layer < config.num_layers => layers[layer] = new_layer(config, layer, params, &mut repack),
+            Some(layer) if layer < config.num_layers => {
+                layers[layer] = new_layer(config, layer, in_fp32(&params, scratch), &mut repack);
+            }
             Some(_) => {
+                *scratch = no_floats();
+                let params = params.iter().map(|param| param.to_kind(Kind::Float)).collect();
                 let head = Head::new(params, |matrix| repack(head_idx(config), &[matrix]));
                 *norm = head.norm.copy();
             }
@@ -121,6 +127,29 @@ impl ServingWeights {
         assert!(is_whole, "{parts:?} do not make up a matrix");
         matrix
     }
+}
+
+fn no_floats() -> Tensor {
+    Tensor::empty([0], (Kind::Float, Device::Cpu))
+}
+
+/// `params` as they are where they are fp32, or else copies in `scratch`, which grows as it must.
+fn in_fp32(params: &[Tensor], scratch: &mut Tensor) -> Vec<Tensor> {
+    if params.iter().all(|param| param.kind() == Kind::Float) {
+        return params.iter().map(Tensor::shallow_clone).collect();
+    }
+    let numel = params.iter().map(Tensor::numel).sum::<usize>();
+    if scratch.numel() < numel {
+        *scratch = Tensor::empty([numel as i64], (Kind::Float, Device::Cpu));
+    }
+    let mut start = 0;
+    let copy = |param: &Tensor| {
+        let mut copy = scratch.narrow(0, start, param.numel() as i64).view_as(param);
+        start += param.numel() as i64;
+        tch::no_grad(|| copy.copy_(param));
+        copy
+    };
+    params.iter().map(copy).collect()
 }
 
 fn head_idx(config: &ModelConfig) -> usize {

@@ -14,6 +14,10 @@ use crate::test_generator::TestGenerator;
 const LONG: Duration = Duration::from_secs(600);
 const TOKEN: &str = "a-token-of-this-test";
 
+fn connector(credentials: &Credentials) -> Connector {
+    Connector::new(credentials.clone(), Duration::from_secs(5)).unwrap()
+}
+
 #[track_caller]
 fn check_text(error: &ConnectError, expect: &[&str]) {
     let error = error.to_string();
@@ -26,7 +30,7 @@ fn check_text(error: &ConnectError, expect: &[&str]) {
 fn check_refused(address: &str, timeout_ms: u64, expect: &[&str]) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let timeout = Duration::from_millis(timeout_ms);
-    check_text(&runtime.block_on(Client::connect(address, timeout)).unwrap_err(), expect);
+    check_text(&runtime.block_on(connector(&Credentials::default()).connect(address, timeout)).unwrap_err(), expect);
 }
 
 #[test]
@@ -75,11 +79,11 @@ fn token(text: &str) -> Credentials {
 #[tokio::test(flavor = "multi_thread")]
 async fn s1_the_token_goes_with_every_call_and_a_wrong_one_is_no_reason_to_wait() {
     let address = serve(None).await;
-    let client = Client::connect_with(&address, LONG, &token(TOKEN)).await.unwrap();
+    let client = connector(&token(TOKEN)).connect(&address, LONG).await.unwrap();
     client.status().await.unwrap();
     client.rpc().wake(v1::WakeRequest {}).await.unwrap();
     for credentials in [Credentials::default(), token("another-token-than-it")] {
-        let error = Client::connect_with(&address, LONG, &credentials).await.unwrap_err();
+        let error = connector(&credentials).connect(&address, LONG).await.unwrap_err();
         check_text(&error, &[&address, "takes no calls of this trainer", "AHA_TOKEN", "security.token_file"]);
     }
 }
@@ -87,9 +91,9 @@ async fn s1_the_token_goes_with_every_call_and_a_wrong_one_is_no_reason_to_wait(
 #[tokio::test(flavor = "multi_thread")]
 async fn s8_the_token_is_in_no_debug_output_and_no_error() {
     let address = serve(None).await;
-    let client = Client::connect_with(&address, LONG, &token(TOKEN)).await.unwrap();
-    let refused = Client::connect_with(&address, LONG, &token("another-token-than-it")).await.unwrap_err();
-    let unsendable = Client::connect_with(&address, LONG, &token("a token\nof two lines")).await.unwrap_err();
+    let client = connector(&token(TOKEN)).connect(&address, LONG).await.unwrap();
+    let refused = connector(&token("another-token-than-it")).connect(&address, LONG).await.unwrap_err();
+    let unsendable = connector(&token("a token\nof two lines")).connect(&address, LONG).await.unwrap_err();
     check_text(&unsendable, &["cannot be in a header"]);
     let shown = format!("{client:?} {client:#?} {refused:?} {refused} {unsendable:?} {unsendable}");
     for secret in [TOKEN, "another-token", "two lines"] {
@@ -136,7 +140,7 @@ async fn s2_a_trainer_calls_by_mutual_tls() {
     let ours = Authority::new("ours");
     let address = serve(Some(ours.server(&ours.sign(HOST, 4000), true))).await;
     let credentials = ours.credentials(Some(ours.sign(HOST, 4000)));
-    Client::connect_with(&address, LONG, &credentials).await.unwrap().status().await.unwrap();
+    connector(&credentials).connect(&address, LONG).await.unwrap().status().await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -169,7 +173,8 @@ async fn s2_certificates_that_are_refused_end_the_wait_and_say_what_to_check() {
     ];
     for (what, tls, credentials, reason) in cases {
         let address = serve((what != "a server without TLS").then_some(tls)).await;
-        let connecting = Client::connect_with(&address, LONG, &credentials);
+        let connector = connector(&credentials);
+        let connecting = connector.connect(&address, LONG);
         let error = tokio::time::timeout(Duration::from_secs(60), connecting).await.expect(what).unwrap_err();
         assert!(matches!(error, ConnectError::Tls { .. }), "{what}: {error}");
         check_text(&error, &[&address, "security.tls_ca", "security.tls_cert", "in date", reason]);
@@ -180,7 +185,7 @@ async fn s2_certificates_that_are_refused_end_the_wait_and_say_what_to_check() {
 async fn a_trainer_without_tls_learns_that_the_generator_may_have_it() {
     let ours = Authority::new("ours");
     let address = serve(Some(ours.server(&ours.sign(HOST, 4000), false))).await;
-    let error = Client::connect_with(&address, Duration::from_millis(500), &token(TOKEN)).await.unwrap_err();
+    let error = connector(&token(TOKEN)).connect(&address, Duration::from_millis(500)).await.unwrap_err();
     check_text(&error, &[&address, "both have TLS or none has (security.tls_cert there, security.tls_ca here)"]);
 }
 
@@ -188,9 +193,9 @@ async fn a_trainer_without_tls_learns_that_the_generator_may_have_it() {
 fn credentials_that_cannot_be_used_are_refused() {
     let ours = Authority::new("ours");
     let alone = Credentials { ca: None, ..ours.credentials(Some(ours.sign(HOST, 4000))) };
-    check_text(&use_credentials(alone).unwrap_err(), &["security.tls_ca: missing"]);
+    check_text(&Connector::new(alone, LONG).unwrap_err(), &["security.tls_ca: missing"]);
     let (one, other) = (ours.sign(HOST, 4000), ours.sign(HOST, 4000));
     let mixed = Identity { certificate: one.certificate, key: other.key };
-    let error = Client::new_with("127.0.0.1:1", &ours.credentials(Some(mixed))).unwrap_err();
+    let error = connector(&ours.credentials(Some(mixed))).client("127.0.0.1:1").unwrap_err();
     check_text(&error, &["security.tls_cert, tls_key and tls_ca cannot be used together: "]);
 }

@@ -5,7 +5,6 @@ use std::net::ToSocketAddrs;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use aha_core::config::Credentials;
 use aha_core::ids::PolicyVersion;
 use aha_proto::connections::ConnectionLimits;
 use aha_proto::guard::{Guard, check_listen, secure_server, serving};
@@ -17,10 +16,11 @@ use tonic::service::Routes;
 use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status};
 
-use crate::clients::Client;
+use crate::clients::Connector;
 
-/// A generator that is not heard of for so long is forgotten. It registers three times as often.
-const LEASE: Duration = Duration::from_secs(15);
+/// A generator that is not heard of for so many of `generator.probe_timeout_seconds` is forgotten. It registers three times
+/// as often.
+const PROBES_PER_LEASE: u32 = 3;
 
 /// Calls that a connection may have open: a generator makes one at a time.
 const MAX_STREAMS: u32 = 16;
@@ -29,8 +29,11 @@ const MAX_STREAMS: u32 = 16;
 const MAX_GENERATORS: usize = 4096;
 
 /// Those that have registered, and what was pushed last.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Registry(Arc<Mutex<State>>);
+#[derive(Debug, Clone)]
+pub(super) struct Registry {
+    state: Arc<Mutex<State>>,
+    lease: Duration,
+}
 
 #[derive(Debug, Default)]
 struct State {
@@ -59,20 +62,22 @@ struct Service {
     registry: Registry,
     run: Run,
     started: Instant,
+    connector: Connector,
 }
 
 /// Serves on `address`, `host:port`, as long as `runtime` lives.
 ///
 /// # Errors
 /// Says why the address cannot be listened on, or may not be.
-pub(super) fn serve(address: &str, credentials: &Credentials, run: Run, runtime: &Runtime) -> anyhow::Result<Registry> {
-    let registry = Registry::default();
+pub(super) fn serve(address: &str, connector: &Connector, run: Run, runtime: &Runtime) -> anyhow::Result<Registry> {
+    let registry = Registry::new(connector.probe_timeout() * PROBES_PER_LEASE);
     let socket = address.to_socket_addrs()?.next().context("it has no address")?;
-    let credentials = serving(credentials);
+    let credentials = serving(connector.credentials());
     check_listen("generator.coordinator", socket, &credentials)?;
     let _entered = runtime.enter();
     let incoming = TcpIncoming::bind(socket).map_err(|error| anyhow!(error))?;
-    let service = CoordinatorServer::new(Service { registry: registry.clone(), run, started: Instant::now() });
+    let (started, connector) = (Instant::now(), connector.clone());
+    let service = CoordinatorServer::new(Service { registry: registry.clone(), run, started, connector });
     let served = secure_server(&credentials)?
         .max_concurrent_streams(MAX_STREAMS)
         .add_routes(Guard::new(&credentials).over_grpc(Routes::new(service)))
@@ -87,13 +92,18 @@ pub(super) fn serve(address: &str, credentials: &Credentials, run: Run, runtime:
 }
 
 impl Registry {
+    fn new(lease: Duration) -> Self {
+        Self { state: Arc::default(), lease }
+    }
+
     /// The addresses of those whose lease has not run out.
     pub(super) fn members(&self) -> Vec<String> {
         let leases = &mut self.lock().leases;
         let now = Instant::now();
         leases.retain(|address, until| {
             if *until <= now {
-                tracing::warn!("generator {address} has not been heard of for {} s: it is forgotten", LEASE.as_secs());
+                let lease = self.lease.as_secs_f64();
+                tracing::warn!("generator {address} has not been heard of for {lease:.1} s: it is forgotten");
             }
             *until > now
         });
@@ -106,7 +116,7 @@ impl Registry {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -121,15 +131,15 @@ impl Coordinator for Service {
                  start it with the trainer's model.path"
             )));
         }
-        Client::new(&address).map_err(|error| Status::invalid_argument(format!("address: {error}")))?;
+        self.connector.client(&address).map_err(|error| Status::invalid_argument(format!("address: {error}")))?;
         let leases = &mut self.registry.lock().leases;
         if leases.len() >= MAX_GENERATORS && !leases.contains_key(&address) {
             return Err(Status::resource_exhausted(format!("{MAX_GENERATORS} generators are registered already")));
         }
-        if leases.insert(address.clone(), Instant::now() + LEASE).is_none() {
+        if leases.insert(address.clone(), Instant::now() + self.registry.lease).is_none() {
             tracing::info!("generator {address} has registered: it takes part from the next weight push on");
         }
-        Ok(Response::new(v1::RegisterResponse { lease_seconds: LEASE.as_secs_f64() }))
+        Ok(Response::new(v1::RegisterResponse { lease_seconds: self.registry.lease.as_secs_f64() }))
     }
 
     async fn leave(&self, call: Request<v1::LeaveRequest>) -> Result<Response<v1::LeaveResponse>, Status> {
@@ -139,12 +149,14 @@ impl Coordinator for Service {
         }
         Ok(Response::new(v1::LeaveResponse {}))
     }
+
     async fn run_status(&self, _: Request<v1::RunStatusRequest>) -> Result<Response<v1::RunStatusResponse>, Status> {
         // Forgets those whose lease has run out.
         self.registry.members();
         let state = self.registry.lock();
         let (now, pushed) = (Instant::now(), &state.pushed);
-        let heard = |until: &Instant| LEASE.saturating_sub(until.saturating_duration_since(now)).as_secs_f64();
+        let heard =
+            |until: &Instant| self.registry.lease.saturating_sub(until.saturating_duration_since(now)).as_secs_f64();
         let registered = state.leases.iter().map(|(address, until)| v1::Member {
             address: address.clone(),
             heard_seconds: Some(heard(until)),

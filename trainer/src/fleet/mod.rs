@@ -19,7 +19,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use aha_core::config::RunConfig;
+use aha_core::config::{Credentials, RunConfig};
 use aha_core::ids::PolicyVersion;
 use aha_core::rollout::{Completion, Group};
 use aha_nn::comm::ProcessGroup;
@@ -28,7 +28,7 @@ use serde::{Deserialize, Serialize};
 use tokio::runtime::Runtime;
 
 use crate::agreement::agree;
-use crate::clients::{Client, ConnectError, own_credentials, seconds};
+use crate::clients::{Client, ConnectError, Connector, seconds};
 use crate::generators::{Generators, is_filled_everywhere};
 use crate::publish::{PublishError, Publisher, PushReport};
 use crate::rollouts::{GeneratorPool, Received, RolloutError, RolloutRequest};
@@ -42,6 +42,7 @@ const MAX_PUSHES: usize = 5;
 #[derive(Debug)]
 pub struct Fleet {
     config: RunConfig,
+    connector: Connector,
     runtime: Arc<Runtime>,
     pool: GeneratorPool,
     /// None after a failed push.
@@ -71,7 +72,7 @@ pub struct Hooks {
 
 impl Fleet {
     /// Waits for all of `generator.addresses`, and makes the update group with them. Those that register are waited for by
-    /// the first push.
+    /// the first push. Calls in either direction are made and taken by `credentials`.
     ///
     /// # Errors
     /// Names the generator that does not answer in time, or has another model.
@@ -79,9 +80,11 @@ impl Fleet {
         config: &RunConfig,
         trainers: &ProcessGroup,
         policy: &dyn ModelWeights,
+        credentials: Credentials,
         runtime: Arc<Runtime>,
     ) -> Result<Self, RolloutError> {
-        let pool = GeneratorPool::connect(config, Arc::clone(&runtime))?;
+        let connector = Connector::new(credentials, seconds(config.generator.probe_timeout_seconds))?;
+        let pool = GeneratorPool::connect(config, &connector, Arc::clone(&runtime))?;
         let publisher = if pool.clients().is_empty() {
             None
         } else {
@@ -95,20 +98,20 @@ impl Fleet {
                     max_steps: config.train.max_steps,
                     manifest_hash: policy.manifest().hash(),
                 };
-                let served = coordinator::serve(address, own_credentials(), run, &runtime);
+                let served = coordinator::serve(address, &connector, run, &runtime);
                 let failed =
                     |error| RolloutError::Coordinator { address: address.clone(), reason: format!("{error:#}") };
                 served.map_err(failed)
             };
             let registry = config.generator.coordinator.as_ref().map(serve).transpose()?;
-            let generator = &config.generator;
-            let [probe, patience] = [generator.probe_timeout_seconds, generator.connect_timeout_seconds].map(seconds);
-            Some(Roster::new(pool.clients(), registry, probe, patience))
+            let patience = seconds(config.generator.connect_timeout_seconds);
+            Some(Roster::new(pool.clients(), registry, &connector, patience))
         } else {
             None
         };
         Ok(Self {
             config: config.clone(),
+            connector,
             runtime,
             pool,
             publisher,
@@ -200,7 +203,7 @@ impl Fleet {
         let client = |address: &String| {
             let known = before.iter().find(|client| client.address() == address);
             let bad = |error: ConnectError| PublishError::Elsewhere { rank: 0, reason: error.to_string() };
-            known.cloned().map_or_else(|| Client::new(address).map_err(bad), Ok)
+            known.cloned().map_or_else(|| self.connector.client(address).map_err(bad), Ok)
         };
         let now: Vec<Client> = members.iter().map(client).collect::<Result<_, _>>()?;
         if self.roster.is_some() {

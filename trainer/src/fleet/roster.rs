@@ -7,7 +7,7 @@ use aha_proto::v1::StatusResponse;
 use futures::future::join_all;
 
 use super::coordinator::Registry;
-use crate::clients::Client;
+use crate::clients::{Client, Connector};
 use crate::publish::PublishError;
 
 /// How long a generator that failed is left alone; doubles with every time in a row.
@@ -23,8 +23,7 @@ const A_LITTLE: Duration = Duration::from_secs(2);
 pub(super) struct Roster {
     known: Vec<Known>,
     registry: Option<Registry>,
-    /// For an answer to a status request.
-    probe_timeout: Duration,
+    connector: Connector,
     /// For one generator at least to be there.
     patience: Duration,
 }
@@ -46,11 +45,11 @@ impl Roster {
     pub(super) fn new(
         clients: &[Client],
         registry: Option<Registry>,
-        probe_timeout: Duration,
+        connector: &Connector,
         patience: Duration,
     ) -> Self {
         let known = clients.iter().map(|client| Known::new(client.clone(), false)).collect();
-        Self { known, registry, probe_timeout, patience }
+        Self { known, registry, connector: connector.clone(), patience }
     }
 
     /// The generators that answer and have this model, in the order in which they were named. Waits a little for one.
@@ -92,7 +91,7 @@ impl Roster {
         self.known.retain(|known| !known.is_registered || members.contains(&address(known)));
         for member in members {
             // Whoever is registered has an address that is one.
-            if let Ok(client) = Client::new(&member)
+            if let Ok(client) = self.connector.client(&member)
                 && !self.known.iter().any(|known| address(known) == member)
             {
                 self.known.push(Known::new(client, true));
@@ -132,7 +131,7 @@ impl Roster {
         let are_all_barred = self.known.iter().all(is_barred);
         let asked = self.known.iter().enumerate().filter(|(_, known)| are_all_barred || !is_barred(known));
         let answers = asked.map(async |(index, known)| {
-            let answer = tokio::time::timeout(self.probe_timeout, known.client.status()).await;
+            let answer = tokio::time::timeout(self.connector.probe_timeout(), known.client.status()).await;
             (index, answer.ok().and_then(Result::ok))
         });
         join_all(answers).await

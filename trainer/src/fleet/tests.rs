@@ -44,7 +44,7 @@ fn with_fleets<T: Send>(
     run_ranks(NUM_TRAINERS, |trainers| {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let weights = weights();
-        let fleet = Fleet::connect(&config, &trainers, &weights, Arc::new(runtime)).unwrap();
+        let fleet = Fleet::connect(&config, &trainers, &weights, Credentials::default(), Arc::new(runtime)).unwrap();
         rank(fleet, &trainers, &weights)
     })
 }

@@ -1,6 +1,6 @@
 //! Pushes over real Gloo groups: trainers as threads, generators as services in this process.
 
-use aha_core::config::{InitLoraWeights, SleepMode, TargetModule};
+use aha_core::config::{Credentials, InitLoraWeights, SleepMode, TargetModule};
 use aha_core::manifest::Manifest;
 use aha_nn::lora::{AdapterSpec, Merged, fresh_adapters};
 use aha_nn::model_config::ModelConfig;
@@ -9,6 +9,7 @@ use futures::future::try_join_all;
 use tonic::Status;
 
 use super::*;
+use crate::clients::Connector;
 use crate::test_generator::{TestGenerator, Update};
 use crate::test_ranks::run_ranks;
 use crate::torch::parameters::Parameters;
@@ -39,6 +40,10 @@ fn runtime() -> Arc<Runtime> {
     Arc::new(tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap())
 }
 
+fn connector() -> Connector {
+    Connector::new(Credentials::default(), TIMEOUT).unwrap()
+}
+
 /// What every rank makes of its publisher.
 fn with_publishers<T: Send>(
     num_trainers: usize,
@@ -48,7 +53,8 @@ fn with_publishers<T: Send>(
 ) -> Vec<T> {
     run_ranks(num_trainers, |trainers| {
         let runtime = runtime();
-        let connecting = generators.iter().map(|generator| Client::connect(&generator.address, TIMEOUT));
+        let connector = connector();
+        let connecting = generators.iter().map(|generator| connector.connect(&generator.address, TIMEOUT));
         let clients = runtime.block_on(try_join_all(connecting)).unwrap();
         let weights = weights(1, num_trainers);
         // Buckets smaller than units, so that a unit comes in several.
@@ -128,7 +134,7 @@ fn shared_weights_are_pushed_as_if_each_had_them_whole() {
         let generators = generators([Update::Take]);
         run_ranks(num_trainers, |trainers| {
             let runtime = runtime();
-            let client = runtime.block_on(Client::connect(&generators[0].address, TIMEOUT)).unwrap();
+            let client = runtime.block_on(connector().connect(&generators[0].address, TIMEOUT)).unwrap();
             let trainers = Arc::new(trainers);
             let shared = Parameters::of(3.into(), &trainers, weights(1, num_trainers));
             let limits = Limits {
@@ -152,7 +158,8 @@ fn a_generator_that_fails_ends_the_push_of_shared_weights_on_all_ranks() {
     let started = Instant::now();
     let messages = run_ranks(2, |trainers| {
         let runtime = runtime();
-        let connecting = generators.iter().map(|generator| Client::connect(&generator.address, TIMEOUT));
+        let connector = connector();
+        let connecting = generators.iter().map(|generator| connector.connect(&generator.address, TIMEOUT));
         let clients = runtime.block_on(try_join_all(connecting)).unwrap();
         let trainers = Arc::new(trainers);
         let shared = Parameters::of(3.into(), &trainers, weights(1, 2));
@@ -223,7 +230,7 @@ fn nccl_without_gpus_is_refused_on_all_ranks() {
     let generators = generators([Update::Take]);
     let messages = run_ranks(2, |trainers| {
         let runtime = runtime();
-        let client = runtime.block_on(Client::connect(&generators[0].address, TIMEOUT)).unwrap();
+        let client = runtime.block_on(connector().connect(&generators[0].address, TIMEOUT)).unwrap();
         let limits =
             Limits { timeout: TIMEOUT, bucket_bytes: 1000, backend: PushBackend::Nccl, sleep_mode: SleepMode::Cache };
         Publisher::join_within(limits, &trainers, &weights(1, 2), &[client], runtime).unwrap_err().to_string()

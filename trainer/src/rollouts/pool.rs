@@ -16,7 +16,7 @@ use super::call::Call;
 use super::filling::Filling;
 use super::membership::Membership;
 use super::{Late, Ledger, RolloutError};
-use crate::clients::{Client, seconds};
+use crate::clients::{Client, Connector, seconds};
 
 /// The generators of a run.
 pub struct GeneratorPool {
@@ -62,13 +62,13 @@ impl GeneratorPool {
     ///
     /// # Errors
     /// Names the first address that is none, or that did not answer in time.
-    pub fn connect(config: &RunConfig, runtime: Arc<Runtime>) -> Result<Self, RolloutError> {
+    pub fn connect(config: &RunConfig, connector: &Connector, runtime: Arc<Runtime>) -> Result<Self, RolloutError> {
         let addresses = &config.generator.addresses;
         if addresses.is_empty() && config.generator.coordinator.is_none() {
             return Err(RolloutError::NoGenerators);
         }
         let timeout = seconds(config.generator.connect_timeout_seconds);
-        let connecting = addresses.iter().map(|address| Client::connect(address, timeout));
+        let connecting = addresses.iter().map(|address| connector.connect(address, timeout));
         let clients = runtime.block_on(futures::future::try_join_all(connecting))?;
         let shared = Shared {
             membership: RwLock::new(Arc::new(Membership::new(&clients, &[]))),

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use aha_core::config::RunConfig;
+use aha_core::config::{Credentials, RunConfig};
 use aha_core::ids::{PolicyVersion, PromptId};
 use aha_core::random::derive_seed;
 use aha_core::rollout::{Completion, Group, Prompt, Sampling};
@@ -13,6 +13,7 @@ use tonic::Status;
 
 use super::pool::Progress;
 use super::{GeneratorPool, Late, Ledger, RolloutError, RolloutRequest};
+use crate::clients::Connector;
 use crate::test_generator::{Generate, TestGenerator, completion};
 
 const SEED: u64 = 7;
@@ -60,10 +61,14 @@ fn runtime() -> Arc<Runtime> {
     Arc::new(Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap())
 }
 
+fn connector() -> Connector {
+    Connector::new(Credentials::default(), Duration::from_secs(5)).unwrap()
+}
+
 fn pool(generators: &[&TestGenerator]) -> GeneratorPool {
     let mut config = RunConfig::default();
     config.generator.addresses = generators.iter().map(|generator| generator.address.clone()).collect();
-    GeneratorPool::connect(&config, runtime()).unwrap()
+    GeneratorPool::connect(&config, &connector(), runtime()).unwrap()
 }
 
 /// The completions that a faultless generator gives.
@@ -344,11 +349,11 @@ fn versions_within_the_bounds_are_taken() {
 #[test]
 fn a_pool_needs_generators_that_answer() {
     let mut config = RunConfig::default();
-    assert!(matches!(GeneratorPool::connect(&config, runtime()), Err(RolloutError::NoGenerators)));
+    assert!(matches!(GeneratorPool::connect(&config, &connector(), runtime()), Err(RolloutError::NoGenerators)));
     let gone = TestGenerator::start([]);
     gone.kill();
     config.generator.addresses = vec![gone.address.clone()];
     config.generator.connect_timeout_seconds = 0.3;
-    let message = GeneratorPool::connect(&config, runtime()).unwrap_err().to_string();
+    let message = GeneratorPool::connect(&config, &connector(), runtime()).unwrap_err().to_string();
     assert!(message.contains(&gone.address) && message.contains("did not answer for 0."), "{message}");
 }

@@ -1,6 +1,8 @@
 //! `aha bench`: measured rates of the real parts.
 
 mod decode;
+mod generator_process;
+mod push;
 mod roofline;
 mod shapes;
 mod step;
@@ -11,7 +13,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 
-/// Measure the engine and the training step on this machine.
+/// Measure the engine, the training step and weight pushes on this machine.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(subcommand)]
@@ -21,6 +23,7 @@ pub(crate) struct Args {
 #[derive(Debug, clap::Subcommand)]
 enum What {
     Decode(decode::Args),
+    Push(push::Args),
     Step(step::Args),
     Train(train::Args),
     /// Write a model folder of a known shape without weights, for --load-format dummy here and elsewhere
@@ -34,6 +37,7 @@ enum What {
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     match &args.what {
         What::Decode(args) => decode::run(args),
+        What::Push(args) => push::run(args),
         What::Step(args) => step::run(args),
         What::Train(args) => train::run(args),
         What::Shape { shape, folder } => {

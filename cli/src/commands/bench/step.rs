@@ -1,14 +1,13 @@
 //! `aha bench step`: seconds of a whole GRPO step through the real system, a generator process included.
 
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use aha_core::config::{DataSource, RewardSpec, RunConfig, SleepMode};
+use aha_core::config::{Credentials, DataSource, RewardSpec, RunConfig, SleepMode};
 use aha_core::random::sampling_uniform;
 use aha_core::rollout::Group;
 use aha_nn::runtime;
@@ -19,8 +18,8 @@ use aha_trainer::world::World;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
+use super::generator_process::{GeneratorProcess, free_address};
 use crate::commands::network_runtime;
-use crate::launch::supervised;
 
 const SYSTEM: &str = "You are a helpful assistant.";
 const USER: &str = "Using the numbers {{ nums }}, create an equation that equals {{ target }}. Show your work in \
@@ -74,16 +73,17 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     ensure!(args.steps > 0, "steps must be at least 1");
     let folder = tempfile::tempdir().context("making a folder for the run")?;
-    let address = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr())?.to_string();
+    let address = free_address()?;
     let config = config(args, folder.path(), &address)?;
     let path = folder.path().join("step.yaml");
     std::fs::write(&path, serde_saphyr::to_string(&config)?)?;
     let generator = GeneratorProcess::start(&path, &address)?;
-    let memory = PeakMemory::watch(generator.0.id());
+    let memory = PeakMemory::watch(generator.id());
 
     let runtime = Arc::new(network_runtime()?);
     aha_trainer::run::run(&config, &World::single(), &StopRequest::default(), |session| {
-        let mut fleet = Fleet::connect(&config, session.group(), &*session.learner.policy(), runtime)?;
+        let mut fleet =
+            Fleet::connect(&config, session.group(), &*session.learner.policy(), Credentials::default(), runtime)?;
         // Completions that end at their longest whatever they say, and rewards that say nothing.
         fleet.set_hooks(Hooks { request: |request| request.sampling.ignore_eos = true, groups: draw_rewards });
         Ok(Box::new(fleet))
@@ -104,7 +104,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         "push_seconds": median("weights/push_seconds"),
         "packed_tokens": median("num_packed_tokens"),
         "trainer_peak_rss_bytes": peak_of(runtime::memory()),
-        "generator_peak_rss_bytes": peak_of(runtime::memory_of(generator.0.id())),
+        "generator_peak_rss_bytes": peak_of(runtime::memory_of(generator.id())),
         "peak_rss_bytes": memory.stop(),
     });
     for name in ["generate", "exchange", "train", "reference", "forward", "head", "backward", "reduce", "optimizer"] {
@@ -195,25 +195,5 @@ impl PeakMemory {
         self.over.store(true, Ordering::Relaxed);
         drop(self.watching.join());
         self.most.load(Ordering::Relaxed)
-    }
-}
-
-/// A generator of our own, killed when it is dropped.
-struct GeneratorProcess(Child);
-
-impl GeneratorProcess {
-    fn start(config: &Path, address: &str) -> Result<Self> {
-        let mut command = Command::new(std::env::current_exe().context("finding the aha binary")?);
-        command.arg("generator").arg(config).args(["--listen", address]).stdin(Stdio::null()).stdout(Stdio::null());
-        command.env(supervised::VARIABLE, std::process::id().to_string()).env("OMP_WAIT_POLICY", "PASSIVE");
-        Ok(Self(command.spawn().context("starting the generator")?))
-    }
-}
-
-impl Drop for GeneratorProcess {
-    fn drop(&mut self) {
-        if let Err(error) = self.0.kill().and_then(|()| self.0.wait()) {
-            tracing::warn!("cannot stop the generator: {error}");
-        }
     }
 }

@@ -267,7 +267,9 @@ pub struct Generator {
     pub vllm_metric_names: bool,
     /// A client waits this long for a generator that does not answer yet.
     pub connect_timeout_seconds: f64,
-    /// A generator that does not answer for this long before a weight push is left out of it.
+    /// A generator that does not answer for this long before a weight push is left out of it. A connection on which nothing
+    /// arrives for this long is probed, and lost after as long again; a generator that registered is forgotten after three
+    /// times as long.
     pub probe_timeout_seconds: f64,
 }
 

@@ -146,6 +146,9 @@ pub struct Train {
     pub max_wall_clock_seconds: Option<f64>,
     /// A collective that takes longer fails, naming its group and rank.
     pub collective_timeout_seconds: f64,
+    /// Have the ranks compare what they are about to do before every collective, and name those that differ. For finding
+    /// faults: no collective overlaps with computation then.
+    pub check_collectives: bool,
     /// A weight push that takes longer fails, naming whom it waited for.
     pub push_timeout_seconds: f64,
     pub push_backend: PushBackend,
@@ -225,6 +228,7 @@ impl Default for Train {
             save_total_limit: 2,
             max_wall_clock_seconds: None,
             collective_timeout_seconds: 600.0,
+            check_collectives: false,
             push_timeout_seconds: 300.0,
             push_backend: PushBackend::Auto,
             threads: 0,

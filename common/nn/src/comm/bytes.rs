@@ -2,18 +2,24 @@
 
 use super::error::CommError;
 use super::group::ProcessGroup;
+use super::note::Note;
+use std::panic::Location;
 use tch::{Device, Kind, Tensor};
 
 impl ProcessGroup {
     /// The byte strings of all ranks, in the order of ranks. They may differ in length.
     ///
     /// # Errors
-    /// As for the collectives: this is two of them, lengths first, then all padded to the longest.
+    /// As for the collectives: this is two of them, lengths first, then all padded to the longest. With the lengths go the
+    /// lines of code that ask: [`CommError::Mismatch`] where they differ.
+    #[track_caller]
     pub fn all_gather_bytes(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CommError> {
-        let length = Tensor::from_slice(&[bytes.len() as i64]).to_device(self.device());
-        let mut lengths = Tensor::zeros([self.size() as i64], (Kind::Int64, self.device()));
-        self.all_gather(&length, &mut lengths)?;
-        let lengths = self.lengths("all_gather_bytes", &lengths)?;
+        let note = Note::new("all_gather_bytes", Location::caller()).with_length(bytes.len());
+        let (input, mut output) = note.tensors(self.size(), self.device());
+        self.all_gather(&input, &mut output)?;
+        let notes = self.to_bytes("all_gather_bytes", &output)?;
+        note.compare(&notes).map_err(|mismatch| self.mismatch(&mismatch))?;
+        let lengths = Note::lengths(&notes);
         let longest = lengths.iter().copied().max().unwrap_or(0);
 
         let mut padded = bytes.to_vec();
@@ -29,6 +35,7 @@ impl ProcessGroup {
     ///
     /// # Errors
     /// As for the collectives: this is two of them, the length first.
+    #[track_caller]
     pub fn broadcast_bytes(&self, bytes: &[u8], root: usize) -> Result<Vec<u8>, CommError> {
         let mut length = Tensor::from_slice(&[bytes.len() as i64]).to_device(self.device());
         self.broadcast(&mut length, root)?;
@@ -50,7 +57,7 @@ impl ProcessGroup {
         lengths.into_iter().map(convert).collect()
     }
 
-    fn to_bytes(&self, operation: &'static str, tensor: &Tensor) -> Result<Vec<u8>, CommError> {
+    pub(super) fn to_bytes(&self, operation: &'static str, tensor: &Tensor) -> Result<Vec<u8>, CommError> {
         Vec::<u8>::try_from(tensor.to_device(Device::Cpu)).map_err(|error| self.invalid(operation, error.to_string()))
     }
 }

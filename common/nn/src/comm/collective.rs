@@ -59,6 +59,17 @@ impl Collective<'_> {
         }
     }
 
+    /// Operation, elements and kind, which all ranks must agree on.
+    pub(super) fn describe(&self) -> String {
+        let how = match self {
+            Self::AllReduce { op, .. } | Self::ReduceScatter { op, .. } => format!(" ({op:?})"),
+            Self::Broadcast { root, .. } => format!(" (from {root})"),
+            Self::AllGather { .. } | Self::Barrier => String::new(),
+        };
+        let what = |(_, tensor): &(_, &Tensor)| format!(" of {} {:?}", tensor.numel(), tensor.kind());
+        format!("{}{how}{}", self.name(), self.tensors().first().map(what).unwrap_or_default())
+    }
+
     /// Whether nothing is to be sent. All ranks agree on that, as they agree on the number of elements.
     pub(super) fn is_empty(&self) -> bool {
         let tensors = self.tensors();

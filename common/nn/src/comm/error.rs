@@ -27,6 +27,11 @@ pub enum CommError {
         elapsed: Duration,
         reason: String,
     },
+    /// The ranks are not at the same place of the program, or run different builds of it. The group is closed.
+    #[error(
+        "group {group}: rank {rank} of {size} is out of step: {reason}; all ranks must run the same build and configuration"
+    )]
+    Mismatch { group: String, rank: usize, size: usize, reason: String },
     /// The group was aborted, or an earlier collective failed.
     #[error("group {group}: {operation} on rank {rank} of {size} refused: the group is closed: {reason}")]
     Closed { group: String, operation: &'static str, rank: usize, size: usize, reason: String },

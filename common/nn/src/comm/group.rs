@@ -3,6 +3,8 @@
 use super::collective::{Collective, ReduceOp};
 use super::deadline::within;
 use super::error::CommError;
+use super::note::{Mismatch, Note};
+use super::roll_call::roll_call;
 use super::store::{RawStore, Store, c_string, millis};
 use super::work::{RawWork, Ticket, Work};
 use crate::shim::{
@@ -10,6 +12,7 @@ use crate::shim::{
     aha_nccl_new,
 };
 use std::ffi::CString;
+use std::panic::Location;
 use std::ptr::{self, NonNull};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -50,13 +53,15 @@ pub struct GroupSpec {
 /// A group of ranks.
 ///
 /// All ranks must issue the same collectives with tensors of the same size and kind in the same order: that order is
-/// the caller's to agree on, and a rank that departs from it makes all others fail at their deadline. A group of one
-/// behaves alike and communicates nothing.
+/// the caller's to agree on, and a rank that departs from it makes all others fail at their deadline, or with
+/// [`CommError::Mismatch`] where collectives are checked. A group of one behaves alike and communicates nothing.
 #[derive(Debug)]
 pub struct ProcessGroup {
     shared: Arc<Shared>,
     /// The number of the last collective. Held while one is issued, so that numbers follow the order on the wire.
     issued: Mutex<u64>,
+    /// Compare what the ranks are about to do before each collective.
+    is_checked: bool,
 }
 
 /// Whether [`Backend::Nccl`] is part of this build.
@@ -81,21 +86,33 @@ impl ProcessGroup {
                 spec.size.saturating_sub(1)
             )));
         }
-        let raw = if spec.size == 1 { None } else { Some(connect(backend, store, spec)?) };
+        let (raw, store) = if spec.size == 1 {
+            (None, None)
+        } else {
+            connect(backend, store, spec).map(|(raw, store)| (Some(raw), Some(store)))?
+        };
         let device = match backend {
             Backend::Gloo => Device::Cpu,
             Backend::Nccl { device } => Device::Cuda(device),
         };
-        let shared = Shared { raw, spec: spec.clone(), device, closed: OnceLock::new() };
-        Ok(Self { shared: Arc::new(shared), issued: Mutex::new(0) })
+        let shared = Shared { raw, store, spec: spec.clone(), device, closed: OnceLock::new() };
+        Ok(Self { shared: Arc::new(shared), issued: Mutex::new(0), is_checked: false })
     }
 
     /// The group of one that needs no store.
     pub fn solo(name: &str, device: Device) -> Self {
         let address = Address::Host("localhost".to_owned());
         let spec = GroupSpec { name: name.to_owned(), rank: 0, size: 1, timeout: Duration::MAX, address };
-        let shared = Shared { raw: None, spec, device, closed: OnceLock::new() };
-        Self { shared: Arc::new(shared), issued: Mutex::new(0) }
+        let shared = Shared { raw: None, store: None, spec, device, closed: OnceLock::new() };
+        Self { shared: Arc::new(shared), issued: Mutex::new(0), is_checked: false }
+    }
+
+    /// Has the ranks compare before every collective what they are about to do: operation, elements, kind, and the line of
+    /// code that asks for it. All ranks do so or none. A collective then begins when every rank has come to it, so that
+    /// none overlaps with computation.
+    #[must_use]
+    pub fn checked(self, is_checked: bool) -> Self {
+        Self { is_checked, ..self }
     }
 
     pub fn name(&self) -> &str {
@@ -120,12 +137,15 @@ impl ProcessGroup {
     ///
     /// # Errors
     /// [`CommError::Invalid`] when a tensor does not fit, [`CommError::Collective`] when a peer fails or time runs out,
-    /// [`CommError::Closed`] after either an abort or such a failure; so for all collectives.
+    /// [`CommError::Closed`] after either an abort or such a failure, [`CommError::Mismatch`] in a checked group; so for
+    /// all collectives.
+    #[track_caller]
     pub fn all_reduce(&self, tensor: &mut Tensor, op: ReduceOp) -> Result<(), CommError> {
         self.all_reduce_async(tensor, op)?.wait()
     }
 
     /// Issues [`ProcessGroup::all_reduce`].
+    #[track_caller]
     pub fn all_reduce_async(&self, tensor: &mut Tensor, op: ReduceOp) -> Result<Work, CommError> {
         self.issue(Collective::AllReduce { tensor, op })
     }
@@ -134,11 +154,13 @@ impl ProcessGroup {
     ///
     /// # Shapes
     /// - input: `[W * n]`, output: `[n]`, elements `rank * n ..` of the reduction.
+    #[track_caller]
     pub fn reduce_scatter(&self, input: &Tensor, output: &mut Tensor, op: ReduceOp) -> Result<(), CommError> {
         self.reduce_scatter_async(input, output, op)?.wait()
     }
 
     /// Issues [`ProcessGroup::reduce_scatter`].
+    #[track_caller]
     pub fn reduce_scatter_async(&self, input: &Tensor, output: &mut Tensor, op: ReduceOp) -> Result<Work, CommError> {
         self.issue(Collective::ReduceScatter { output, input, op })
     }
@@ -147,26 +169,31 @@ impl ProcessGroup {
     ///
     /// # Shapes
     /// - input: `[n]`, output: `[W * n]`.
+    #[track_caller]
     pub fn all_gather(&self, input: &Tensor, output: &mut Tensor) -> Result<(), CommError> {
         self.all_gather_async(input, output)?.wait()
     }
 
     /// Issues [`ProcessGroup::all_gather`].
+    #[track_caller]
     pub fn all_gather_async(&self, input: &Tensor, output: &mut Tensor) -> Result<Work, CommError> {
         self.issue(Collective::AllGather { output, input })
     }
 
     /// Overwrites `tensor` with that of rank `root`.
+    #[track_caller]
     pub fn broadcast(&self, tensor: &mut Tensor, root: usize) -> Result<(), CommError> {
         self.broadcast_async(tensor, root)?.wait()
     }
 
     /// Issues [`ProcessGroup::broadcast`].
+    #[track_caller]
     pub fn broadcast_async(&self, tensor: &mut Tensor, root: usize) -> Result<Work, CommError> {
         self.issue(Collective::Broadcast { tensor, root })
     }
 
     /// Returns when every rank has called it.
+    #[track_caller]
     pub fn barrier(&self) -> Result<(), CommError> {
         self.issue(Collective::Barrier)?.wait()
     }
@@ -182,7 +209,31 @@ impl ProcessGroup {
         CommError::Invalid { group: name.clone(), operation, rank: *rank, size: *size, reason }
     }
 
+    /// Closes the group because the ranks are not at the same place.
+    pub(super) fn mismatch(&self, mismatch: &Mismatch) -> CommError {
+        self.shared.close(&mismatch.to_string());
+        let GroupSpec { name, rank, size, .. } = &self.shared.spec;
+        CommError::Mismatch { group: name.clone(), rank: *rank, size: *size, reason: mismatch.to_string() }
+    }
+
+    #[track_caller]
     fn issue(&self, collective: Collective<'_>) -> Result<Work, CommError> {
+        if self.is_checked && self.shared.raw.is_some() {
+            self.check_match(&collective, Location::caller())?;
+        }
+        self.issue_unchecked(collective)
+    }
+
+    /// Compares with the other ranks. This is a collective whose size is the same whatever it is about.
+    fn check_match(&self, collective: &Collective<'_>, caller: &Location<'_>) -> Result<(), CommError> {
+        let note = Note::new(&collective.describe(), caller);
+        let (input, mut output) = note.tensors(self.size(), self.device());
+        self.issue_unchecked(Collective::AllGather { output: &mut output, input: &input })?.wait()?;
+        let notes = self.to_bytes(collective.name(), &output)?;
+        note.compare(&notes).map_err(|mismatch| self.mismatch(&mismatch))
+    }
+
+    fn issue_unchecked(&self, collective: Collective<'_>) -> Result<Work, CommError> {
         let operation = collective.name();
         if let Some(reason) = self.shared.closed.get() {
             let GroupSpec { name, rank, size, .. } = &self.shared.spec;
@@ -219,6 +270,8 @@ impl GroupSpec {
 pub(super) struct Shared {
     /// `None` in a group of one.
     raw: Option<RawGroup>,
+    /// Where the ranks met, with keys of this group; `None` in a group of one.
+    store: Option<Store>,
     spec: GroupSpec,
     device: Device,
     /// Why the group is closed, once it is.
@@ -230,17 +283,22 @@ impl Shared {
         self.spec.timeout
     }
 
-    /// Closes the group because a collective failed.
+    /// Closes the group because a collective failed. Where that is news, asks which ranks have noticed.
     pub(super) fn fail(&self, ticket: Ticket, reason: String) -> CommError {
         let Ticket { operation, sequence, issued } = ticket;
         let elapsed = issued.elapsed();
         // In a group that was closed before, what libtorch says of lost connections is not the cause.
-        let reason = match self.closed.get() {
-            Some(cause) => format!("{cause} ({reason})"),
-            None => reason,
-        };
+        let cause = self.closed.get().cloned();
         self.close(&format!("{operation} #{sequence} failed: {reason}"));
         let GroupSpec { name, rank, size, .. } = &self.spec;
+        let reason = match (cause, &self.store) {
+            (Some(cause), _) => format!("{cause} ({reason})"),
+            (None, Some(store)) => {
+                let others = roll_call(store, (*rank, *size), &format!("{operation} #{sequence}"));
+                format!("{reason}; {others}")
+            }
+            (None, None) => reason,
+        };
         CommError::Collective { group: name.clone(), operation, sequence, rank: *rank, size: *size, elapsed, reason }
     }
 
@@ -274,7 +332,7 @@ impl Drop for RawGroup {
 }
 
 /// Announces this rank, waits for the others, and connects to them.
-fn connect(backend: Backend, store: &Store, spec: &GroupSpec) -> Result<RawGroup, CommError> {
+fn connect(backend: Backend, store: &Store, spec: &GroupSpec) -> Result<(RawGroup, Store), CommError> {
     let started = Instant::now();
     let rest = || spec.timeout.saturating_sub(started.elapsed());
     let store = store.scoped(&spec.name, spec.timeout)?;
@@ -289,7 +347,8 @@ fn connect(backend: Backend, store: &Store, spec: &GroupSpec) -> Result<RawGroup
         );
     }
     let (raw_store, options) = (store.raw(), Options::new(backend, spec)?);
-    within(rest(), move || options.open(backend, &raw_store)).map_err(|reason| spec.join_error(reason))
+    let group = within(rest(), move || options.open(backend, &raw_store)).map_err(|reason| spec.join_error(reason))?;
+    Ok((group, store))
 }
 
 fn arrival_key(rank: usize) -> String {

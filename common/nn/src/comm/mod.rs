@@ -8,6 +8,8 @@ mod collective;
 mod deadline;
 mod error;
 mod group;
+mod note;
+mod roll_call;
 mod store;
 #[cfg(test)]
 mod tests;

@@ -72,8 +72,13 @@ impl Store {
     /// # Errors
     /// [`CommError::Store`] when the server is gone or silent; so for all operations.
     pub fn set(&self, key: &str, value: &[u8]) -> Result<(), CommError> {
+        self.set_within(key, value, self.timeout)
+    }
+
+    /// [`Store::set`] with a limit of its own.
+    pub(super) fn set_within(&self, key: &str, value: &[u8], limit: Duration) -> Result<(), CommError> {
         let value = value.to_vec();
-        self.call("set", key, self.timeout, move |raw, key| {
+        self.call("set", key, limit, move |raw, key| {
             // SAFETY: the store is alive; `key` and `value` outlive the call.
             unsafe { shim::check(aha_store_set(raw, key, value.as_ptr(), value.len())) }
         })
