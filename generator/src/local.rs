@@ -103,9 +103,10 @@ impl LocalGenerator {
                 Ok(staged)
             });
         }
-        let swapped = engine.swap(staged?, version).await?;
+        // What served before goes before the cache comes back.
+        let stood_still = engine.swap(staged?, version).await?.stood_still;
         engine.wake().await?;
-        Ok(swapped.stood_still)
+        Ok(stood_still)
     }
 
     /// Gives back keys and values, and on the CPU the weights, until others are served.

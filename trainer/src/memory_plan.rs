@@ -131,6 +131,21 @@ pub fn generator(config: &RunConfig, model: &ModelConfig, kind: Kind) -> Plan {
     Plan::new([("weights", weights), ("weights that arrive", weights), ("KV blocks", blocks)])
 }
 
+/// What a rank and its engine take in one process (`launch.colocate`), while it trains and while it samples: they take turns,
+/// and on a GPU the engine's weights stay.
+#[must_use]
+pub fn colocated(trainer: &Plan, engine: &Plan, device: Device) -> [Plan; 2] {
+    const ALWAYS: [&str; 5] = ["frozen base", "adapters", "weights", "optimizer", "reference model"];
+    let of_engine = |name| engine.terms.iter().find(|(term, _)| *term == name).map_or(0, |(_, bytes)| *bytes);
+    let weights = of_engine("weights");
+    // A new version comes before the cache does.
+    let staged = if device == Device::Cpu { 0 } else { of_engine("weights that arrive") };
+    let samples = [("engine's weights", weights), ("KV blocks", of_engine("KV blocks").max(staged))];
+    let trains = [("engine's weights", if device == Device::Cpu { 0 } else { weights })];
+    let held = trainer.terms.iter().copied().filter(|(name, _)| ALWAYS.contains(name));
+    [Plan::new(trainer.terms.iter().copied().chain(trains)), Plan::new(held.chain(samples))]
+}
+
 impl Plan {
     fn new(terms: impl IntoIterator<Item = (&'static str, usize)>) -> Self {
         Self { terms: terms.into_iter().filter(|(_, bytes)| *bytes > 0).collect() }

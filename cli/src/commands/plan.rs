@@ -91,16 +91,24 @@ pub(super) fn rows(config: &RunConfig, model: &ModelConfig, world_size: usize) -
     let (num_tokens, num_targets) = memory_plan::largest_micro_batch(config, world_size);
     let (train, lora) = (&config.train, &config.lora);
     let setting = Setting { model, train, lora, kind, device, world_size, num_tokens, num_targets };
-    let TrainerPlan { device: on_device, host } = memory_plan::trainer(&setting);
-    let trainer = format!("trainer rank of {world_size}, {num_tokens} tokens at a time");
+    let TrainerPlan { device: mut on_device, host } = memory_plan::trainer(&setting);
+    let mut trainer = format!("trainer rank of {world_size}, {num_tokens} tokens at a time");
+    let kind = if device == Device::Cpu { Kind::Float } else { kind };
+    let generator = memory_plan::generator(config, model, kind);
+    if config.launch.colocate {
+        let [trains, samples] = memory_plan::colocated(&on_device, &generator, device);
+        let is_training = trains.total() >= samples.total();
+        trainer = format!("{trainer}, with its engine, while it {}", if is_training { "trains" } else { "samples" });
+        on_device = if is_training { trains } else { samples };
+    }
     let mut rows = vec![Row { process: trainer, is_generator: false, plan: on_device, is_on_device: true }];
     if host.total() > 0 {
         let process = "trainer rank, on the CPU".to_owned();
         rows.push(Row { process, is_generator: false, plan: host, is_on_device: false });
     }
-    let kind = if device == Device::Cpu { Kind::Float } else { kind };
-    let plan = memory_plan::generator(config, model, kind);
-    rows.push(Row { process: "generator".to_owned(), is_generator: true, plan, is_on_device: true });
+    if !config.launch.colocate {
+        rows.push(Row { process: "generator".to_owned(), is_generator: true, plan: generator, is_on_device: true });
+    }
     rows
 }
 
@@ -122,6 +130,32 @@ fn to_json(rows: &[Row]) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_rank_and_its_engine_take_turns() {
+        let raw = json!({"model_type": "qwen2", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2});
+        let model = ModelConfig::from_json(raw.as_object().unwrap().clone()).unwrap();
+        let mut config = RunConfig::default();
+        config.model.device = DeviceKind::Cpu;
+        let total = |config: &RunConfig| {
+            let rows = rows(config, &model, 1);
+            (rows.len(), rows[0].process.clone(), rows[0].plan.total())
+        };
+        let (_, _, alone) = total(&config);
+        config.launch.colocate = true;
+        config.generator.kv_cache_mib = 1;
+        let (num_rows, process, bytes) = total(&config);
+        assert!(num_rows == 1 && process.ends_with("while it trains"), "{process}");
+        assert_eq!(bytes, alone, "on the CPU nothing of the engine stays");
+        config.generator.kv_cache_mib = 1 << 20;
+        let (_, process, bytes) = total(&config);
+        assert!(process.ends_with("while it samples"), "{process}");
+        let numel = model.manifest().numel();
+        // Weights and two moments, the engine's weights, and the cache in whole blocks.
+        let expect = 4 * 4 * numel + (1 << 40);
+        assert!(bytes.abs_diff(expect) < 1 << 20, "{bytes} and {expect}");
+    }
 
     #[test]
     fn the_columns_of_a_table_are_aligned() {
