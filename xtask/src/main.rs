@@ -5,6 +5,7 @@
 mod bench;
 mod checks;
 mod demo;
+mod fuzz;
 mod gpu_bundle;
 mod libtorch;
 mod peers;
@@ -57,6 +58,13 @@ enum Task {
         #[arg(long, value_name = "DIR")]
         out: Option<PathBuf>,
     },
+    /// Fuzz what aha reads from others with libFuzzer, outside the tests; all targets, or those that are named
+    Fuzz {
+        targets: Vec<String>,
+        /// For each target
+        #[arg(long, default_value_t = 600)]
+        seconds: u64,
+    },
     /// Install the Python frameworks that aha is measured against into .peers/, and SmolLM2-135M into models/
     Peers {
         /// Make the Python environment somewhere else than .peers/
@@ -84,6 +92,7 @@ fn run(task: Task) -> anyhow::Result<Status> {
         Task::Demo { fresh } => demo::run(&workspace, fresh),
         Task::Bench(bench) => bench::run(&workspace, &bench),
         Task::GpuBundle { out } => gpu_bundle::run(&workspace, out.as_deref()),
+        Task::Fuzz { targets, seconds } => fuzz::run(&workspace, &targets, seconds),
         Task::Peers { dir } => peers::install(&workspace, dir.as_deref()).map(|()| Status::Success),
     }
 }

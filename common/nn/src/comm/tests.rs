@@ -10,7 +10,7 @@ use tch::{Device, Kind, Tensor};
 
 const PATIENT: Duration = Duration::from_secs(60);
 /// Long enough to meet on a loaded machine, short enough to wait for.
-const HASTY: Duration = Duration::from_secs(4);
+const HASTY: Duration = Duration::from_secs(8);
 /// How much later than its deadline an error may come on a loaded machine.
 const SLACK: Duration = Duration::from_secs(12);
 const LOCALHOST: &str = "127.0.0.1";

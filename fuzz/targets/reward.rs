@@ -1,0 +1,19 @@
+//! A completion is hostile: whatever it says, every reward function has a score for it.
+#![no_main]
+
+use aha_core::reward::RewardFunction;
+use libfuzzer_sys::fuzz_target;
+use serde_json::{Map, Value, json};
+
+fuzz_target!(|bytes: &[u8]| {
+    // The first byte says how many of those after it are the row's columns.
+    let Some((&length, rest)) = bytes.split_first() else { return };
+    let (columns, completion) = rest.split_at(usize::from(length).min(rest.len()));
+    let columns: Map<String, Value> = serde_json::from_slice(columns)
+        .unwrap_or_else(|_| json!({"target": 36, "nums": [3, 7, 12]}).as_object().expect("an object").clone());
+    let completion = String::from_utf8_lossy(completion);
+    for function in RewardFunction::ALL {
+        let score = function.score(&completion, &columns).score();
+        assert!((0.0..=1.0).contains(&score), "{function} scores {score}");
+    }
+});
