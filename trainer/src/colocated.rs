@@ -86,13 +86,15 @@ impl Colocated {
         let answer = self.engine.answer(request.message(prompt, samples, OWN.to_owned()));
         let rest = self.deadline.saturating_sub(started.elapsed());
         let Ok(completions) = tokio::time::timeout(rest, answer).await else { return Ok(None) };
-        let refused =
-            |error| RolloutError::Refused { generator: OWN.to_owned(), prompt: prompt.id, reason: format!("{error}") };
-        let completions = completions.map_err(refused)?;
-        let (oldest, mut spans) = (request.min_version, completions.iter().flat_map(|completion| &completion.spans));
-        if let Some(span) = spans.find(|span| span.version != oldest) {
+        let refused = |reason: String| {
             let (generator, prompt) = (OWN.to_owned(), prompt.id);
-            return Err(RolloutError::WrongVersion { generator, prompt, oldest, newest: oldest, got: span.version });
+            RolloutError::Refused { generator, prompt, reason }
+        };
+        let completions = completions.map_err(|error| refused(error.to_string()))?;
+        let (expected, mut spans) = (request.min_version, completions.iter().flat_map(|completion| &completion.spans));
+        if let Some(span) = spans.find(|span| span.version != expected) {
+            // Final: nobody else could have it.
+            return Err(refused(format!("it sampled with policy {}, not {expected}", span.version)));
         }
         Ok(Some(Group { prompt: prompt.clone(), completions }))
     }
@@ -138,8 +140,8 @@ impl Generators for Colocated {
         Vec::new()
     }
 
-    fn take_idle(&self) -> Duration {
-        self.idle
+    fn take_idle(&mut self) -> Duration {
+        std::mem::take(&mut self.idle)
     }
 
     fn roll_out(
@@ -148,7 +150,7 @@ impl Generators for Colocated {
         _policy: (&dyn ModelWeights, PolicyVersion),
         request: &RolloutRequest,
     ) -> Result<Vec<Option<Group>>, RolloutError> {
-        self.idle = self.last_done.map_or(Duration::ZERO, |done| done.elapsed());
+        self.idle += self.last_done.map_or(Duration::ZERO, |done| done.elapsed());
         let sampled = self.runtime.block_on(self.sample(request));
         self.last_done = Some(Instant::now());
         let (groups, late) = match sampled {

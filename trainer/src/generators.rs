@@ -45,7 +45,7 @@ pub trait Generators: Debug {
     fn received(&self) -> Vec<Received>;
 
     /// Time for which there was nothing to do for this rank, since it was last asked for.
-    fn take_idle(&self) -> Duration;
+    fn take_idle(&mut self) -> Duration;
 
     /// As [`Rollouts::roll_out`], while `policy` trains, which was published last, as `version`.
     ///

@@ -289,7 +289,7 @@ impl Generators for Fleet {
         self.ahead.iter().map(received).collect()
     }
 
-    fn take_idle(&self) -> Duration {
+    fn take_idle(&mut self) -> Duration {
         self.pool.take_idle()
     }
 
