@@ -69,7 +69,7 @@ impl Instance {
         let tokenizer = Arc::new(Tokenizer::load(&model.path)?);
         let config = ModelConfig::load(&model.path)?;
         let pool = Pool::new(num_threads(generator.threads)?)?;
-        let kind = if format.device.is_cuda() { Kind::BFloat16 } else { Kind::Float };
+        let kind = format.pushed;
         let weights = if model.random_init {
             Weights::random(&config, *seed, 1, kind, Device::Cpu)
         } else {

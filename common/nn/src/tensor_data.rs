@@ -1,5 +1,6 @@
 //! A CPU tensor's memory as a slice, for kernels and files.
 
+use half::bf16;
 use tch::kind::Element;
 use tch::{Device, Kind, Tensor};
 
@@ -20,6 +21,17 @@ pub fn to_device<T: Element>(values: &[T], device: Device) -> Tensor {
 pub fn f32_slice(tensor: &Tensor) -> &[f32] {
     check(tensor, Kind::Float);
     // SAFETY: `check` saw a contiguous CPU tensor of floats, whose memory lives as long as the borrow of it.
+    unsafe { std::slice::from_raw_parts(data(tensor), tensor.numel()) }
+}
+
+/// The elements of a contiguous bf16 CPU tensor.
+///
+/// # Panics
+/// If it is anything else.
+#[must_use]
+pub fn bf16_slice(tensor: &Tensor) -> &[bf16] {
+    check(tensor, Kind::BFloat16);
+    // SAFETY: `check` saw a contiguous CPU tensor of bf16, whose memory lives as long as the borrow of it.
     unsafe { std::slice::from_raw_parts(data(tensor), tensor.numel()) }
 }
 

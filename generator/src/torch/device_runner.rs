@@ -44,7 +44,7 @@ impl DeviceWeights {
     /// If there is not enough memory on the GPU.
     pub fn empty(config: &ModelConfig, format: WeightFormat) -> anyhow::Result<Self> {
         match format.device {
-            Device::Cpu => Ok(Self::Cpu(ServingWeights::empty(config, format.quantization))),
+            Device::Cpu => Ok(Self::Cpu(ServingWeights::empty(config, format.pushed, format.quantization))),
             device => Ok(Self::Gpu(GpuWeights::empty(config, device)?)),
         }
     }

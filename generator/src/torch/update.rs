@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use aha_core::ids::PolicyVersion;
-use aha_core::manifest::{Bucket, Manifest, UnitSpec};
-use aha_nn::comm::{Address, Backend, CommError, GroupSpec, ProcessGroup, Store};
+use aha_core::manifest::{Bucket, Manifest};
+use aha_nn::comm::{Address, Backend, CommError, GroupSpec, ProcessGroup, Store, Work};
 use aha_nn::kernels::cpu::Pool;
 use aha_nn::model_config::ModelConfig;
 use aha_nn::tensor_data::bytes;
@@ -24,6 +24,8 @@ use crate::engine::{EngineError, EngineHandle};
 
 /// Commands that may wait while one is worked on.
 const MAX_WAITING: usize = 4;
+/// Units begin at multiples of so many elements, as copies between devices like it.
+const ALIGNMENT: usize = 256;
 
 /// Which group to enter, and as whom.
 #[derive(Debug, Clone)]
@@ -209,8 +211,28 @@ struct Worker {
 struct Joined {
     group: Arc<ProcessGroup>,
     buckets: Vec<Bucket>,
-    /// Memory of the largest unit.
+    /// Holds two units, one after the other and at both ends in turn: while one is unpacked, the next one comes.
     buffer: Tensor,
+}
+
+impl Joined {
+    /// The memory of a unit, which those before and after it do not touch.
+    fn place(&self, unit_idx: usize, numel: usize) -> Tensor {
+        let at_the_end = (self.buffer.numel() - numel) / ALIGNMENT * ALIGNMENT;
+        let start = if unit_idx % 2 == 0 { 0 } else { at_the_end };
+        self.buffer.narrow(0, start as i64, numel as i64)
+    }
+
+    fn receive(&self, bucket: &Bucket, manifest: &Manifest) -> Result<Work, CommError> {
+        let unit = self.place(bucket.unit_idx, manifest.units[bucket.unit_idx].numel());
+        self.group.broadcast_async(&mut unit.narrow(0, bucket.offset as i64, bucket.numel as i64), bucket.owner)
+    }
+}
+
+/// Elements for any two units that come one after the other.
+fn numel_of_neighbours(manifest: &Manifest) -> usize {
+    let numels: Vec<usize> = manifest.units.iter().map(|unit| unit.numel().next_multiple_of(ALIGNMENT)).collect();
+    numels.windows(2).map(|pair| pair[0] + pair[1]).max().unwrap_or_else(|| numels.iter().sum())
 }
 
 impl Worker {
@@ -258,10 +280,10 @@ impl Worker {
         };
         let group = Arc::new(ProcessGroup::new(backend, &store, &spec)?);
         self.set_current(Some(Arc::clone(&group)));
-        let largest = self.manifest.units.iter().map(UnitSpec::numel).max().unwrap_or(0);
+        let numel = numel_of_neighbours(&self.manifest) as i64;
         self.joined = Some(Joined {
             buckets: self.manifest.buckets(membership.num_trainers, membership.bucket_numel),
-            buffer: Tensor::empty([largest as i64], (self.format.pushed, group.device())),
+            buffer: Tensor::empty([numel], (self.format.pushed, group.device())),
             group,
         });
         Ok(())
@@ -284,10 +306,11 @@ impl Worker {
         Ok(Pushed { receive, swap })
     }
 
-    /// Receives all buckets, even past a unit that is wrong: the other members are sending them all.
+    /// Receives all buckets, even past a unit that is wrong: the other members are sending them all. One is always on its
+    /// way while what has come is checked and packed.
     fn fill_spare(&mut self, push: &Push) -> Result<(), UpdateError> {
         let Self { config, manifest, format, pool, joined, spare, .. } = self;
-        let joined = joined.as_mut().filter(|joined| joined.group.name() == push.group);
+        let joined = joined.as_ref().filter(|joined| joined.group.name() == push.group);
         let joined = joined.ok_or_else(|| UpdateError::NotJoined(push.group.clone()))?;
         if push.unit_hashes.len() != manifest.units.len() {
             let (got, units) = (push.unit_hashes.len(), manifest.units.len());
@@ -298,14 +321,17 @@ impl Worker {
             let empty = DeviceWeights::empty(config, *format).map(|set| *spare = Some(set));
             outcome = empty.map_err(UpdateError::Weights);
         }
-        for bucket in &joined.buckets {
-            let mut part = joined.buffer.narrow(0, bucket.offset as i64, bucket.numel as i64);
-            joined.group.broadcast(&mut part, bucket.owner)?;
+        let mut buckets = joined.buckets.iter();
+        let mut start_next = || buckets.next().map(|next| joined.receive(next, manifest).map(|work| (next, work)));
+        let mut on_its_way = start_next().transpose()?;
+        while let Some((bucket, work)) = on_its_way {
+            on_its_way = start_next().transpose()?;
+            work.wait()?;
             let unit = &manifest.units[bucket.unit_idx];
             if bucket.offset + bucket.numel < unit.numel() || outcome.is_err() {
                 continue;
             }
-            let flat = joined.buffer.narrow(0, 0, unit.numel() as i64);
+            let flat = joined.place(bucket.unit_idx, unit.numel());
             let (got, announced) = (xxh3_64(bytes(&flat.to_device(Device::Cpu))), push.unit_hashes[bucket.unit_idx]);
             if got != announced {
                 outcome = Err(UpdateError::BadHash { unit: unit.name.clone(), got, announced });

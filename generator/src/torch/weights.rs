@@ -5,7 +5,6 @@
 use aha_core::config::Quantization;
 use aha_nn::kernels::cpu::Pool;
 use aha_nn::model_config::ModelConfig;
-use aha_nn::tensor_data::f32_slice;
 use aha_nn::transformer::{Head, Layer, Projection};
 use aha_nn::weights::{Weights, split};
 use tch::{Device, Kind, Tensor};
@@ -23,7 +22,7 @@ pub(super) struct MatrixPart {
     pub(super) out_features: usize,
 }
 
-/// One set of weights, fp32, or with the layers' matrices in 8 bits.
+/// One set of weights: vectors and embedding in fp32, matrices in the type that they came in, or those of the layers in 8 bits.
 #[derive(Debug)]
 pub struct ServingWeights {
     config: ModelConfig,
@@ -34,31 +33,29 @@ pub struct ServingWeights {
     norm: Tensor,
     /// Those of the layers, then the head, which is never quantised: log-probs depend on it most directly.
     matrices: Vec<Matrix>,
-    /// Of a layer that is being replaced, in fp32; empty when none is. Memory that is new to a process is cleared by the
-    /// system first, so all layers of a push share it.
-    scratch: Tensor,
 }
 
 impl ServingWeights {
-    /// Packs a copy of `weights`, which are fp32 on the CPU.
+    /// Packs a copy of `weights`, which are on the CPU.
     #[must_use]
     pub fn new(config: &ModelConfig, weights: &Weights, quantization: Quantization, pool: &Pool) -> Self {
-        Self::of(config, |unit_idx| weights.views(unit_idx), |stacked| pack(quantization, stacked, pool))
+        let pack = |stacked: &[Tensor]| {
+            let mut matrix = Matrix::zeros(quantization, stacked);
+            matrix.repack(pool, stacked);
+            matrix
+        };
+        Self::of(config, |unit_idx| weights.views(unit_idx), pack)
     }
 
-    /// A set to be filled unit by unit. Its matrices take memory as they are filled.
+    /// A set to be filled unit by unit with weights of this type. Its matrices take memory as they are filled.
     #[must_use]
-    pub fn empty(config: &ModelConfig, quantization: Quantization) -> Self {
+    pub fn empty(config: &ModelConfig, kind: Kind, quantization: Quantization) -> Self {
         let manifest = config.manifest();
         let blank = |unit_idx: usize| {
-            let flat = Tensor::empty([manifest.units[unit_idx].numel() as i64], (Kind::Float, Device::Cpu));
+            let flat = Tensor::empty([manifest.units[unit_idx].numel() as i64], (kind, Device::Cpu));
             split(&flat, &manifest, unit_idx)
         };
-        let zeros = |stacked: &[Tensor]| {
-            let num_outputs = stacked.iter().map(|part| part.size()[0] as usize).sum();
-            Matrix::zeros(quantization, [num_outputs, stacked[0].size()[1] as usize])
-        };
-        Self::of(config, blank, zeros)
+        Self::of(config, blank, |stacked| Matrix::zeros(quantization, stacked))
     }
 
     /// `unit` gives the parameters of a unit, and `store` keeps projections that are stacked.
@@ -71,32 +68,30 @@ impl ServingWeights {
         let mut place = |_, stacked: &[Tensor]| matrices.push(store(stacked));
         let layers =
             (0..config.num_layers).map(|layer| new_layer(config, layer, unit(1 + layer), &mut place)).collect();
-        let embedding = unit(0).remove(0).copy(); // [V, C]
+        let embedding = fp32_copy(&unit(0)[0]); // [V, C]
         let head = Head::new(unit(1 + config.num_layers), |matrix| matrix);
         let head_matrix = head.lm_head.map_or_else(|| embedding.shallow_clone(), |projection| projection.weight);
         place(head_idx(config), &[head_matrix]);
-        Self { config: config.clone(), embedding, layers, norm: head.norm.copy(), matrices, scratch: no_floats() }
+        Self { config: config.clone(), embedding, layers, norm: fp32_copy(&head.norm), matrices }
     }
 
-    /// Replaces the parameters of one unit by copies of `params`, given in the order of the manifest.
+    /// Replaces the parameters of one unit by copies of `params`, given in the order of the manifest, in fp32 or bf16.
     pub fn set_unit(&mut self, unit_idx: usize, params: Vec<Tensor>, pool: &Pool) {
-        let Self { config, embedding, layers, norm, matrices, scratch } = self;
-        let mut repack = |matrix_idx: usize, stacked: &[Tensor]| matrices[matrix_idx].repack(pool, &slices(stacked));
+        let Self { config, embedding, layers, norm, matrices } = self;
+        let mut repack = |matrix_idx: usize, stacked: &[Tensor]| matrices[matrix_idx].repack(pool, stacked);
         match unit_idx.checked_sub(1) {
             None => {
                 tch::no_grad(|| embedding.copy_(&params[0]));
                 if config.tie_word_embeddings {
-                    repack(head_idx(config), std::slice::from_ref(embedding));
+                    repack(head_idx(config), &params);
                 }
             }
             Some(layer) if layer < config.num_layers => {
-                layers[layer] = new_layer(config, layer, in_fp32(&params, scratch), &mut repack);
+                layers[layer] = new_layer(config, layer, params, &mut repack);
             }
             Some(_) => {
-                *scratch = no_floats();
-                let params = params.iter().map(|param| param.to_kind(Kind::Float)).collect();
                 let head = Head::new(params, |matrix| repack(head_idx(config), &[matrix]));
-                *norm = head.norm.copy();
+                *norm = fp32_copy(&head.norm);
             }
         }
     }
@@ -129,27 +124,8 @@ impl ServingWeights {
     }
 }
 
-fn no_floats() -> Tensor {
-    Tensor::empty([0], (Kind::Float, Device::Cpu))
-}
-
-/// `params` as they are where they are fp32, or else copies in `scratch`, which grows as it must.
-fn in_fp32(params: &[Tensor], scratch: &mut Tensor) -> Vec<Tensor> {
-    if params.iter().all(|param| param.kind() == Kind::Float) {
-        return params.iter().map(Tensor::shallow_clone).collect();
-    }
-    let numel = params.iter().map(Tensor::numel).sum::<usize>();
-    if scratch.numel() < numel {
-        *scratch = Tensor::empty([numel as i64], (Kind::Float, Device::Cpu));
-    }
-    let mut start = 0;
-    let copy = |param: &Tensor| {
-        let mut copy = scratch.narrow(0, start, param.numel() as i64).view_as(param);
-        start += param.numel() as i64;
-        tch::no_grad(|| copy.copy_(param));
-        copy
-    };
-    params.iter().map(copy).collect()
+fn fp32_copy(param: &Tensor) -> Tensor {
+    param.to_dtype(Kind::Float, false, true)
 }
 
 fn head_idx(config: &ModelConfig) -> usize {
@@ -165,7 +141,7 @@ fn new_layer(
 ) -> Layer<MatrixPart> {
     let first_idx = layer * PARTS.len();
     let mut matrix_of_part = PARTS.iter().enumerate().flat_map(|(i, &num_parts)| vec![first_idx + i; num_parts]);
-    let params = params.into_iter().map(|param| if param.dim() == 1 { param.copy() } else { param }).collect();
+    let params = params.into_iter().map(|param| if param.dim() == 1 { fp32_copy(&param) } else { param }).collect();
     let mut weights = Vec::new();
     let layer = Layer::new(config, params, |weight| {
         let out_features = weight.size()[0] as usize;
@@ -179,12 +155,4 @@ fn new_layer(
         rest = others;
     }
     layer
-}
-
-fn pack(quantization: Quantization, stacked: &[Tensor], pool: &Pool) -> Matrix {
-    Matrix::pack(quantization, pool, &slices(stacked), stacked[0].size()[1] as usize)
-}
-
-fn slices(tensors: &[Tensor]) -> Vec<&[f32]> {
-    tensors.iter().map(f32_slice).collect()
 }

@@ -273,7 +273,7 @@ fn score<S: Simd, const R: usize>(state: &mut State, row: usize, keys: KeyTile) 
             // of block_size, and offset + LANES stays within one because both are multiples of LANES.
             scores = unsafe {
                 let columns = columns.map(|column| column.add(depth * block_size));
-                accumulate::<S, R, 2>(scores, queries.as_ptr().add(depth), columns, block_size, piece)
+                accumulate::<S, R, 2, _>(scores, queries.as_ptr().add(depth), columns, block_size, piece)
             };
         }
         for (r, scores) in scores.into_iter().enumerate() {
@@ -355,7 +355,7 @@ fn gather<S: Simd, const R: usize>(state: &mut State, row: usize, keys: KeyTile,
             // from `offset` on, and column + 2 * LANES <= width.
             acc = unsafe {
                 let values = [values, values.add(S::LANES)];
-                accumulate::<S, R, 2>(acc, weights.as_ptr(), values, width, depth)
+                accumulate::<S, R, 2, _>(acc, weights.as_ptr(), values, width, depth)
             };
             key += depth;
         }

@@ -3,8 +3,12 @@
 use std::cell::RefCell;
 use std::marker::PhantomData;
 
-/// Floats in a cache line.
-pub(super) const LINE: usize = 16;
+use super::number::Lanes;
+
+/// Bytes of a line of the processor's cache.
+pub(super) const LINE_BYTES: usize = 64;
+/// Floats in it.
+pub(super) const LINE: usize = LINE_BYTES / size_of::<f32>();
 
 /// Rows of a row-major matrix, or a range of its columns.
 #[derive(Debug, Clone, Copy)]
@@ -152,26 +156,27 @@ impl<'a> SharedRows<'a> {
 
 /// Zeros that start on a cache line. Large ones cost no memory until they are written.
 #[derive(Debug)]
-pub(super) struct AlignedBuf {
-    data: Vec<f32>,
+pub(super) struct AlignedBuf<T = f32> {
+    data: Vec<T>,
     start: usize,
     len: usize,
 }
 
-impl AlignedBuf {
+impl<T: Lanes> AlignedBuf<T> {
     pub(super) fn zeros(len: usize) -> Self {
-        let data = vec![0.0_f32; len + LINE];
+        let line = LINE_BYTES / size_of::<T>();
+        let data = T::zeros(len + line);
         // `align_offset` may decline to answer; alignment is for speed only.
-        let start = data.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE);
+        let start = data.as_ptr().align_offset(LINE_BYTES).min(line);
         Self { data, start, len }
     }
 
     #[inline(always)]
-    pub(super) fn as_slice(&self) -> &[f32] {
+    pub(super) fn as_slice(&self) -> &[T] {
         &self.data[self.start..][..self.len]
     }
 
-    pub(super) fn as_mut_slice(&mut self) -> &mut [f32] {
+    pub(super) fn as_mut_slice(&mut self) -> &mut [T] {
         &mut self.data[self.start..][..self.len]
     }
 }

@@ -4,8 +4,11 @@
 //! reads it as one stream. Every output element is the sum, in order, of the bias and of one chain of multiply-adds
 //! per [`TILE_DEPTH`] inputs; nothing about that depends on the other rows.
 
+use std::array::from_fn;
+
 use super::Pool;
-use super::buffer::{AlignedBuf, LINE, Rows, RowsMut, SharedRows, with_scratch};
+use super::buffer::{AlignedBuf, LINE_BYTES, Rows, RowsMut, SharedRows, with_scratch};
+use super::number::Number;
 use super::simd::{Kernel, Simd, prefetch};
 use super::tile::{RowTile, TILE_DEPTH, TILE_STRIDE, accumulate, row_tiles, with_const_rows};
 
@@ -24,27 +27,30 @@ pub(super) const PREFETCH_ROWS: usize = 6;
 const PREFETCH_DEPTH: usize = 8;
 /// Inputs whose columns are copied together while packing: a cache line of each output.
 const PACK_DEPTH: usize = 16;
+/// Inputs and outputs that are transposed at once: a register of the smallest instruction set.
+const PACK_BLOCK: usize = 4;
 /// Rough speeds by which work is divided among threads.
 const FLOPS_PER_NANO: usize = 50;
 const PACKED_FLOATS_PER_NANO: usize = 2;
 const COPIED_FLOATS_PER_NANO: usize = 4;
 
-/// A weight laid out for [`PackedMatrix::gemm`].
+/// A weight laid out for [`PackedMatrix::gemm`], in the type that it came in: what is computed with is the same, to the
+/// last bit, and half of the memory is read in half of the time.
 #[derive(Debug)]
-pub struct PackedMatrix {
+pub struct PackedMatrix<T = f32> {
     /// `[panels, in_features, PANEL]`, zeros past `out_features`.
-    panels: AlignedBuf,
+    panels: AlignedBuf<T>,
     in_features: usize,
     out_features: usize,
 }
 
-impl PackedMatrix {
+impl<T: Number> PackedMatrix<T> {
     /// Packs weights, in the layout of Hugging Face, stacked along their outputs: one for a plain linear layer, query,
     /// key and value or gate and up for layers that are computed as one product.
     ///
     /// # Shapes
     /// - weights: each `[out_i, in_features]`; the result maps `in_features` to the sum of `out_i`.
-    pub fn pack(pool: &Pool, weights: &[&[f32]], in_features: usize) -> Self {
+    pub fn pack(pool: &Pool, weights: &[&[T]], in_features: usize) -> Self {
         assert!(in_features > 0, "a weight needs inputs");
         let out_features = weights.iter().map(|w| w.len()).sum::<usize>() / in_features;
         let mut packed = Self::zeros([out_features, in_features]);
@@ -62,22 +68,21 @@ impl PackedMatrix {
     ///
     /// # Shapes
     /// - weights: as given to [`PackedMatrix::pack`].
-    pub fn repack(&mut self, pool: &Pool, weights: &[&[f32]]) {
+    pub fn repack(&mut self, pool: &Pool, weights: &[&[T]]) {
         let (k, n) = (self.in_features, self.out_features);
         assert!(weights.iter().all(|w| w.len() % k == 0), "every weight must have rows of {k} inputs");
         assert_eq!(weights.iter().map(|w| w.len() / k).sum::<usize>(), n, "the weights must have {n} outputs in all");
         let num_panels = n.div_ceil(PANEL);
-        let panels = RowsMut::new(self.panels.as_mut_slice(), PANEL * k).share();
-        pool.for_each(num_panels, PANEL * k / PACKED_FLOATS_PER_NANO, |panel| {
-            let outputs = panel * PANEL..(panel * PANEL + PANEL).min(n);
-            // SAFETY: each panel is written by one task.
-            let packed = unsafe { panels.row(panel) };
-            pack_panel(&panel_rows(weights, k, outputs), packed);
+        let mut panels: Vec<&mut [T]> = self.panels.as_mut_slice().chunks_exact_mut(PANEL * k).collect();
+        assert_eq!(panels.len(), num_panels);
+        pool.for_each_mut(&mut panels, PANEL * k / PACKED_FLOATS_PER_NANO, |i, panel| {
+            let outputs = i * PANEL..(i * PANEL + PANEL).min(n);
+            pack_panel(&panel_rows(weights, k, outputs), panel);
         });
     }
 
     /// The part of a panel in one depth block; empty past the last panel.
-    fn chunk(&self, (block, panel): (usize, usize)) -> &[f32] {
+    fn chunk(&self, (block, panel): (usize, usize)) -> &[T] {
         let all = self.panels.as_slice();
         let depth = TILE_DEPTH.min(self.in_features - block * TILE_DEPTH);
         let start = (panel * self.in_features + block * TILE_DEPTH) * PANEL;
@@ -138,8 +143,8 @@ impl PackedMatrix {
 }
 
 /// The rows of the stacked `weights` that make up one panel.
-pub(super) fn panel_rows<'a>(weights: &[&'a [f32]], k: usize, outputs: std::ops::Range<usize>) -> [&'a [f32]; PANEL] {
-    let mut rows: [&[f32]; PANEL] = [&[]; PANEL];
+pub(super) fn panel_rows<'a, T>(weights: &[&'a [T]], k: usize, outputs: std::ops::Range<usize>) -> [&'a [T]; PANEL] {
+    let mut rows: [&[T]; PANEL] = [&[]; PANEL];
     let mut first_output = 0;
     for weight in weights {
         let end_output = first_output + weight.len() / k;
@@ -167,14 +172,35 @@ fn copy_blocks(pool: &Pool, x: Rows, blocks: &mut [f32]) {
 /// Transposes up to [`PANEL`] rows (empty ones are left out) into `packed`.
 ///
 /// Compiled for the baseline on purpose: with AVX-512 the compiler turns this into scatters, at half the speed.
-fn pack_panel(rows: &[&[f32]; PANEL], packed: &mut [f32]) {
+fn pack_panel<T: Copy>(rows: &[&[T]; PANEL], packed: &mut [T]) {
     for (j, target) in packed.chunks_mut(PACK_DEPTH * PANEL).enumerate() {
-        for (output, row) in rows.iter().enumerate().filter(|(_, row)| !row.is_empty()) {
-            let piece = &row[j * PACK_DEPTH..row.len().min((j + 1) * PACK_DEPTH)];
-            for (line, value) in target.chunks_exact_mut(PANEL).zip(piece) {
-                line[output] = *value;
+        for (i, rows) in rows.chunks(PACK_BLOCK).enumerate() {
+            for (k, lines) in target.chunks_mut(PACK_BLOCK * PANEL).enumerate() {
+                pack_block(rows, j * PACK_DEPTH + k * PACK_BLOCK, lines, i * PACK_BLOCK);
             }
         }
+    }
+}
+
+/// Transposes what `rows` have from `input` on into `lines`, from column `output` on.
+#[inline(always)]
+fn pack_block<T: Copy>(rows: &[&[T]], input: usize, lines: &mut [T], output: usize) {
+    let depth = lines.len() / PANEL;
+    if depth < PACK_BLOCK || rows.iter().any(|row| row.is_empty()) {
+        for (i, row) in rows.iter().enumerate().filter(|(_, row)| !row.is_empty()) {
+            for (line, value) in lines.chunks_exact_mut(PANEL).zip(&row[input..]) {
+                line[output + i] = *value;
+            }
+        }
+        return;
+    }
+    // Whole blocks of a known size are transposed in registers.
+    let block: [[T; PACK_BLOCK]; PACK_BLOCK] = from_fn(|i| {
+        let row = &rows[i][input..input + PACK_BLOCK];
+        from_fn(|j| row[j])
+    });
+    for (j, line) in lines.chunks_exact_mut(PANEL).enumerate() {
+        line[output..output + PACK_BLOCK].copy_from_slice(&from_fn::<_, PACK_BLOCK, _>(|i| block[i][j]));
     }
 }
 
@@ -186,15 +212,15 @@ pub(super) struct Start<'a> {
     pub(super) bias: Option<&'a [f32]>,
 }
 
-struct MultiplyPanels<'a> {
-    weight: &'a PackedMatrix,
+struct MultiplyPanels<'a, T> {
+    weight: &'a PackedMatrix<T>,
     panels: std::ops::Range<usize>,
     blocks: &'a [f32],
     start: Start<'a>,
     out: SharedRows<'a>,
 }
 
-impl Kernel for MultiplyPanels<'_> {
+impl<T: Number> Kernel for MultiplyPanels<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -213,7 +239,7 @@ impl Kernel for MultiplyPanels<'_> {
                         let share = &next[share.clone()];
                         let ahead = &share[half * share.len() / halves..(half + 1) * share.len() / halves];
                         let place = Place { block, rows, column, ahead };
-                        with_const_rows!(rows.len, S, multiply_tile(&self, place));
+                        with_const_rows!(rows.len, S, multiply_tile::<T>(&self, place));
                     }
                 }
             }
@@ -221,7 +247,7 @@ impl Kernel for MultiplyPanels<'_> {
     }
 }
 
-impl MultiplyPanels<'_> {
+impl<T: Number> MultiplyPanels<'_, T> {
     /// The depth block and panel that follow: within the task, or at the beginning of the next one.
     fn chunk_after(&self, block: usize, panel: usize) -> (usize, usize) {
         if panel + 1 < self.panels.end {
@@ -236,17 +262,17 @@ impl MultiplyPanels<'_> {
 
 /// Which tile of the output, and which part of its sum.
 #[derive(Clone, Copy)]
-struct Place<'a> {
+struct Place<'a, T> {
     block: usize,
     rows: RowTile,
     column: usize,
     /// What will be read soon.
-    ahead: &'a [f32],
+    ahead: &'a [T],
 }
 
 /// Adds one depth block to `R` rows of two registers of output.
 #[inline(always)]
-fn multiply_tile<S: Simd, const R: usize>(task: &MultiplyPanels, place: Place) {
+fn multiply_tile<S: Simd, const R: usize, T: Number>(task: &MultiplyPanels<T>, place: Place<T>) {
     let Place { block, rows, column, ahead } = place;
     let PackedMatrix { panels, in_features, out_features } = task.weight;
     let width = (2 * S::LANES).min(out_features.saturating_sub(column));
@@ -255,7 +281,7 @@ fn multiply_tile<S: Simd, const R: usize>(task: &MultiplyPanels, place: Place) {
     let first = (column / PANEL * in_features + block * TILE_DEPTH) * PANEL;
     let right = panels.as_slice()[first..][..depth * PANEL][column % PANEL..].as_ptr();
     let mut acc = [[S::splat(0.0); 2]; R];
-    let mut lines = ahead.chunks(LINE);
+    let mut lines = ahead.chunks(LINE_BYTES / size_of::<T>());
     let lines_at_once = lines.len().div_ceil(depth.div_ceil(PREFETCH_DEPTH));
     for start in (0..depth).step_by(PREFETCH_DEPTH) {
         lines.by_ref().take(lines_at_once).for_each(|line| prefetch(line.as_ptr()));
@@ -264,7 +290,7 @@ fn multiply_tile<S: Simd, const R: usize>(task: &MultiplyPanels, place: Place) {
         // registers from `column % PANEL` do not pass the end of a row.
         acc = unsafe {
             let right = right.add(start * PANEL);
-            accumulate::<S, R, 2>(acc, left.as_ptr().add(start), [right, right.add(S::LANES)], PANEL, piece)
+            accumulate::<S, R, 2, _>(acc, left.as_ptr().add(start), [right, right.add(S::LANES)], PANEL, piece)
         };
     }
     for (r, sums) in acc.into_iter().enumerate() {
@@ -283,6 +309,8 @@ fn multiply_tile<S: Simd, const R: usize>(task: &MultiplyPanels, place: Place) {
 
 #[cfg(test)]
 mod tests {
+    use half::bf16;
+
     use super::super::testing::{assert_close, assert_same_bits, pools, random};
     use super::*;
 
@@ -372,6 +400,21 @@ mod tests {
                 PackedMatrix::pack(&pool, &[&new], 70).panels.as_slice(),
                 "repacked weight",
             );
+        }
+    }
+
+    #[test]
+    fn weights_in_bf16_give_the_bits_of_the_same_weights_in_fp32() {
+        for pool in pools() {
+            for (k, n, m) in [(1, 1, 1), (3, 33, 2), (16, 32, 5), (70, 100, 13), (300, 65, 64), (576, 7, 70)] {
+                let halves: Vec<bf16> = random(k * n, 1).into_iter().map(bf16::from_f32).collect();
+                let wide: Vec<f32> = halves.iter().copied().map(bf16::to_f32).collect();
+                let (x, bias) = (random(m * k, 2), random(n, 3));
+                let [mut a, mut b] = [vec![0.5; m * n], vec![0.5; m * n]];
+                PackedMatrix::pack(&pool, &[&halves], k).gemm_add(&pool, &x, Some(&bias), &mut a);
+                PackedMatrix::pack(&pool, &[&wide], k).gemm_add(&pool, &x, Some(&bias), &mut b);
+                assert_same_bits(&a, &b, &format!("{:?} {k} to {n}, {m} rows", pool.isa()));
+            }
         }
     }
 

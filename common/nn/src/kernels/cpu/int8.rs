@@ -5,8 +5,9 @@
 //! and exact, so the result is the same on every instruction set and in every batch.
 
 use super::Pool;
-use super::buffer::{Rows, RowsMut, SharedRows, with_scratch};
+use super::buffer::{LINE_BYTES, Rows, RowsMut, SharedRows, with_scratch};
 use super::gemm::{PANEL, PREFETCH_ROWS, Start, panel_rows};
+use super::number::Number;
 use super::simd::{ByteDot, ByteKernel, DEPTH, prefetch};
 use super::tile::{RowTile, row_tiles, with_const_rows};
 
@@ -14,8 +15,6 @@ use super::tile::{RowTile, row_tiles, with_const_rows};
 const LARGEST: f32 = 127.0;
 /// Longest sum that cannot leave 32 bits: its terms are at most 255 * 127.
 const MAX_IN_FEATURES: usize = i32::MAX as usize / (255 * 127);
-/// Bytes of a line of the processor's cache.
-const LINE_BYTES: usize = 64;
 /// Groups between two bursts of prefetching.
 const PREFETCH_GROUPS: usize = 8;
 /// Numbers that go through registers together while a row is quantised.
@@ -48,7 +47,7 @@ impl QuantizedMatrix {
     ///
     /// # Shapes
     /// - weights: each `[out_i, in_features]`; the result maps `in_features` to the sum of `out_i`.
-    pub fn pack(pool: &Pool, weights: &[&[f32]], in_features: usize) -> Self {
+    pub fn pack<T: Number>(pool: &Pool, weights: &[&[T]], in_features: usize) -> Self {
         assert!((1..=MAX_IN_FEATURES).contains(&in_features), "{in_features} inputs, not 1 to {MAX_IN_FEATURES}");
         let out_features = weights.iter().map(|w| w.len()).sum::<usize>() / in_features;
         let mut packed = Self::zeros([out_features, in_features]);
@@ -67,15 +66,18 @@ impl QuantizedMatrix {
     ///
     /// # Shapes
     /// - weights: as given to [`QuantizedMatrix::pack`].
-    pub fn repack(&mut self, pool: &Pool, weights: &[&[f32]]) {
+    pub fn repack<T: Number>(&mut self, pool: &Pool, weights: &[&[T]]) {
         let (k, n) = (self.in_features, self.out_features);
         assert!(weights.iter().all(|w| w.len() % k == 0), "every weight must have rows of {k} inputs");
         assert_eq!(weights.iter().map(|w| w.len() / k).sum::<usize>(), n, "the weights must have {n} outputs in all");
         pool.for_each_mut(&mut self.panels, PANEL * k / QUANTISED_PER_NANO, |i, panel| {
             let rows = panel_rows(weights, k, i * PANEL..(i * PANEL + PANEL).min(n));
-            for (output, row) in rows.iter().enumerate() {
-                panel.set_output(output, row);
-            }
+            with_scratch(k, |row| {
+                for (output, values) in rows.iter().enumerate() {
+                    row.iter_mut().zip(*values).for_each(|(wide, value)| *wide = value.widen());
+                    panel.set_output(output, &row[..values.len()]);
+                }
+            });
         });
     }
 
@@ -321,6 +323,8 @@ fn multiply_tile<B: ByteDot, const R: usize>(
 
 #[cfg(test)]
 mod tests {
+    use half::bf16;
+
     use super::super::testing::{assert_same_bits, pools, random};
     use super::*;
 
@@ -429,5 +433,16 @@ mod tests {
             QuantizedMatrix::pack(&pool, &[&new], 70).gemm(&pool, &x, None, &mut b);
             assert_same_bits(&a, &b, "repacked weight");
         }
+    }
+
+    #[test]
+    fn numbers_in_bf16_pack_as_the_same_numbers_in_fp32() {
+        let numbers: Vec<bf16> = random(40 * 70, 1).into_iter().map(bf16::from_f32).collect();
+        let wide: Vec<f32> = numbers.iter().copied().map(bf16::to_f32).collect();
+        let (pool, x) = (Pool::new(1).unwrap(), random(3 * 70, 3));
+        let [mut a, mut b] = [vec![0.0; 120], vec![1.0; 120]];
+        QuantizedMatrix::pack(&pool, &[&numbers], 70).gemm(&pool, &x, None, &mut a);
+        QuantizedMatrix::pack(&pool, &[&wide], 70).gemm(&pool, &x, None, &mut b);
+        assert_same_bits(&a, &b, "packed weight");
     }
 }

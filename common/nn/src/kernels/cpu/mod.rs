@@ -19,6 +19,7 @@ mod kv_cache;
 mod logit_edits;
 mod norm;
 mod nucleus;
+mod number;
 mod rope;
 mod sampling;
 mod simd;
@@ -37,6 +38,7 @@ pub use int8::QuantizedMatrix;
 pub use kv_cache::{KvCache, KvLayout};
 pub use logit_edits::LogitEdits;
 pub use norm::RmsNorm;
+pub use number::Number;
 pub use rope::RopeTables;
 #[cfg(test)]
 pub(crate) use sampling::tests::reference as reference_probabilities;

@@ -1,5 +1,6 @@
 //! The inner loop of every matrix product here: a block of accumulators that stays in registers.
 
+use super::number::Number;
 use super::simd::Simd;
 
 /// Most rows in a tile, over all instruction sets.
@@ -22,10 +23,10 @@ pub(super) const TILE_STRIDE: usize = TILE_DEPTH + 16;
 /// # Safety
 /// `left` and each of `right` are readable for these shapes.
 #[inline(always)]
-pub(super) unsafe fn accumulate<S: Simd, const R: usize, const V: usize>(
+pub(super) unsafe fn accumulate<S: Simd, const R: usize, const V: usize, T: Number>(
     mut acc: [[S; V]; R],
     left: *const f32,
-    right: [*const f32; V],
+    right: [*const T; V],
     right_stride: usize,
     depth: usize,
 ) -> [[S; V]; R] {
@@ -33,7 +34,7 @@ pub(super) unsafe fn accumulate<S: Simd, const R: usize, const V: usize>(
         let mut columns = [S::splat(0.0); V];
         for v in 0..V {
             // SAFETY: k < depth, so row k of `right` is readable.
-            columns[v] = unsafe { S::load_ptr(right[v].add(k * right_stride)) };
+            columns[v] = unsafe { T::load::<S>(right[v].add(k * right_stride)) };
         }
         for (r, sums) in acc.iter_mut().enumerate() {
             // SAFETY: r < R and k < depth, so the element of `left` is readable.
@@ -60,23 +61,23 @@ pub(super) fn row_tiles(num_rows: usize, max_len: usize) -> impl Iterator<Item =
     (0..num_tiles).map(move |t| RowTile { start: tile_start(t), len: tile_start(t + 1) - tile_start(t) })
 }
 
-/// Calls a function generic over `<S, ROWS>` with the number of rows as a constant. The constant guards keep the
+/// Calls a function generic over `<S, ROWS>`, and the type of the numbers where one is named, with the number of rows as a constant. The constant guards keep the
 /// compiler from generating tiles that an instruction set never uses.
 macro_rules! with_const_rows {
-    ($rows:expr, $simd:ident, $function:ident ( $($argument:expr),* )) => {
+    ($rows:expr, $simd:ident, $function:ident $(::<$number:ident>)? ( $($argument:expr),* )) => {
         match $rows {
-            1 => $function::<$simd, 1>($($argument),*),
-            2 if const { 2 <= <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS } => $function::<$simd, 2>($($argument),*),
-            3 if const { 3 <= <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS } => $function::<$simd, 3>($($argument),*),
-            4 if const { 4 <= <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS } => $function::<$simd, 4>($($argument),*),
-            5 if const { 5 <= <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS } => $function::<$simd, 5>($($argument),*),
-            6 if const { 6 <= <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS } => $function::<$simd, 6>($($argument),*),
-            7 if const { 7 <= <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS } => $function::<$simd, 7>($($argument),*),
-            8 if const { 8 <= <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS } => $function::<$simd, 8>($($argument),*),
-            9 if const { 9 <= <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS } => $function::<$simd, 9>($($argument),*),
-            10 if const { 10 <= <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS } => $function::<$simd, 10>($($argument),*),
-            11 if const { 11 <= <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS } => $function::<$simd, 11>($($argument),*),
-            12 if const { 12 <= <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS } => $function::<$simd, 12>($($argument),*),
+            1 => $function::<$simd, 1 $(, $number)?>($($argument),*),
+            2 if const { 2 <= <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS } => $function::<$simd, 2 $(, $number)?>($($argument),*),
+            3 if const { 3 <= <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS } => $function::<$simd, 3 $(, $number)?>($($argument),*),
+            4 if const { 4 <= <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS } => $function::<$simd, 4 $(, $number)?>($($argument),*),
+            5 if const { 5 <= <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS } => $function::<$simd, 5 $(, $number)?>($($argument),*),
+            6 if const { 6 <= <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS } => $function::<$simd, 6 $(, $number)?>($($argument),*),
+            7 if const { 7 <= <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS } => $function::<$simd, 7 $(, $number)?>($($argument),*),
+            8 if const { 8 <= <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS } => $function::<$simd, 8 $(, $number)?>($($argument),*),
+            9 if const { 9 <= <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS } => $function::<$simd, 9 $(, $number)?>($($argument),*),
+            10 if const { 10 <= <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS } => $function::<$simd, 10 $(, $number)?>($($argument),*),
+            11 if const { 11 <= <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS } => $function::<$simd, 11 $(, $number)?>($($argument),*),
+            12 if const { 12 <= <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS } => $function::<$simd, 12 $(, $number)?>($($argument),*),
             rows => unreachable!("a tile of {rows} rows, at most {} fit", <$simd as $crate::kernels::cpu::simd::Tile>::TILE_ROWS),
         }
     };

@@ -38,6 +38,11 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn load_upper_halves(src: *const u16) -> Self {
+        avx2!(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(src.cast())))))
+    }
+
+    #[inline(always)]
     unsafe fn store_ptr(self, dst: *mut f32) {
         // SAFETY: as in the macro above; the caller vouches for `dst`.
         unsafe { _mm256_storeu_ps(dst, self.0) }

@@ -38,6 +38,11 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn load_upper_halves(src: *const u16) -> Self {
+        avx512!(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(src.cast())))))
+    }
+
+    #[inline(always)]
     unsafe fn store_ptr(self, dst: *mut f32) {
         // SAFETY: as in the macro above; the caller vouches for `dst`.
         unsafe { _mm512_storeu_ps(dst, self.0) }

@@ -42,6 +42,12 @@ pub(super) trait Simd: Tile {
     /// `src` is readable for `LANES` elements.
     unsafe fn load_ptr(src: *const f32) -> Self;
 
+    /// Floats of which `src` has the upper 16 bits, and whose others are 0.
+    ///
+    /// # Safety
+    /// `src` is readable for `LANES` elements.
+    unsafe fn load_upper_halves(src: *const u16) -> Self;
+
     /// # Safety
     /// `dst` is writable for `LANES` elements.
     unsafe fn store_ptr(self, dst: *mut f32);

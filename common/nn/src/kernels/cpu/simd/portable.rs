@@ -25,6 +25,13 @@ impl Simd for Portable8 {
     }
 
     #[inline(always)]
+    unsafe fn load_upper_halves(src: *const u16) -> Self {
+        // SAFETY: the caller vouches for eight readable elements; an array of u16 is aligned like a u16.
+        let halves = unsafe { src.cast::<[u16; 8]>().read() };
+        Self(from_fn(|i| f32::from_bits(u32::from(halves[i]) << 16)))
+    }
+
+    #[inline(always)]
     unsafe fn store_ptr(self, dst: *mut f32) {
         // SAFETY: the caller vouches for eight writable elements; an array of f32 is aligned like an f32.
         unsafe { dst.cast::<[f32; 8]>().write(self.0) }
