@@ -249,7 +249,7 @@ fn join(config: &RunConfig, world: &World, device: Device) -> Result<(ProcessGro
         Device::Cuda(device) => Backend::Nccl { device },
         _ => Backend::Gloo,
     };
-    let address = Address::Host(world.own_address());
+    let address = Address::Host(world.own_address(timeout));
     let spec = GroupSpec { name: "trainers".to_owned(), rank: world.rank, size: world.size, timeout, address };
     let group = ProcessGroup::new(backend, &store, &spec)?.checked(config.train.check_collectives);
     Ok((group, Some(store)))

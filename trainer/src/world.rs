@@ -1,8 +1,9 @@
 //! Which rank this process is, and where rank 0 can be reached: torchrun's variables.
 
 use std::collections::BTreeMap;
-use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::time::Duration;
+
+use aha_nn::comm::address_towards;
 
 const RANK: &str = "RANK";
 const WORLD_SIZE: &str = "WORLD_SIZE";
@@ -88,28 +89,13 @@ impl World {
         self.rank == 0
     }
 
-    /// Address of this machine at which the other ranks reach it: the one on its route to rank 0.
+    /// Address of this machine at which the other ranks reach it: the one on its route to rank 0, whose name may take
+    /// `limit` to become known.
     #[must_use]
-    pub fn own_address(&self) -> String {
-        let address = address_towards(&self.master_addr, self.master_port);
+    pub fn own_address(&self, limit: Duration) -> String {
+        let address = address_towards(&self.master_addr, self.master_port, limit);
         address.map_or_else(|_| self.master_addr.clone(), |address| address.to_string())
     }
-}
-
-/// Address of this machine on the route to `host`, which is how `host` can reach it. Sends nothing.
-pub(crate) fn address_towards(host: &str, port: u16) -> io::Result<IpAddr> {
-    let mut result = Err(io::Error::new(io::ErrorKind::NotFound, format!("{host} has no address")));
-    for peer in (host, port.max(1)).to_socket_addrs()? {
-        let any: IpAddr = if peer.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-        result = UdpSocket::bind(SocketAddr::new(any, 0)).and_then(|socket| {
-            socket.connect(peer)?;
-            Ok(socket.local_addr()?.ip())
-        });
-        if result.is_ok() {
-            break;
-        }
-    }
-    result
 }
 
 fn are(names: &[&str]) -> String {
@@ -155,9 +141,9 @@ mod tests {
 
     #[test]
     fn the_own_address_is_the_one_that_peers_reach() {
-        assert_eq!(World::single().own_address(), "127.0.0.1");
+        assert_eq!(World::single().own_address(Duration::ZERO), "127.0.0.1");
         let nowhere = World { master_addr: "no such host".to_owned(), ..World::single() };
-        assert_eq!(nowhere.own_address(), "no such host");
+        assert_eq!(nowhere.own_address(Duration::ZERO), "no such host");
     }
 
     #[test]

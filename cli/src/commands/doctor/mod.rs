@@ -10,6 +10,7 @@ mod space;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use aha_core::config::{DeviceKind, RunConfig};
 use aha_nn::model_config::ModelConfig;
@@ -91,7 +92,7 @@ fn on_machine(world: &World, config: Option<&RunConfig>, model: Option<&ModelCon
     findings.push(limits::locked_memory(num_gpus));
     findings.push(limits::shared_memory(num_gpus));
     findings.push(network::rendezvous(world));
-    findings.push(groups::gloo(&world.own_address()));
+    findings.push(groups::gloo(&world.own_address(Duration::ZERO)));
     if num_gpus > 0 && aha_nn::comm::nccl_built() {
         findings.push(groups::nccl(world.local_rank.min(num_gpus - 1)));
     }
