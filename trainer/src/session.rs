@@ -233,7 +233,7 @@ fn device(config: &RunConfig, world: &World) -> Result<Device> {
 
 fn num_threads(config: &RunConfig, world: &World) -> NonZeroUsize {
     let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-    let threads = if config.train.threads > 0 { config.train.threads } else { cores / world.size };
+    let threads = if config.train.threads > 0 { config.train.threads } else { world.cores_of_rank(cores) };
     NonZeroUsize::new(threads).unwrap_or(NonZeroUsize::MIN)
 }
 

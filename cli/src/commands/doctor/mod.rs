@@ -24,7 +24,8 @@ use finding::{Finding, Severity};
 /// Check what a run needs of this machine: libtorch, GPUs, ports, limits, disk, memory and process groups.
 ///
 /// Nothing is trained and nothing stays behind. With a recipe, what it asks for is checked as well; RANK, WORLD_SIZE,
-/// LOCAL_RANK, MASTER_ADDR and MASTER_PORT count as for a trainer. The exit code is 1 where a problem is found.
+/// LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT count as for a trainer. The exit code is 1 where a problem is
+/// found.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  aha doctor\n  aha doctor configs/countdown-tiny.yaml --json")]
 pub(crate) struct Args {
