@@ -233,7 +233,7 @@ fn device(config: &RunConfig, world: &World) -> Result<Device> {
 
 fn num_threads(config: &RunConfig, world: &World) -> NonZeroUsize {
     let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-    let threads = if config.train.threads > 0 { config.train.threads } else { cores / world.size };
+    let threads = if config.train.threads > 0 { config.train.threads } else { world.cores_of_rank(cores) };
     NonZeroUsize::new(threads).unwrap_or(NonZeroUsize::MIN)
 }
 
@@ -249,7 +249,7 @@ fn join(config: &RunConfig, world: &World, device: Device) -> Result<(ProcessGro
         Device::Cuda(device) => Backend::Nccl { device },
         _ => Backend::Gloo,
     };
-    let address = Address::Host(world.own_address());
+    let address = Address::Host(world.own_address(timeout));
     let spec = GroupSpec { name: "trainers".to_owned(), rank: world.rank, size: world.size, timeout, address };
     let group = ProcessGroup::new(backend, &store, &spec)?.checked(config.train.check_collectives);
     Ok((group, Some(store)))

@@ -1,10 +1,11 @@
 //! `aha generator`: the rollout service.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use aha_generator::{GeneratorOptions, GeneratorServer, Registrar};
+use aha_nn::comm::{address_towards, host_and_port};
 use aha_proto::v1::RegisterRequest;
 use aha_trainer::clients::seconds;
 use anyhow::{Context, Result};
@@ -59,10 +60,9 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         let registrar = match &config.generator.coordinator {
             Some(coordinator) => {
                 let timeout = seconds(config.generator.probe_timeout_seconds);
-                Some(
-                    Registrar::start(coordinator, &credentials, registration(args, coordinator, &server)?, timeout)
-                        .context("generator.coordinator")?,
-                )
+                let patience = seconds(config.generator.connect_timeout_seconds);
+                let request = registration((args, coordinator), &server, patience)?;
+                Some(Registrar::start(coordinator, &credentials, request, timeout).context("generator.coordinator")?)
             }
             None => None,
         };
@@ -85,28 +85,28 @@ fn rank(args: &Args) -> String {
     args.index.map_or_else(|| format!("{}-{}", node(), args.listen.port()), |index| index.to_string())
 }
 
-/// Under the address that is advertised, or else listened on, or else towards the coordinator where that is all.
-fn registration(args: &Args, coordinator: &str, server: &GeneratorServer) -> Result<RegisterRequest> {
+/// Under the address that is advertised, or else listened on, or else towards the coordinator where that is all; `patience`
+/// is for the coordinator's name to be known then.
+fn registration(
+    (args, coordinator): (&Args, &str),
+    server: &GeneratorServer,
+    patience: Duration,
+) -> Result<RegisterRequest> {
     let own = server.address();
     let address = match &args.advertise {
         Some(address) => address.clone(),
         None if own.ip().is_unspecified() => {
-            let towards = address_towards(coordinator);
-            let ip = towards.with_context(|| format!("finding the address of this machine towards {coordinator}"))?;
+            let (host, port) = host_and_port(coordinator)
+                .with_context(|| format!("generator.coordinator: {coordinator:?} is not host:port"))?;
+            let towards = address_towards(host, port, patience);
+            let ip = towards.with_context(|| {
+                format!("finding the address of this machine towards {coordinator}; --advertise names it")
+            })?;
             SocketAddr::new(ip, own.port()).to_string()
         }
         None => own.to_string(),
     };
     Ok(RegisterRequest { address, manifest_hash: server.manifest_hash() })
-}
-
-/// Connecting a datagram socket sends nothing; it makes the system choose a route.
-fn address_towards(peer: &str) -> std::io::Result<IpAddr> {
-    let peer = peer.to_socket_addrs()?.next().ok_or(std::io::ErrorKind::NotFound)?;
-    let any: IpAddr = if peer.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-    let socket = UdpSocket::bind(SocketAddr::new(any, 0))?;
-    socket.connect(peer)?;
-    Ok(socket.local_addr()?.ip())
 }
 
 async fn stop_signal() {

@@ -19,6 +19,8 @@ use crate::logs;
 
 /// Run one trainer rank; RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT say which.
 ///
+/// LOCAL_WORLD_SIZE, where it is set, is how many ranks share this machine's cores; otherwise all of them do.
+///
 /// Calls to generators carry the token in AHA_TOKEN or security.token_file, by TLS where security.tls_ca is set.
 ///
 /// SIGTERM or Ctrl-C ends it after the step that it is in, with a checkpoint and exit code 75; a second one at once.

@@ -36,6 +36,7 @@ impl Role {
             ("RANK", rank.to_string()),
             ("LOCAL_RANK", rank.to_string()),
             ("WORLD_SIZE", size.to_string()),
+            ("LOCAL_WORLD_SIZE", size.to_string()),
             ("MASTER_ADDR", host.to_owned()),
             ("MASTER_PORT", port.to_owned()),
         ]);
@@ -74,5 +75,21 @@ impl fmt::Display for Role {
             RoleKind::Trainer => "trainer",
         };
         write!(f, "{kind}-{}", self.index)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use aha_trainer::world::World;
+
+    use super::*;
+
+    #[test]
+    fn a_rank_is_told_that_all_are_on_its_machine() {
+        let role = Role::new(RoleKind::Trainer, 1, Vec::new()).with_world(1, 2, "127.0.0.1:29500");
+        let variables = role.environment.into_iter().map(|(name, value)| (name.to_owned(), value));
+        let world = World::from_variables(variables).unwrap();
+        assert_eq!((world.rank, world.local_rank, world.size, world.local_size), (1, 1, 2, Some(2)));
+        assert_eq!((world.master_addr.as_str(), world.master_port), ("127.0.0.1", 29500));
     }
 }

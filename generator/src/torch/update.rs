@@ -3,13 +3,12 @@
 //! One thread owns the process group. A push comes unit by unit into the spare set of weights; only a set whose every
 //! unit has the hash that was announced is handed to the engine. Whatever goes wrong, the old weights go on serving.
 
-use std::net::{IpAddr, UdpSocket};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use aha_core::ids::PolicyVersion;
 use aha_core::manifest::{Bucket, Manifest};
-use aha_nn::comm::{Address, Backend, CommError, GroupSpec, ProcessGroup, Store, Work};
+use aha_nn::comm::{Address, Backend, CommError, GroupSpec, NameError, ProcessGroup, Store, Work, address_towards};
 use aha_nn::kernels::cpu::Pool;
 use aha_nn::model_config::ModelConfig;
 use aha_nn::tensor_data::bytes;
@@ -86,7 +85,7 @@ pub enum UpdateError {
     #[error(transparent)]
     Comm(#[from] CommError),
     #[error("cannot find the address of this machine towards {store}: {source}")]
-    NoAddress { store: String, source: std::io::Error },
+    NoAddress { store: String, source: NameError },
     #[error("cannot hold the new weights: {0:#}")]
     Weights(anyhow::Error),
     #[error("{MAX_WAITING} joins and pushes are waiting already")]
@@ -219,7 +218,7 @@ impl Joined {
     /// The memory of a unit, which those before and after it do not touch.
     fn place(&self, unit_idx: usize, numel: usize) -> Tensor {
         let at_the_end = (self.buffer.numel() - numel) / ALIGNMENT * ALIGNMENT;
-        let start = if unit_idx % 2 == 0 { 0 } else { at_the_end };
+        let start = if unit_idx.is_multiple_of(2) { 0 } else { at_the_end };
         self.buffer.narrow(0, start as i64, numel as i64)
     }
 
@@ -271,12 +270,15 @@ impl Worker {
         };
         let Membership { store_host, store_port, timeout, .. } = membership;
         let store = Store::connect(store_host, *store_port, *timeout)?;
+        // The address under which this machine reaches the store, and is reached by those around it.
+        let own = address_towards(store_host, *store_port, *timeout);
+        let no_address = |source| UpdateError::NoAddress { store: format!("{store_host}:{store_port}"), source };
         let spec = GroupSpec {
             name: membership.group.clone(),
             rank: membership.rank,
             size: membership.size,
             timeout: *timeout,
-            address: Address::Host(own_address(store_host, *store_port)?.to_string()),
+            address: Address::Host(own.map_err(no_address)?.to_string()),
         };
         let group = Arc::new(ProcessGroup::new(backend, &store, &spec)?);
         self.set_current(Some(Arc::clone(&group)));
@@ -346,15 +348,4 @@ impl Worker {
     fn set_current(&self, group: Option<Arc<ProcessGroup>>) {
         *self.current.lock().unwrap_or_else(PoisonError::into_inner) = group;
     }
-}
-
-/// The address under which this machine reaches the store, and is reached by those around it.
-fn own_address(store_host: &str, store_port: u16) -> Result<IpAddr, UpdateError> {
-    let find = || {
-        let socket = UdpSocket::bind("0.0.0.0:0")?;
-        // Connecting a datagram socket sends nothing; it makes the system choose a route.
-        socket.connect((store_host, store_port))?;
-        Ok(socket.local_addr()?.ip())
-    };
-    find().map_err(|source| UpdateError::NoAddress { store: format!("{store_host}:{store_port}"), source })
 }

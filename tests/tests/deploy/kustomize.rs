@@ -5,14 +5,16 @@ use std::process::Command;
 
 use serde_json::{Map, Value};
 
-use crate::{at, deploy, list, text, yaml};
+use crate::overlay::Overlay;
+use crate::{at, list, text, yaml};
 
-const KNOWN_KEYS: [&str; 9] = [
+const KNOWN_KEYS: [&str; 10] = [
     "apiVersion",
     "kind",
     "namespace",
     "labels",
     "resources",
+    "components",
     "configMapGenerator",
     "generatorOptions",
     "images",
@@ -22,15 +24,24 @@ const KNOWN_KEYS: [&str; 9] = [
 /// The resources of an overlay.
 #[track_caller]
 pub(crate) fn build(folder: &Path) -> Vec<Value> {
+    transform(folder, "Kustomization", Vec::new())
+}
+
+/// Adds what the folder names to `resources`, and changes all of them as it says.
+#[track_caller]
+fn transform(folder: &Path, kind: &str, mut resources: Vec<Value>) -> Vec<Value> {
     let documents = yaml(&folder.join("kustomization.yaml"));
     let [kustomization] = documents.as_slice() else { panic!("one document in {}", folder.display()) };
     for key in kustomization.as_object().unwrap().keys() {
         assert!(KNOWN_KEYS.contains(&key.as_str()), "{key} in {}", folder.display());
     }
-    let mut resources = Vec::new();
+    assert_eq!(text(kustomization, "/kind"), kind, "{}", folder.display());
     for resource in list(kustomization, "/resources") {
         let path = folder.join(resource.as_str().unwrap());
         resources.extend(if path.is_dir() { build(&path) } else { yaml(&path) });
+    }
+    for component in list(kustomization, "/components") {
+        resources = transform(&folder.join(component.as_str().unwrap()), "Component", resources);
     }
     for generator in list(kustomization, "/configMapGenerator") {
         assert_eq!(at(kustomization, "/generatorOptions/disableNameSuffixHash"), true);
@@ -96,6 +107,10 @@ fn patch_all(resources: &mut [Value], patch: &Value) {
 
 #[track_caller]
 fn apply(target: &mut Value, operation: &Value) {
+    if text(operation, "/op") == "test" {
+        assert_eq!(at(target, text(operation, "/path")), at(operation, "/value"), "{operation}");
+        return;
+    }
     let (parent, key) = text(operation, "/path").rsplit_once('/').unwrap();
     let place = target.pointer_mut(parent).unwrap_or_else(|| panic!("no {parent} to patch"));
     let value = at(operation, "/value").clone();
@@ -135,18 +150,17 @@ fn rename_images(value: &mut Value, image: &Value) {
 #[test]
 fn kustomize_makes_the_same_of_every_overlay() {
     let kubectl = |folder: &Path| Command::new("kubectl").arg("kustomize").arg(folder).output();
-    for overlay in ["cpu-demo", "gpu", "gpu-node"] {
-        let folder = deploy("kubernetes/overlays").join(overlay);
-        let Ok(output) = kubectl(&folder) else {
+    for overlay in Overlay::all() {
+        let Ok(output) = kubectl(&overlay.folder()) else {
             println!("skipped: there is no kubectl");
             return;
         };
-        assert!(output.status.success(), "{overlay}: {}", String::from_utf8_lossy(&output.stderr));
+        let name = &overlay.name;
+        assert!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr));
         let theirs: Vec<Value> = serde_saphyr::from_multiple(&String::from_utf8(output.stdout).unwrap()).unwrap();
-        let ours = build(&folder);
-        assert_eq!(theirs.len(), ours.len());
+        assert_eq!(theirs.len(), overlay.resources.len());
         for resource in &theirs {
-            assert!(ours.contains(resource), "{overlay}: kustomize makes {resource:#}");
+            assert!(overlay.resources.contains(resource), "{name}: kustomize makes {resource:#}");
         }
     }
 }

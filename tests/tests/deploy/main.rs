@@ -1,11 +1,13 @@
 //! The files in deploy/, held against the binary and against each other.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod autoscaling;
 mod commands;
 mod compose;
 mod docker;
 mod kubernetes;
 mod kustomize;
+mod overlay;
 mod pods;
 mod slurm;
 

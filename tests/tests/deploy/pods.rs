@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use aha_core::config::RunConfig;
+use aha_core::config::{Credentials, RunConfig, TOKEN_VARIABLE};
 use aha_tests::golden::workspace;
 use serde_json::Value;
 
@@ -12,7 +12,15 @@ use crate::{WORKDIR, at, check_image, list, text};
 /// Where the ConfigMap `aha-recipe` is mounted.
 const RECIPE: &str = "/etc/aha/recipe.yaml";
 /// What the binary reads beside `AHA__section__key`.
-const VARIABLES: [&str; 5] = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"];
+const VARIABLES: [&str; 7] =
+    ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", TOKEN_VARIABLE];
+/// What a pod's fields are, for one.
+const FIELDS: [(&str, &str); 2] =
+    [("status.podIP", POD_IP), ("metadata.annotations['batch.kubernetes.io/job-completion-index']", "0")];
+pub(crate) const POD_IP: &str = "10.42.0.7";
+/// The Secret that has the token, its key, and what lies there.
+pub(crate) const SECRET: (&str, &str) = ("aha-token", "token");
+pub(crate) const TOKEN: &str = "what-is-in-the-secret";
 
 /// The pods that a resource makes.
 pub(crate) struct Pods<'a> {
@@ -25,6 +33,8 @@ pub(crate) struct Role<'a> {
     pub(crate) pods: Pods<'a>,
     pub(crate) container: &'a Value,
     pub(crate) command: Invocation,
+    /// Its variables, as the process finds them.
+    pub(crate) environment: Vec<(String, String)>,
     pub(crate) config: RunConfig,
 }
 
@@ -36,9 +46,10 @@ pub(crate) fn pods(resources: &[Value]) -> Vec<Pods<'_>> {
     let mut found = Vec::new();
     for resource in resources {
         let template = match resource["kind"].as_str().unwrap() {
-            "StatefulSet" | "Job" => Some(at(resource, "/spec/template")),
+            "Deployment" | "Job" => Some(at(resource, "/spec/template")),
             "JobSet" => Some(at(resource, "/spec/replicatedJobs/0/template/spec/template")),
             "Namespace" | "Service" | "ConfigMap" | "PersistentVolumeClaim" | "NetworkPolicy" => None,
+            "HorizontalPodAutoscaler" => None,
             other => panic!("what pods does {other} make?"),
         };
         found.extend(template.map(|template| Pods { resource, template }));
@@ -56,8 +67,10 @@ pub(crate) fn roles<'a>(resources: &'a [Value], scratch: &Path) -> Vec<Role<'a>>
     let mut roles = Vec::new();
     for pods in pods(resources) {
         for container in ["/spec/initContainers", "/spec/containers"].iter().flat_map(|at| list(pods.template, at)) {
-            let words =
-                |pointer| list(container, pointer).iter().map(|word| word.as_str().unwrap()).collect::<Vec<_>>();
+            let environment = environment(container);
+            let words = |pointer| -> Vec<String> {
+                list(container, pointer).iter().map(|word| expand(word.as_str().unwrap(), &environment)).collect()
+            };
             let commands = match words("/command").last() {
                 None => vec![Invocation::new(&words("/args"))],
                 Some(script) => Invocation::in_shell(script),
@@ -65,19 +78,48 @@ pub(crate) fn roles<'a>(resources: &'a [Value], scratch: &Path) -> Vec<Role<'a>>
             for command in commands {
                 let path =
                     if command.recipe() == RECIPE { scratch.to_owned() } else { workspace().join(command.recipe()) };
-                let config = command.load(&path, &aha_variables(container));
+                let keys: Vec<_> = environment.iter().filter(|(name, _)| name.starts_with("AHA__")).cloned().collect();
+                let config = command.load(&path, &keys);
                 let pods = Pods { resource: pods.resource, template: pods.template };
-                roles.push(Role { pods, container, command, config });
+                roles.push(Role { pods, container, command, environment: environment.clone(), config });
             }
         }
     }
     roles
 }
 
-fn aha_variables(container: &Value) -> Vec<(String, String)> {
-    let variables = list(container, "/env").iter();
-    let variables = variables.filter(|variable| text(variable, "/name").starts_with("AHA__"));
-    variables.map(|variable| (text(variable, "/name").to_owned(), text(variable, "/value").to_owned())).collect()
+/// The variables of a container: each may refer to those before it.
+#[track_caller]
+fn environment(container: &Value) -> Vec<(String, String)> {
+    let mut known: Vec<(String, String)> = Vec::new();
+    for variable in list(container, "/env") {
+        let source = variable.get("valueFrom");
+        let value = match source.map(|source| (source.get("fieldRef"), source.get("secretKeyRef"))) {
+            None => expand(text(variable, "/value"), &known),
+            Some((Some(field), None)) => {
+                let path = text(field, "/fieldPath");
+                let found = FIELDS.iter().find(|(name, _)| *name == path);
+                found.unwrap_or_else(|| panic!("what is a pod's {path}?")).1.to_owned()
+            }
+            Some((None, Some(secret))) => {
+                assert_eq!((text(secret, "/name"), text(secret, "/key")), SECRET);
+                TOKEN.to_owned()
+            }
+            other => panic!("{other:?}"),
+        };
+        known.push((text(variable, "/name").to_owned(), value));
+    }
+    known
+}
+
+/// `$(NAME)` becomes the variable's value.
+#[track_caller]
+fn expand(text: &str, variables: &[(String, String)]) -> String {
+    let Some((before, rest)) = text.split_once("$(") else { return text.to_owned() };
+    let (name, after) = rest.split_once(')').unwrap_or_else(|| panic!("{text} does not end"));
+    let found = variables.iter().find(|(known, _)| known == name);
+    let (_, value) = found.unwrap_or_else(|| panic!("{text} refers to {name}, which is not set before it"));
+    format!("{before}{value}{}", expand(after, variables))
 }
 
 #[track_caller]
@@ -126,9 +168,12 @@ pub(crate) fn check_references(pods: &Pods<'_>, resources: &[Value]) {
         assert!(container.get("envFrom").is_none(), "variables are named one by one");
         for variable in list(container, "/env") {
             let name = text(variable, "/name");
-            assert!(name.starts_with("AHA__") || VARIABLES.contains(&name), "the binary does not read {name}");
-            let source = variable.get("valueFrom").map(|source| source.as_object().unwrap().keys().next().unwrap());
-            assert!(source.is_none_or(|source| source == "fieldRef"), "{variable}");
+            let reference = format!("$({name})");
+            let is_argument = list(container, "/args").iter().any(|word| word.as_str().unwrap().contains(&reference));
+            let is_read = name.starts_with("AHA__") || VARIABLES.contains(&name) || is_argument;
+            assert!(is_read, "the binary does not read {name}");
+            let is_secret = variable.pointer("/valueFrom/secretKeyRef").is_some();
+            assert_eq!(is_secret, name == TOKEN_VARIABLE, "the token alone is secret, and always: {variable}");
         }
     }
 }
@@ -139,7 +184,13 @@ impl Role<'_> {
         mounts.filter(|mount| mount.starts_with(WORKDIR)).collect()
     }
 
-    /// The value of a variable of the container.
+    /// What it proves itself by, and asks of others.
+    pub(crate) fn credentials(&self) -> Credentials {
+        let token = self.environment.iter().find(|(name, _)| name == TOKEN_VARIABLE).map(|(_, value)| value.as_str());
+        Credentials::load(&self.config.security, token).unwrap()
+    }
+
+    /// A variable of the container.
     #[track_caller]
     pub(crate) fn variable(&self, name: &str) -> &Value {
         let found = list(self.container, "/env").iter().find(|variable| variable["name"] == *name);

@@ -27,7 +27,7 @@ while true; do sleep 0.05; done
 /// Stands for aha where only its arguments and variables matter. When the trainers have ended, generators are ended too,
 /// so trainers wait until all of those are in the log.
 const RECORDER: &str = "#!/usr/bin/env bash
-echo \"$* gpu=${CUDA_VISIBLE_DEVICES:-} $WORLD_SIZE $MASTER_ADDR:$MASTER_PORT ${RANK:-} ${LOCAL_RANK:-}\" >>\"$SLURM_LOG\"
+echo \"$* gpu=${CUDA_VISIBLE_DEVICES:-} $WORLD_SIZE $MASTER_ADDR:$MASTER_PORT ${RANK:-} ${LOCAL_RANK:-}/${LOCAL_WORLD_SIZE:-}\" >>\"$SLURM_LOG\"
 [[ $1 == trainer ]] || exit 0
 for ((tenths = 0; tenths < 1000; tenths++)); do
   [[ $(grep -c '^generator' \"$SLURM_LOG\") == 4 ]] && exit 0
@@ -127,7 +127,7 @@ fn signal(child: &Child, signal: &str) {
 }
 
 /// Ports below those of outgoing connections, one after the other.
-fn free_ports(count: u16) -> u16 {
+pub(crate) fn free_ports(count: u16) -> u16 {
     let start = 30_000 + (std::process::id() as u16).wrapping_mul(31) % 2_000;
     let is_free = |first: &u16| (0..count).all(|n| TcpListener::bind(("127.0.0.1", first + n)).is_ok());
     (start..32_700).find(is_free).expect("free ports")
@@ -219,7 +219,7 @@ fn generators_of_every_node_get_a_gpu_and_a_port_each() {
     let addresses = r#"["gpu7:50051","gpu7:50052","gpu8:50051","gpu8:50052"]"#;
     for rank in 0..4 {
         let expect = format!(
-            "trainer x.yaml --set train.threads=8 --set generator.addresses={addresses} gpu=4,5 4 gpu1:24711 {rank} {}",
+            "trainer x.yaml --set train.threads=8 --set generator.addresses={addresses} gpu=4,5 4 gpu1:24711 {rank} {}/2",
             rank % 2
         );
         assert!(log.lines().any(|line| line == expect), "no {expect}\n{log}");

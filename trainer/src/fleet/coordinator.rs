@@ -1,16 +1,17 @@
 //! Where generators register: a service of trainer rank 0.
 
 use std::collections::BTreeMap;
-use std::net::ToSocketAddrs;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use aha_core::ids::PolicyVersion;
+use aha_nn::comm::{host_and_port, listen};
 use aha_proto::connections::ConnectionLimits;
 use aha_proto::guard::{Guard, check_listen, secure_server, serving};
 use aha_proto::v1;
 use aha_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
-use anyhow::{Context, anyhow};
+use anyhow::Context;
+use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tonic::service::Routes;
 use tonic::transport::server::TcpIncoming;
@@ -65,17 +66,25 @@ struct Service {
     connector: Connector,
 }
 
-/// Serves on `address`, `host:port`, as long as `runtime` lives.
+/// Serves at `address`, `host:port`, as long as `runtime` lives; its name may take `limit` to become known.
 ///
 /// # Errors
 /// Says why the address cannot be listened on, or may not be.
-pub(super) fn serve(address: &str, connector: &Connector, run: Run, runtime: &Runtime) -> anyhow::Result<Registry> {
+pub(super) fn serve(
+    (address, limit): (&str, Duration),
+    connector: &Connector,
+    run: Run,
+    runtime: &Runtime,
+) -> anyhow::Result<Registry> {
     let registry = Registry::new(connector.probe_timeout() * PROBES_PER_LEASE);
-    let socket = address.to_socket_addrs()?.next().context("it has no address")?;
+    let (host, port) = host_and_port(address).context("it is not host:port")?;
+    let listener = listen(host, port, limit)?;
     let credentials = serving(connector.credentials());
-    check_listen("generator.coordinator", socket, &credentials)?;
+    // Nobody is answered before.
+    check_listen("generator.coordinator", listener.local_addr()?, &credentials)?;
+    listener.set_nonblocking(true)?;
     let _entered = runtime.enter();
-    let incoming = TcpIncoming::bind(socket).map_err(|error| anyhow!(error))?;
+    let incoming = TcpIncoming::from(TcpListener::from_std(listener)?);
     let (started, connector) = (Instant::now(), connector.clone());
     let service = CoordinatorServer::new(Service { registry: registry.clone(), run, started, connector });
     let served = secure_server(&credentials)?

@@ -98,7 +98,9 @@ impl Fleet {
                     max_steps: config.train.max_steps,
                     manifest_hash: policy.manifest().hash(),
                 };
-                let served = coordinator::serve(address, &connector, run, &runtime);
+                // The other ranks wait in a collective meanwhile.
+                let limit = seconds(config.train.collective_timeout_seconds);
+                let served = coordinator::serve((address, limit), &connector, run, &runtime);
                 let failed =
                     |error| RolloutError::Coordinator { address: address.clone(), reason: format!("{error:#}") };
                 served.map_err(failed)

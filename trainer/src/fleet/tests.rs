@@ -236,3 +236,23 @@ fn rollouts_of_later_steps_begin_early_and_go_on_through_pushes() {
         assert_eq!(versions, [4, 4, 5, 5]);
     }
 }
+
+#[test]
+fn a_coordinator_waits_for_its_name_and_listens_where_it_may() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let entered = runtime.enter();
+    let connector = Connector::new(Credentials::default(), Duration::from_secs(1)).unwrap();
+    let run = || coordinator::Run { name: "r".to_owned(), max_steps: 1, manifest_hash: 1 };
+    let serve =
+        |address: &str| coordinator::serve((address, Duration::from_millis(600)), &connector, run(), &runtime).err();
+    assert!(serve("localhost:0").is_none());
+    let started = Instant::now();
+    let unknown = serve("no such host:1").unwrap().to_string();
+    assert!(unknown.starts_with("no such host is not known (") && unknown.contains("check the name"), "{unknown}");
+    assert!(started.elapsed() >= Duration::from_millis(600), "it was asked for once");
+    let open = serve("0.0.0.0:0").unwrap().to_string();
+    assert!(open.starts_with("generator.coordinator: 0.0.0.0:") && open.contains("AHA_TOKEN"), "{open}");
+    let nothing = serve("nowhere").unwrap().to_string();
+    assert!(nothing.contains("not host:port"), "{nothing}");
+    drop(entered);
+}

@@ -4,7 +4,7 @@ use std::thread;
 use std::time::Duration;
 
 use aha_core::config::PushBackend;
-use aha_nn::comm::{Address, Backend, GroupSpec, ProcessGroup, Store};
+use aha_nn::comm::{Address, Backend, GroupSpec, ProcessGroup, Store, address_towards, host_and_port};
 use aha_nn::kernels::cuda::gpu_uuid;
 use aha_proto::v1;
 use futures::future::{try_join, try_join_all};
@@ -16,7 +16,6 @@ use super::backend::choose;
 use super::calls::{GRACE, Receiver, check_model, invite};
 use crate::agreement::agree;
 use crate::clients::Client;
-use crate::world::address_towards;
 
 /// What all members must agree on.
 #[derive(Debug, Clone, Copy)]
@@ -51,7 +50,7 @@ pub(super) fn meet(
     clients: &[Client],
     runtime: &Runtime,
 ) -> Result<Groups, PublishError> {
-    let host = own_host(clients)?;
+    let host = own_host(clients, terms.timeout)?;
     let Meeting { store, store_host, backend, dtype } = meet_at_store(&host, terms, trainers, clients, runtime)?;
     let (rank, num_trainers, timeout) = (trainers.rank(), trainers.size(), terms.timeout);
     // A store is made for one meeting, so its port tells this group from those before.
@@ -180,11 +179,12 @@ impl Place<'_> {
     }
 }
 
-/// Address of this machine that generators and, where those are elsewhere, the other trainers reach.
-fn own_host(clients: &[Client]) -> Result<String, PublishError> {
+/// Address of this machine that generators and, where those are elsewhere, the other trainers reach. `limit` is for the
+/// name of the first generator to be known.
+fn own_host(clients: &[Client], limit: Duration) -> Result<String, PublishError> {
     let client = clients.first().ok_or(PublishError::NoGenerators)?;
-    let (host, port) = client.address().rsplit_once(':').unwrap_or((client.address(), "1"));
-    let address = address_towards(host.trim_matches(['[', ']']), port.parse().unwrap_or(1));
+    let (host, port) = host_and_port(client.address()).unwrap_or((client.address(), 1));
+    let address = address_towards(host, port, limit);
     let failed = |error| PublishError::generator(client, format!("cannot be reached from here: {error}"));
     address.map(|address| address.to_string()).map_err(failed)
 }

@@ -71,7 +71,8 @@ fn judge_shared(free: Option<u64>, num_gpus: usize) -> Finding {
 
 pub(super) fn threads(world: &World, config: Option<&RunConfig>, omp: Option<&str>) -> Vec<Finding> {
     let num_cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let local_size = config.map_or(0, |config| config.launch.trainers).max(world.local_rank + 1);
+    let at_least = || config.map_or(0, |config| config.launch.trainers).max(world.local_rank + 1);
+    let local_size = world.local_size.unwrap_or_else(at_least);
     let mut findings = vec![judge_threads(num_cores, local_size, config.map_or(0, |config| config.train.threads))];
     if let Some(omp) = omp {
         findings.push(match omp.trim().parse::<usize>() {
@@ -124,6 +125,13 @@ mod tests {
         assert!(judge_threads(8, 2, 5).fix.unwrap().contains("train.threads to 4"));
         let omp = |value| threads_of(value);
         assert_eq!([omp("1"), omp("1000000"), omp("all")], [Ok, Warning, Warning]);
+    }
+
+    #[test]
+    fn the_ranks_of_this_machine_count() {
+        let world = World { size: 1 << 20, local_size: Some(1 << 20), ..World::single() };
+        assert_eq!(threads(&world, None, None)[0].severity, Warning);
+        assert_eq!(threads(&World { local_size: Some(1), ..world }, None, None)[0].severity, Ok);
     }
 
     fn threads_of(omp: &str) -> super::super::finding::Severity {

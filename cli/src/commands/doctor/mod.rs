@@ -10,6 +10,7 @@ mod space;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use aha_core::config::{DeviceKind, RunConfig};
 use aha_nn::model_config::ModelConfig;
@@ -23,7 +24,8 @@ use finding::{Finding, Severity};
 /// Check what a run needs of this machine: libtorch, GPUs, ports, limits, disk, memory and process groups.
 ///
 /// Nothing is trained and nothing stays behind. With a recipe, what it asks for is checked as well; RANK, WORLD_SIZE,
-/// LOCAL_RANK, MASTER_ADDR and MASTER_PORT count as for a trainer. The exit code is 1 where a problem is found.
+/// LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT count as for a trainer. The exit code is 1 where a problem is
+/// found.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  aha doctor\n  aha doctor configs/countdown-tiny.yaml --json")]
 pub(crate) struct Args {
@@ -91,7 +93,7 @@ fn on_machine(world: &World, config: Option<&RunConfig>, model: Option<&ModelCon
     findings.push(limits::locked_memory(num_gpus));
     findings.push(limits::shared_memory(num_gpus));
     findings.push(network::rendezvous(world));
-    findings.push(groups::gloo(&world.own_address()));
+    findings.push(groups::gloo(&world.own_address(Duration::ZERO)));
     if num_gpus > 0 && aha_nn::comm::nccl_built() {
         findings.push(groups::nccl(world.local_rank.min(num_gpus - 1)));
     }

@@ -94,7 +94,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let master_port = listener.local_addr().unwrap().port();
         let world =
-            |rank, host: &str| World { rank, size: 2, master_addr: host.to_owned(), master_port, local_rank: 0 };
+            |rank, host: &str| World { rank, size: 2, master_addr: host.to_owned(), master_port, ..World::single() };
         assert_eq!(rendezvous(&World::single()).severity, Severity::Ok);
         assert_eq!(rendezvous(&world(0, "127.0.0.1")).severity, Severity::Problem, "it is taken");
         assert_eq!(rendezvous(&world(1, "127.0.0.1")).severity, Severity::Ok);

@@ -152,7 +152,8 @@ pub struct Train {
     /// A weight push that takes longer fails, naming whom it waited for.
     pub push_timeout_seconds: f64,
     pub push_backend: PushBackend,
-    /// Intra-op threads of a rank; 0 shares the cores among the ranks.
+    /// Intra-op threads of a rank; 0 shares this machine's cores among its ranks, of which there are LOCAL_WORLD_SIZE, or all
+    /// of the run where that is not set.
     pub threads: usize,
 }
 

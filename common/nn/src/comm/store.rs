@@ -2,17 +2,17 @@
 
 use super::deadline::within;
 use super::error::CommError;
+use super::names::Names;
 use crate::shim::{
     self, AhaStore, Message, aha_store_add, aha_store_connect, aha_store_free, aha_store_get, aha_store_host,
     aha_store_scoped, aha_store_set, aha_string_free,
 };
 use std::ffi::{CString, c_char};
-use std::net::TcpListener;
 use std::os::fd::IntoRawFd;
 use std::ptr::{self, NonNull};
 use std::slice;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What c10d may take longer than it was told before it is given up.
 const GRACE: Duration = Duration::from_secs(1);
@@ -29,14 +29,18 @@ pub struct Store {
 impl Store {
     /// Serves a store on `host` and connects to it. Port 0 picks a free one, which [`Store::port`] tells.
     ///
-    /// `host` is an address of this machine, `0.0.0.0` for all of them. The store lives as long as this value and its
-    /// clones.
+    /// `host` is an address of this machine, `0.0.0.0` for all of them, or its name, which may yet have to become known.
+    /// The store lives as long as this value and its clones.
     ///
     /// # Errors
-    /// [`CommError::Store`] when the address is not ours or is in use.
+    /// [`CommError::Store`] when the address is not ours or is in use, or the name is not ours within `timeout`.
     pub fn host(host: &str, port: u16, timeout: Duration) -> Result<Self, CommError> {
+        Self::host_by(&Names::of_system(), host, port, timeout)
+    }
+
+    pub(super) fn host_by(names: &Names, host: &str, port: u16, timeout: Duration) -> Result<Self, CommError> {
         let fail = |reason: String| store_error(host, port, "listen", reason);
-        let listener = TcpListener::bind((host, port)).map_err(|error| fail(error.to_string()))?;
+        let listener = names.listen(host, port, timeout).map_err(|error| fail(error.to_string()))?;
         let port = listener.local_addr().map_err(|error| fail(error.to_string()))?.port();
         let name = c_string(host).map_err(fail)?;
         let raw = within(timeout + GRACE, move || {
@@ -48,16 +52,24 @@ impl Store {
         Self::new(raw.map_err(fail)?, host, port, timeout)
     }
 
-    /// Connects to the store at `host:port`, which may yet have to start.
+    /// Connects to the store at `host:port`, which may yet have to start, and `host` to become known.
     ///
     /// # Errors
     /// [`CommError::Store`] when nobody answers within `timeout`.
     pub fn connect(host: &str, port: u16, timeout: Duration) -> Result<Self, CommError> {
+        Self::connect_by(&Names::of_system(), host, port, timeout)
+    }
+
+    pub(super) fn connect_by(names: &Names, host: &str, port: u16, timeout: Duration) -> Result<Self, CommError> {
+        let started = Instant::now();
         let fail = |reason: String| store_error(host, port, "connect", reason);
         let name = c_string(host).map_err(fail)?;
-        let raw = within(timeout + GRACE, move || {
+        names.resolve(host, port, timeout).map_err(|error| fail(error.to_string()))?;
+        let rest = timeout.saturating_sub(started.elapsed()).max(GRACE);
+        let raw = within(rest + GRACE, move || {
+            // It is told the name, so that it asks again whenever it tries again: the address may still be an old one.
             // SAFETY: `name` and `out` outlive the call.
-            RawStore::open(|out| unsafe { aha_store_connect(name.as_ptr(), port, millis(timeout), out) })
+            RawStore::open(|out| unsafe { aha_store_connect(name.as_ptr(), port, millis(rest), out) })
         });
         Self::new(raw.map_err(fail)?, host, port, timeout)
     }

@@ -1,5 +1,6 @@
 //! Ranks as threads, each with its own connection and group; faults by ranks that stay away, leave, die or stop.
 
+use super::names::tests::answering;
 use super::*;
 use std::env;
 use std::io::{BufRead, BufReader};
@@ -273,6 +274,24 @@ fn a_store_that_is_not_there_is_named() {
 }
 
 #[test]
+fn ranks_meet_at_a_name_that_becomes_known() {
+    let late = || answering(&[None, None, Some(LOCALHOST)]).0;
+    let host = Store::host_by(&late(), LOCALHOST, 0, PATIENT).unwrap();
+    let peer = Store::connect_by(&late(), LOCALHOST, host.port(), PATIENT).unwrap();
+    peer.set("met", b"here").unwrap();
+    assert_eq!(host.get("met").unwrap(), b"here");
+    let never = || answering(&[None]).0;
+    let brief = Duration::from_millis(700);
+    let listened = Store::host_by(&never(), "rank-0", 7, brief).unwrap_err().to_string();
+    assert!(
+        listened.starts_with("store rank-0:7: listen failed: rank-0 is not known (no such name) after "),
+        "{listened}"
+    );
+    let connected = Store::connect_by(&never(), "rank-0", 7, brief).unwrap_err().to_string();
+    assert!(connected.starts_with("store rank-0:7: connect failed: rank-0 is not known"), "{connected}");
+}
+
+#[test]
 fn a_store_that_never_answers_is_given_up() {
     let silent = std::net::TcpListener::bind((LOCALHOST, 0)).unwrap();
     let started = Instant::now();
@@ -293,7 +312,7 @@ fn store_keeps_values() {
     let error = peer.get_within("missing", Duration::from_millis(100)).unwrap_err().to_string();
     assert!(error.contains("get missing failed"), "{error}");
     let error = Store::host(LOCALHOST, host.port(), PATIENT).unwrap_err().to_string();
-    assert!(error.contains("listen failed: Address already in use"), "{error}");
+    assert!(error.contains("listen failed: 127.0.0.1 cannot be listened on (Address already in use"), "{error}");
 }
 
 /// Checks that `result` failed within [`HASTY`] or so, whatever the group's timeout, closed the group, and reads as it should.
