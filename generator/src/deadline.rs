@@ -6,7 +6,7 @@ use tonic::metadata::MetadataMap;
 
 use crate::error::{GeneratorError, invalid};
 
-const HEADER: &str = "grpc-timeout";
+pub(crate) const HEADER: &str = "grpc-timeout";
 
 /// The time that a call may take: at most 8 digits and a unit, as "gRPC over HTTP/2" writes it.
 ///

@@ -13,7 +13,7 @@ use futures::{Stream, stream};
 use tch::{Device, Kind};
 use tonic::{Code, Request, Response, Status};
 
-use crate::deadline::timeout;
+use crate::deadline::{HEADER as TIMEOUT_HEADER, timeout};
 use crate::engine::{Activity, EngineError, EngineHandle, RequestKey};
 use crate::error::{GeneratorError, invalid};
 use crate::instance::Instance;
@@ -23,8 +23,12 @@ use crate::torch::{DeviceWeights, Membership, Push, UpdateError, WeightReceiver}
 /// Requests in flight, and their samples in all; more are refused.
 const MAX_IN_FLIGHT: usize = 4096;
 const MAX_SAMPLES_IN_FLIGHT: usize = 1 << 18;
+/// Most members of an update group: as many generators as a coordinator takes, and as many trainers.
+const MAX_MEMBERS: usize = 8192;
 /// Longest message of a status, in bytes: it travels in a header, and may quote what the client sent.
 const MAX_MESSAGE_BYTES: usize = 1000;
+/// For the members of an update group to come together, where the call has no deadline.
+const JOIN_DEADLINE: Duration = Duration::from_secs(600);
 /// Longest deadline of a request.
 const MAX_DEADLINE: Duration = Duration::from_secs(7 * 24 * 3600);
 
@@ -123,7 +127,8 @@ impl Generator for Service {
         &self,
         call: Request<v1::JoinUpdateGroupRequest>,
     ) -> Result<Response<v1::JoinUpdateGroupResponse>, Status> {
-        let membership = membership(call.into_inner())?;
+        let deadline = call.metadata().contains_key(TIMEOUT_HEADER).then(|| timeout(call.metadata())).transpose()?;
+        let membership = membership(call.into_inner(), deadline.unwrap_or(JOIN_DEADLINE))?;
         self.receiver.join(membership).await?;
         Ok(Response::new(v1::JoinUpdateGroupResponse {}))
     }
@@ -300,7 +305,7 @@ impl Drop for Place {
     }
 }
 
-fn membership(wire: v1::JoinUpdateGroupRequest) -> Result<Membership, GeneratorError> {
+fn membership(wire: v1::JoinUpdateGroupRequest, deadline: Duration) -> Result<Membership, GeneratorError> {
     let is_nccl = match wire.backend() {
         v1::PushBackend::Gloo => false,
         v1::PushBackend::Nccl => true,
@@ -316,6 +321,9 @@ fn membership(wire: v1::JoinUpdateGroupRequest) -> Result<Membership, GeneratorE
     let (rank, size, num_trainers) = (wire.rank as usize, wire.size as usize, wire.num_trainers as usize);
     if num_trainers == 0 || num_trainers >= size {
         return Err(invalid("num_trainers", format!("must be from 1 to below the size {size}, got {num_trainers}")));
+    }
+    if size > MAX_MEMBERS {
+        return Err(invalid("size", format!("must be at most {MAX_MEMBERS}, got {size}")));
     }
     if rank < num_trainers || rank >= size {
         return Err(invalid("rank", format!("a generator's is from {num_trainers} to below {size}, got {rank}")));
@@ -340,6 +348,7 @@ fn membership(wire: v1::JoinUpdateGroupRequest) -> Result<Membership, GeneratorE
         num_trainers,
         manifest_hash: wire.manifest_hash,
         bucket_numel: usize::try_from(wire.bucket_numel).unwrap_or(usize::MAX),
+        limit: timeout.min(deadline),
         timeout,
         is_nccl,
         kind,

@@ -8,17 +8,28 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, bail, ensure};
+use tempfile::TempDir;
 
 use crate::process::{self, Status, run_stage};
 use crate::workspace::Workspace;
 
-/// Targets, each with where its first inputs are: files of this ending below this folder.
-const TARGETS: [(&str, &str, &str); 5] = [
-    ("config", "configs", "yaml"),
-    ("chat_template", "tests/golden/chat_template", "jinja"),
-    ("reward", "fuzz/seeds/reward", "txt"),
-    ("message", "fuzz/seeds/message", "binpb"),
-    ("tokenizer", "tests/golden/models", "json"),
+/// Where the first inputs of a target are.
+#[derive(Clone, Copy)]
+enum Seeds {
+    /// Files of this ending below this folder.
+    Files(&'static str, &'static str),
+    /// The target makes them when it starts. Such a target needs libtorch.
+    Made,
+}
+
+const TARGETS: [(&str, Seeds); 7] = [
+    ("config", Seeds::Files("configs", "yaml")),
+    ("chat_template", Seeds::Files("tests/golden/chat_template", "jinja")),
+    ("reward", Seeds::Files("fuzz/seeds/reward", "txt")),
+    ("message", Seeds::Files("fuzz/seeds/message", "binpb")),
+    ("tokenizer", Seeds::Files("tests/golden/models", "json")),
+    ("safetensors", Seeds::Made),
+    ("rpc", Seeds::Made),
 ];
 
 /// Branches, comparisons and a table of them, as libFuzzer wants them.
@@ -34,30 +45,35 @@ const MEGABYTES: u32 = 2048;
 /// # Errors
 /// If there is no such target, or it cannot be built or started; a finding is a failing [`Status`].
 pub(crate) fn run(workspace: &Workspace, names: &[String], seconds: u64) -> anyhow::Result<Status> {
-    let known: Vec<&str> = TARGETS.iter().map(|(name, ..)| *name).collect();
+    let known: Vec<&str> = TARGETS.iter().map(|(name, _)| *name).collect();
     if let Some(unknown) = names.iter().find(|name| !known.contains(&name.as_str())) {
         bail!("{unknown:?} is no fuzz target; there are {}", known.join(", "));
     }
+    let is_chosen = |name: &str| names.is_empty() || names.iter().any(|chosen| chosen == name);
+    let chosen: Vec<(&str, Seeds)> = TARGETS.into_iter().filter(|(name, _)| is_chosen(name)).collect();
     let folder = workspace.path("target/fuzz");
-    let binaries = build(workspace, &folder)?;
+    let binaries = build(workspace, &folder, chosen.iter().any(|(_, seeds)| matches!(seeds, Seeds::Made)))?;
     let mut status = Status::Success;
-    for (name, seeds, ending) in
-        TARGETS.into_iter().filter(|(name, ..)| names.is_empty() || names.iter().any(|n| n == name))
-    {
+    for (name, seeds) in chosen {
         let inputs = folder.join("corpus").join(name);
         let findings = folder.join("findings").join(name);
         for folder in [&inputs, &findings] {
             fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
         }
-        copy_seeds(&workspace.path(seeds), ending, &inputs)?;
-        let log = folder.join(format!("{name}.log"));
         let mut fuzzer = Command::new(binaries.join(name));
+        match seeds {
+            Seeds::Files(from, ending) => copy_seeds(&workspace.path(from), ending, &inputs)?,
+            Seeds::Made => drop(fuzzer.env("AHA_FUZZ_SEEDS", &inputs)),
+        }
+        let scratch = scratch()?;
+        fuzzer.env("TMPDIR", scratch.path()).env("OMP_NUM_THREADS", "1");
+        let log = folder.join(format!("{name}.log"));
         fuzzer.arg(&inputs).arg(format!("-artifact_prefix={}/", findings.display()));
         fuzzer.args([format!("-max_total_time={seconds}"), format!("-timeout={SECONDS_OF_AN_INPUT}")]);
         fuzzer.args([format!("-rss_limit_mb={MEGABYTES}"), "-print_final_stats=1".to_owned()]);
         fuzzer.stderr(File::create(&log).with_context(|| format!("making {}", log.display()))?);
         let stage = run_stage("fuzz", &mut fuzzer)?;
-        eprintln!("    {name}: {}", summary(&fs::read_to_string(&log)?));
+        eprintln!("    {name}: {}", summary(&String::from_utf8_lossy(&fs::read(&log)?)));
         if stage.status != Status::Success {
             eprintln!("    {name}: a finding, below {}; see {}", findings.display(), log.display());
             status = stage.status;
@@ -66,12 +82,22 @@ pub(crate) fn run(workspace: &Workspace, names: &[String], seconds: u64) -> anyh
     Ok(status)
 }
 
+/// A folder for what targets write for every input: in memory, where there is such a place.
+fn scratch() -> anyhow::Result<TempDir> {
+    let memory = Path::new("/dev/shm");
+    let made = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() };
+    made.context("making a folder for what targets write")
+}
+
 /// Returns the folder of the binaries.
-fn build(workspace: &Workspace, folder: &Path) -> anyhow::Result<PathBuf> {
+fn build(workspace: &Workspace, folder: &Path, needs_torch: bool) -> anyhow::Result<PathBuf> {
     let version = process::output(Command::new("rustc").arg("-vV")).context("asking rustc for its host")?;
     let host = version.lines().find_map(|line| line.strip_prefix("host: ")).context("rustc -vV names no host")?;
     let mut cargo = workspace.command("cargo");
     cargo.args(["build", "--release", "--manifest-path", "fuzz/Cargo.toml", "--target", host]);
+    if needs_torch {
+        cargo.args(["--features", "torch"]);
+    }
     // With a target, the flags are not those of build scripts and macros.
     cargo.arg("--target-dir").arg(folder).env("RUSTFLAGS", FLAGS);
     let stage = run_stage("build the fuzz targets", &mut cargo)?;

@@ -9,6 +9,11 @@ use aha_core::manifest::{Manifest, ParamSpec, UnitSpec};
 use serde_json::{Map, Value};
 use tch::Kind;
 
+/// Wider or deeper is a mistake, or meant to take all memory before any weight is read. Whatever is computed from sizes
+/// within these bounds fits 64 bits.
+const MAX_SIZE: usize = 1 << 22;
+const MAX_LAYERS: usize = 1 << 12;
+
 /// A family of decoder models whose layers differ only in biases and norms.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Family {
@@ -94,14 +99,24 @@ impl ModelConfig {
         let hidden_size = fields.size("hidden_size")?;
         let num_heads = fields.size("num_attention_heads")?;
         let num_kv_heads = fields.size_or("num_key_value_heads", num_heads)?;
+        let num_layers = fields.size("num_hidden_layers")?;
+        if num_layers > MAX_LAYERS {
+            return Err(format!("num_hidden_layers is {num_layers}, and at most {MAX_LAYERS} are supported"));
+        }
         if num_heads % num_kv_heads != 0 {
             return Err(format!(
                 "num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}"
             ));
         }
         let head_dim = fields.size_or("head_dim", hidden_size / num_heads)?;
+        if head_dim == 0 {
+            return Err(format!("hidden_size {hidden_size} leaves nothing for each of {num_heads} heads"));
+        }
         if head_dim % 2 != 0 {
             return Err(format!("head_dim {head_dim} is odd, which rotary embeddings cannot have"));
+        }
+        if num_heads * head_dim > MAX_SIZE {
+            return Err(format!("{num_heads} heads of {head_dim} are wider than {MAX_SIZE}, which is the limit"));
         }
         if let Some(activation) = raw.get("hidden_act").and_then(Value::as_str).filter(|&name| name != "silu") {
             return Err(format!("hidden_act {activation:?} is not supported, only \"silu\""));
@@ -115,13 +130,13 @@ impl ModelConfig {
             vocab_size: fields.size("vocab_size")?,
             hidden_size,
             intermediate_size: fields.size("intermediate_size")?,
-            num_layers: fields.size("num_hidden_layers")?,
+            num_layers,
             num_heads,
             num_kv_heads,
             head_dim,
             rms_norm_eps: fields.number_or("rms_norm_eps", 1e-6)?,
             rope: rope(&raw)?,
-            max_position_embeddings: fields.size_or("max_position_embeddings", 2048)?,
+            max_position_embeddings: fields.count_or("max_position_embeddings", 2048)?,
             tie_word_embeddings: fields.flag("tie_word_embeddings"),
             qkv_bias: family == Family::Qwen2 || attention_bias,
             output_bias: family != Family::Qwen2 && attention_bias,
@@ -262,14 +277,27 @@ fn rope(raw: &Map<String, Value>) -> Result<Rope, String> {
 struct Fields<'a>(&'a Map<String, Value>);
 
 impl Fields<'_> {
+    /// Of a tensor.
     fn size(&self, key: &str) -> Result<usize, String> {
-        let value = self.0.get(key).ok_or_else(|| format!("{key} is missing"))?;
-        let size = value.as_u64().filter(|&size| size > 0 && size < 1 << 32);
-        size.map(|size| size as usize).ok_or_else(|| format!("{key} must be a positive integer, got {value}"))
+        let size = self.count(key)?;
+        if size > MAX_SIZE {
+            return Err(format!("{key} is {size}, and at most {MAX_SIZE} is supported"));
+        }
+        Ok(size)
     }
 
     fn size_or(&self, key: &str, default: usize) -> Result<usize, String> {
         if self.0.get(key).is_none_or(Value::is_null) { Ok(default) } else { self.size(key) }
+    }
+
+    fn count(&self, key: &str) -> Result<usize, String> {
+        let value = self.0.get(key).ok_or_else(|| format!("{key} is missing"))?;
+        let count = value.as_u64().filter(|&count| count > 0 && count < 1 << 32);
+        count.map(|count| count as usize).ok_or_else(|| format!("{key} must be a positive integer, got {value}"))
+    }
+
+    fn count_or(&self, key: &str, default: usize) -> Result<usize, String> {
+        if self.0.get(key).is_none_or(Value::is_null) { Ok(default) } else { self.count(key) }
     }
 
     fn number(&self, key: &str) -> Result<f64, String> {
@@ -322,6 +350,10 @@ mod tests {
             (json!({"rope_scaling": {"rope_type": "yarn"}}), "yarn"),
             (json!({"num_key_value_heads": 3}), "num_key_value_heads"),
             (json!({"vocab_size": -1}), "vocab_size"),
+            (json!({"vocab_size": 4_194_305}), "vocab_size is 4194305"),
+            (json!({"num_hidden_layers": 4_294_967_295_u64}), "num_hidden_layers is 4294967295"),
+            (json!({"num_attention_heads": 32, "num_key_value_heads": 32}), "nothing for each of 32 heads"),
+            (json!({"head_dim": 2_097_152}), "4 heads of 2097152"),
         ] {
             let problem = parse(extra).unwrap_err();
             assert!(problem.contains(expect), "{problem}");

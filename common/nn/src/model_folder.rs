@@ -53,6 +53,8 @@ pub fn load_weights(
     kind: Kind,
     device: Device,
 ) -> Result<Weights, ModelFolderError> {
+    // Memory is taken for what is there, not for what config.json says.
+    check_weights(folder, config)?;
     let weights = Weights::zeros(config.manifest(), world_size, kind, device);
     visit_units(folder, &weights.manifest, |unit_idx, stored| {
         for (mut target, stored) in weights.views(unit_idx).into_iter().zip(stored) {
@@ -329,6 +331,9 @@ mod tests {
         let mut deeper = config();
         deeper.num_layers = 2;
         check_error(folder.path(), &deeper, &["model.layers.1.", "missing"]);
+        let mut endless = config();
+        (endless.intermediate_size, endless.hidden_size) = (1 << 22, 1 << 22);
+        check_error(folder.path(), &endless, &["model.embed_tokens.weight", "[19, 16]", "[19, 4194304]"]);
 
         let path = folder.path().join(SINGLE_FILE);
         let whole = std::fs::read(&path).unwrap();

@@ -67,6 +67,7 @@ async fn measure(config: &ModelConfig, kv: KvPolicy, bucket_numel: usize, late: 
         num_trainers: 1,
         manifest_hash: config.manifest().hash(),
         bucket_numel,
+        limit: PATIENCE,
         timeout: PATIENCE,
         is_nccl: false,
         kind: Kind::Float,

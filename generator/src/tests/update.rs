@@ -1,6 +1,8 @@
 //! New weights, pushed by a trainer that a thread of the test plays.
 
+use std::net::TcpListener;
 use std::thread;
+use std::time::Instant;
 
 use aha_core::config::Dtype;
 use aha_nn::comm::{Address, Backend, GroupSpec, ProcessGroup, Store};
@@ -247,6 +249,47 @@ async fn another_group_ends_the_wait_for_a_lost_one() {
     assert!(serves(&mut server, &weights).await);
 }
 
+/// Where connections are taken and nothing is said.
+fn silence() -> (TcpListener, u32) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    (listener, port.into())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_join_to_nowhere_ends_at_its_deadline_and_holds_up_no_other() {
+    let mut server = Server::start(TINY).await;
+    let (trainer, (_silent, store_port)) = (Trainer::new(), silence());
+    let week = Duration::from_secs(7 * 24 * 3600);
+    let mut call = Request::new(v1::JoinUpdateGroupRequest { store_port, ..trainer.invitation(week) });
+    call.set_timeout(Duration::from_millis(300));
+    let started = Instant::now();
+    let code = server.client.join_update_group(call).await.unwrap_err().code();
+    assert!([Code::Cancelled, Code::DeadlineExceeded, Code::Aborted].contains(&code), "{code:?}");
+    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+    let group = trainer.meet(&mut server, PATIENCE).await;
+    assert_eq!(server.status().await.update_group, GROUP);
+    assert!(started.elapsed() < PATIENCE, "{:?}", started.elapsed());
+    drop(group);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_newer_join_ends_an_older_one() {
+    let mut server = Server::start(TINY).await;
+    let (trainer, (silent, store_port)) = (Trainer::new(), silence());
+    let nowhere = v1::JoinUpdateGroupRequest { store_port, group: "lost".to_owned(), ..trainer.invitation(PATIENCE) };
+    let mut client = server.client.clone();
+    let older = tokio::spawn(async move { client.join_update_group(nowhere).await });
+    // It has begun when its connection is there.
+    silent.set_nonblocking(true).unwrap();
+    let held = tokio::net::TcpListener::from_std(silent).unwrap().accept().await.unwrap();
+    let started = Instant::now();
+    let group = trainer.meet(&mut server, PATIENCE).await;
+    check_status(&older.await.unwrap().unwrap_err(), Code::Aborted, "given up");
+    assert!(started.elapsed() < PATIENCE / 2, "{:?}", started.elapsed());
+    drop((group, held));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn bfloat16_weights_are_taken_as_the_trainer_holds_them() {
     let mut server = Server::start_with(TINY, Duration::ZERO, |options| options.model.dtype = Dtype::Bfloat16).await;
@@ -277,10 +320,11 @@ async fn joins_and_pushes_that_make_no_sense_are_refused() {
 
     let trainer = Trainer::new();
     type Damage = fn(&mut v1::JoinUpdateGroupRequest);
-    let cases: [(&str, Damage); 10] = [
+    let cases: [(&str, Damage); 11] = [
         ("manifest_hash: ", |join| join.manifest_hash ^= 1),
         ("rank: ", |join| join.rank = 0),
         ("num_trainers: ", |join| join.num_trainers = 2),
+        ("size: must be at most 8192, got 4294967295", |join| join.size = u32::MAX),
         ("store_port: ", |join| join.store_port = 70_000),
         ("bucket_numel: ", |join| join.bucket_numel = 0),
         ("timeout_seconds: ", |join| join.timeout_seconds = f64::NAN),

@@ -3,7 +3,8 @@
 //! One thread owns the process group. A push comes unit by unit into the spare set of weights; only a set whose every
 //! unit has the hash that was announced is handed to the engine. Whatever goes wrong, the old weights go on serving.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use aha_core::ids::PolicyVersion;
@@ -39,6 +40,8 @@ pub struct Membership {
     pub manifest_hash: u64,
     /// Largest bucket, in elements.
     pub bucket_numel: usize,
+    /// For all members to come together.
+    pub limit: Duration,
     /// Bound on every collective.
     pub timeout: Duration,
     /// NCCL, between GPUs, or else Gloo.
@@ -98,9 +101,25 @@ pub enum UpdateError {
 
 #[derive(Debug)]
 enum Command {
-    Join { membership: Membership, reply: oneshot::Sender<Result<(), UpdateError>> },
+    Join { membership: Membership, wish: Wish, reply: oneshot::Sender<Result<(), UpdateError>> },
     Receive { push: Push, reply: oneshot::Sender<Result<Pushed, UpdateError>> },
     ReleaseSpare { reply: oneshot::Sender<Result<(), UpdateError>> },
+}
+
+/// Whether a join is still wanted.
+#[derive(Debug, Clone)]
+struct Wish {
+    /// Of this join, and of the newest one.
+    number: u64,
+    newest: Arc<AtomicU64>,
+    /// Lives as long as the caller waits.
+    caller: Weak<()>,
+}
+
+impl Wish {
+    fn is_over(&self) -> bool {
+        self.caller.strong_count() == 0 || self.newest.load(Ordering::SeqCst) > self.number
+    }
 }
 
 /// The way to the receiving thread, which ends when this is dropped.
@@ -109,6 +128,8 @@ pub struct WeightReceiver {
     commands: mpsc::Sender<Command>,
     /// The group that is in use, so that it can be aborted while the thread waits in it.
     current: Arc<Mutex<Option<Arc<ProcessGroup>>>>,
+    /// Number of the newest join, which ends those before it.
+    newest: Arc<AtomicU64>,
 }
 
 impl WeightReceiver {
@@ -136,18 +157,24 @@ impl WeightReceiver {
             spare: None,
         };
         std::thread::Builder::new().name("weights".to_owned()).spawn(move || worker.run(incoming))?;
-        Ok(Self { commands, current })
+        Ok(Self { commands, current, newest: Arc::default() })
     }
 
-    /// Enters a group; whichever was in use is left, even in the middle of a push.
+    /// Enters a group; whichever was in use, or about to be, is left, even in the middle of a push. Given up when this
+    /// future is dropped.
     ///
     /// # Errors
     /// If the trainers have another model, or the members do not come together in time.
     pub async fn join(&self, membership: Membership) -> Result<(), UpdateError> {
+        let caller = Arc::new(());
+        let number = 1 + self.newest.fetch_add(1, Ordering::SeqCst);
+        let wish = Wish { number, newest: Arc::clone(&self.newest), caller: Arc::downgrade(&caller) };
         self.abort("this generator was asked to join another group");
         let (reply, answer) = oneshot::channel();
-        self.send(Command::Join { membership, reply })?;
-        answer.await.unwrap_or(Err(UpdateError::Stopped))
+        self.send(Command::Join { membership, wish, reply })?;
+        let joined = answer.await.unwrap_or(Err(UpdateError::Stopped));
+        drop(caller);
+        joined
     }
 
     /// Receives a push and puts it in place.
@@ -239,7 +266,7 @@ impl Worker {
         // A caller that no longer waits for its answer does not change what was done.
         while let Some(command) = incoming.blocking_recv() {
             match command {
-                Command::Join { membership, reply } => drop(reply.send(self.join(&membership))),
+                Command::Join { membership, wish, reply } => drop(reply.send(self.join(&membership, &wish))),
                 Command::Receive { push, reply } => drop(reply.send(self.take_push(&push))),
                 Command::ReleaseSpare { reply } => {
                     self.spare = None;
@@ -253,7 +280,7 @@ impl Worker {
         }
     }
 
-    fn join(&mut self, membership: &Membership) -> Result<(), UpdateError> {
+    fn join(&mut self, membership: &Membership, wish: &Wish) -> Result<(), UpdateError> {
         self.joined = None;
         self.set_current(None);
         let (theirs, ours) = (membership.manifest_hash, self.manifest.hash());
@@ -268,19 +295,7 @@ impl Worker {
             (true, Device::Cuda(device)) => Backend::Nccl { device },
             (true, device) => return Err(UpdateError::NoGpu { device }),
         };
-        let Membership { store_host, store_port, timeout, .. } = membership;
-        let store = Store::connect(store_host, *store_port, *timeout)?;
-        // The address under which this machine reaches the store, and is reached by those around it.
-        let own = address_towards(store_host, *store_port, *timeout);
-        let no_address = |source| UpdateError::NoAddress { store: format!("{store_host}:{store_port}"), source };
-        let spec = GroupSpec {
-            name: membership.group.clone(),
-            rank: membership.rank,
-            size: membership.size,
-            timeout: *timeout,
-            address: Address::Host(own.map_err(no_address)?.to_string()),
-        };
-        let group = Arc::new(ProcessGroup::new(backend, &store, &spec)?);
+        let group = Arc::new(meet(backend, membership, wish)?);
         self.set_current(Some(Arc::clone(&group)));
         let numel = numel_of_neighbours(&self.manifest) as i64;
         self.joined = Some(Joined {
@@ -348,4 +363,24 @@ impl Worker {
     fn set_current(&self, group: Option<Arc<ProcessGroup>>) {
         *self.current.lock().unwrap_or_else(PoisonError::into_inner) = group;
     }
+}
+
+/// Enters the group within the membership's limit, as long as that is wanted.
+fn meet(backend: Backend, membership: &Membership, wish: &Wish) -> Result<ProcessGroup, UpdateError> {
+    let Membership { store_host, store_port, limit, timeout, .. } = membership;
+    let started = Instant::now();
+    let rest = || limit.saturating_sub(started.elapsed());
+    let wish = wish.clone();
+    let store = Store::connect_unless(store_host, *store_port, *limit, move || wish.is_over())?;
+    // The address under which this machine reaches the store, and is reached by those around it.
+    let own = address_towards(store_host, *store_port, rest());
+    let no_address = |source| UpdateError::NoAddress { store: format!("{store_host}:{store_port}"), source };
+    let spec = GroupSpec {
+        name: membership.group.clone(),
+        rank: membership.rank,
+        size: membership.size,
+        timeout: *timeout,
+        address: Address::Host(own.map_err(no_address)?.to_string()),
+    };
+    Ok(ProcessGroup::meet(backend, &store, &spec, rest())?)
 }

@@ -67,8 +67,11 @@ pub(super) fn remove_whole(folder: &Path) -> Result<(), CheckpointError> {
     }
 }
 
-/// Size and hash of a file.
+/// Size and hash of a file. A pipe or a device has neither, and might never end.
 pub(super) fn record(path: &Path) -> io::Result<FileRecord> {
+    if !path.metadata()?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no file"));
+    }
     let mut file = File::open(path)?;
     let (mut hasher, mut buffer, mut bytes) = (Xxh3::new(), vec![0; READ_BYTES], 0);
     loop {

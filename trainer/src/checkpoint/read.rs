@@ -1,6 +1,6 @@
 //! Finding the newest checkpoint that is whole.
 
-use std::path::Path;
+use std::path::{Component, Path};
 
 use aha_nn::comm::ProcessGroup;
 use aha_nn::lora::peft;
@@ -59,6 +59,9 @@ pub(super) fn verify(checkpoint: &Path, step: u64) -> Result<State, CheckpointEr
         return damaged(STATE_FILE, format!("does not list {file}"));
     }
     for (file, expected) in &state.files {
+        if !Path::new(file).components().all(|part| matches!(part, Component::Normal(_))) {
+            return damaged(STATE_FILE, format!("lists {file:?}, which is outside the checkpoint"));
+        }
         let path = checkpoint.join(file);
         let found = folder::record(&path).map_err(|error| CheckpointError::unreadable(&path, error))?;
         if found.bytes != expected.bytes {

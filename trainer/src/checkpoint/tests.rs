@@ -240,6 +240,28 @@ fn every_damaged_file_is_named_and_the_checkpoint_before_is_used() {
     }
 }
 
+/// What is verified of a checkpoint whose list of files says more than it should.
+#[track_caller]
+fn check_listed(file: &str, expect: &str) {
+    let fixture = Fixture::new();
+    let folder = fixture.save_alone(1, 0).unwrap();
+    std::os::unix::fs::symlink("/dev/zero", folder.join("endless")).unwrap();
+    let path = folder.join(STATE_FILE);
+    let mut state: State = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    state.files.insert(file.to_owned(), FileRecord { bytes: 1, xxh3: String::new() });
+    std::fs::write(&path, serde_json::to_vec(&state).unwrap()).unwrap();
+    let message = read::verify(&folder, 1).unwrap_err().to_string();
+    assert!(message.contains(expect), "{message}");
+}
+
+#[test]
+fn a_checkpoint_cannot_name_what_is_outside_or_never_ends() {
+    for outside in ["/dev/zero", "../step-1/config.json", "trainer_state/../../step-1/config.json"] {
+        check_listed(outside, &format!("state.json: lists {outside:?}, which is outside the checkpoint"));
+    }
+    check_listed("endless", "endless: it is no file");
+}
+
 #[test]
 fn a_run_with_only_damaged_checkpoints_does_not_start_over() {
     let fixture = Fixture::new();

@@ -29,6 +29,9 @@ const MAX_STREAMS: u32 = 16;
 /// Most generators that may be registered at once.
 const MAX_GENERATORS: usize = 4096;
 
+/// Longest address, in bytes: a host's name and a port. It is kept, and quoted in answers.
+const MAX_ADDRESS: usize = 300;
+
 /// Those that have registered, and what was pushed last.
 #[derive(Debug, Clone)]
 pub(super) struct Registry {
@@ -133,6 +136,10 @@ impl Registry {
 impl Coordinator for Service {
     async fn register(&self, call: Request<v1::RegisterRequest>) -> Result<Response<v1::RegisterResponse>, Status> {
         let v1::RegisterRequest { address, manifest_hash } = call.into_inner();
+        if address.len() > MAX_ADDRESS {
+            let problem = format!("address: must be at most {MAX_ADDRESS} bytes, got {}", address.len());
+            return Err(Status::invalid_argument(problem));
+        }
         if manifest_hash != self.run.manifest_hash {
             let ours = self.run.manifest_hash;
             return Err(Status::failed_precondition(format!(
@@ -181,5 +188,36 @@ impl Coordinator for Service {
             uptime_seconds: self.started.elapsed().as_secs_f64(),
             members: registered.chain(named).collect(),
         }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use aha_core::config::Credentials;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn addresses_that_are_none_or_too_long_are_refused_in_few_words() {
+        let connector = Connector::new(Credentials::default(), Duration::from_secs(1)).unwrap();
+        let run = Run { name: "run".to_owned(), max_steps: 1, manifest_hash: 7 };
+        let registry = Registry::new(Duration::from_secs(3));
+        let service = Service { registry: registry.clone(), run, started: Instant::now(), connector };
+        let book = "x".repeat(1 << 20);
+        for (address, manifest_hash, expect) in [
+            ("no address", 7, "address: "),
+            (&book, 7, "address: must be at most 300 bytes, got 1048576"),
+            (&book, 8, "address: must be at most 300 bytes, got 1048576"),
+            ("host:1", 8, "manifest_hash: the weights of host:1"),
+        ] {
+            let address = address.to_owned();
+            let refused = service.register(Request::new(v1::RegisterRequest { address, manifest_hash })).await;
+            let status = refused.unwrap_err();
+            assert!(status.message().starts_with(expect) && status.message().len() < 1000, "{status}");
+        }
+        assert_eq!(registry.members(), Vec::<String>::new());
+        let address = "host:1".to_owned();
+        service.register(Request::new(v1::RegisterRequest { address, manifest_hash: 7 })).await.unwrap();
+        assert_eq!(registry.members(), ["host:1"]);
     }
 }

@@ -18,6 +18,11 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 use tch::{Device, Tensor};
 
+/// A rank that has not come is asked for so often, so that what waits for it can be given up.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// For ranks that nobody has looked for yet when the time to come together is over.
+const LAST_LOOK: Duration = Duration::from_secs(1);
+
 /// What carries the tensors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backend {
@@ -76,6 +81,14 @@ impl ProcessGroup {
     /// [`CommError::Join`] names the ranks that did not come, a rank that is already taken, or what hindered the
     /// connection; [`CommError::NoNccl`] and [`CommError::Store`] as they say.
     pub fn new(backend: Backend, store: &Store, spec: &GroupSpec) -> Result<Self, CommError> {
+        Self::meet(backend, store, spec, spec.timeout)
+    }
+
+    /// [`ProcessGroup::new`] whose ranks come together within a limit of its own; the spec's is for collectives alone.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn meet(backend: Backend, store: &Store, spec: &GroupSpec, limit: Duration) -> Result<Self, CommError> {
         if matches!(backend, Backend::Nccl { .. }) && !nccl_built() {
             return Err(CommError::NoNccl { group: spec.name.clone() });
         }
@@ -89,7 +102,7 @@ impl ProcessGroup {
         let (raw, store) = if spec.size == 1 {
             (None, None)
         } else {
-            connect(backend, store, spec).map(|(raw, store)| (Some(raw), Some(store)))?
+            connect(backend, store, spec, limit).map(|(raw, store)| (Some(raw), Some(store)))?
         };
         let device = match backend {
             Backend::Gloo => Device::Cpu,
@@ -332,23 +345,48 @@ impl Drop for RawGroup {
 }
 
 /// Announces this rank, waits for the others, and connects to them.
-fn connect(backend: Backend, store: &Store, spec: &GroupSpec) -> Result<(RawGroup, Store), CommError> {
+fn connect(backend: Backend, store: &Store, spec: &GroupSpec, limit: Duration) -> Result<(RawGroup, Store), CommError> {
     let started = Instant::now();
-    let rest = || spec.timeout.saturating_sub(started.elapsed());
-    let store = store.scoped(&spec.name, spec.timeout)?;
+    let rest = || limit.saturating_sub(started.elapsed());
+    let store = store.scoped(&spec.name, limit)?;
     if store.add(&arrival_key(spec.rank), 1)? > 1 {
         return Err(spec.join_error("this rank is already taken; a group made anew needs a new name".to_owned()));
     }
-    let missing: Vec<_> =
-        (0..spec.size).filter(|rank| store.get_within(&arrival_key(*rank), rest()).is_err()).collect();
+    let (mut missing, mut unseen) = (Vec::new(), 0..spec.size);
+    while let Some(rank) = unseen.next() {
+        if !has_arrived(&store, rank, rest) {
+            missing.push(rank);
+        }
+        if started.elapsed() > limit.saturating_add(LAST_LOOK) || store.give_up().is_over() {
+            break;
+        }
+    }
+    if store.give_up().is_over() {
+        return Err(spec.join_error("given up, as nobody waits for it any more".to_owned()));
+    }
     if !missing.is_empty() {
-        return Err(
-            spec.join_error(format!("rank {missing:?} did not come within {:.1} s", spec.timeout.as_secs_f64()))
-        );
+        let others = if unseen.is_empty() { "" } else { "; others were not looked for" };
+        let waited = limit.as_secs_f64();
+        return Err(spec.join_error(format!("rank {missing:?} did not come within {waited:.1} s{others}")));
     }
     let (raw_store, options) = (store.raw(), Options::new(backend, spec)?);
-    let group = within(rest(), move || options.open(backend, &raw_store)).map_err(|reason| spec.join_error(reason))?;
-    Ok((group, store))
+    let opened = within(&store.place(), rest(), store.give_up(), move || options.open(backend, &raw_store));
+    let group = opened.map_err(|reason| spec.join_error(reason))?;
+    Ok((group, store.kept()))
+}
+
+/// Waits for a rank for the rest of the time, or until nobody wants to know.
+fn has_arrived(store: &Store, rank: usize, rest: impl Fn() -> Duration) -> bool {
+    loop {
+        let (asked, patience) = (Instant::now(), rest().min(LOOK_AGAIN));
+        if store.get_within(&arrival_key(rank), patience).is_ok() {
+            return true;
+        }
+        // A store that fails at once is gone.
+        if rest().is_zero() || asked.elapsed() < patience / 2 || store.give_up().is_over() {
+            return false;
+        }
+    }
 }
 
 fn arrival_key(rank: usize) -> String {

@@ -1,7 +1,7 @@
 //! Names of machines, which may become known after the processes that ask for them have begun, as a pod's does: whoever
 //! needs one goes on asking until its deadline.
 
-use super::deadline::within;
+use super::deadline::{GiveUp, within};
 use std::fmt;
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, ToSocketAddrs, UdpSocket};
@@ -60,9 +60,12 @@ pub fn host_and_port(address: &str) -> Option<(&str, u16)> {
 
 type Lookup = dyn Fn(&str, u16) -> io::Result<Vec<SocketAddr>> + Send + Sync;
 
-/// Who knows the addresses of names.
+/// Who knows the addresses of names, and is asked until nobody wants to know any more.
 #[derive(Clone)]
-pub(super) struct Names(Arc<Lookup>);
+pub(super) struct Names {
+    lookup: Arc<Lookup>,
+    give_up: GiveUp,
+}
 
 impl fmt::Debug for Names {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -76,16 +79,24 @@ impl Names {
     }
 
     pub(super) fn new(lookup: impl Fn(&str, u16) -> io::Result<Vec<SocketAddr>> + Send + Sync + 'static) -> Self {
-        Self(Arc::new(lookup))
+        Self { lookup: Arc::new(lookup), give_up: GiveUp::never() }
+    }
+
+    pub(super) fn unless(self, give_up: GiveUp) -> Self {
+        Self { give_up, ..self }
+    }
+
+    pub(super) fn give_up(&self) -> &GiveUp {
+        &self.give_up
     }
 
     /// Waits until `host` is known.
     pub(super) fn resolve(&self, host: &str, port: u16, limit: Duration) -> Result<Vec<SocketAddr>, NameError> {
-        until(host, limit, |rest| self.ask(host, port, rest))
+        self.until(host, limit, |rest| self.ask(host, port, rest))
     }
 
     pub(super) fn listen(&self, host: &str, port: u16, limit: Duration) -> Result<TcpListener, NameError> {
-        until(host, limit, |rest| {
+        self.until(host, limit, |rest| {
             let addresses = self.ask(host, port, rest)?;
             TcpListener::bind(&addresses[..]).map_err(|error| match error.kind() {
                 // An address never becomes ours, but a name may: it may still be that of a process that was here before.
@@ -96,7 +107,7 @@ impl Names {
     }
 
     fn address_towards(&self, host: &str, port: u16, limit: Duration) -> Result<IpAddr, NameError> {
-        until(host, limit, |rest| {
+        self.until(host, limit, |rest| {
             let mut result = Err(ErrorKind::NotFound.into());
             for peer in self.ask(host, port.max(1), rest)? {
                 result = route(peer);
@@ -111,9 +122,38 @@ impl Names {
     /// Asks once, on a thread of its own: the system's answer may take longer than `rest`.
     fn ask(&self, host: &str, port: u16, rest: Duration) -> Result<Vec<SocketAddr>, Trouble> {
         let (names, owned) = (self.clone(), host.to_owned());
-        let answer = within(rest.max(PAUSE), move || (names.0)(&owned, port).map_err(|error| error.to_string()));
+        let lookup = move || (names.lookup)(&owned, port).map_err(|error| error.to_string());
+        let answer = within(host, rest.max(PAUSE), &self.give_up, lookup);
         let addresses = answer.map_err(Trouble::Unknown)?;
         if addresses.is_empty() { Err(Trouble::Unknown("it has no address".to_owned())) } else { Ok(addresses) }
+    }
+
+    /// Tries until it succeeds or time does not help any more.
+    fn until<T>(
+        &self,
+        host: &str,
+        limit: Duration,
+        mut attempt: impl FnMut(Duration) -> Result<T, Trouble>,
+    ) -> Result<T, NameError> {
+        let started = Instant::now();
+        let mut is_announced = false;
+        loop {
+            let rest = limit.saturating_sub(started.elapsed());
+            let trouble = match attempt(rest) {
+                Ok(found) => return Ok(found),
+                Err(trouble) => trouble,
+            };
+            let waited = started.elapsed();
+            if !trouble.may_pass() || waited >= limit || self.give_up.is_over() {
+                return Err(NameError { host: host.to_owned(), waited, trouble });
+            }
+            if !is_announced {
+                tracing::warn!("{host} {trouble} yet: asking again for up to {:.0} s", limit.as_secs_f64());
+                is_announced = true;
+            }
+            // Nobody wakes this thread; whoever did would only have it ask sooner.
+            thread::park_timeout(PAUSE.min(limit - waited));
+        }
     }
 }
 
@@ -146,33 +186,6 @@ impl fmt::Display for Trouble {
             Self::Unusable(error) => write!(f, "cannot be listened on ({error})"),
             Self::Unreachable(error) => write!(f, "cannot be reached ({error})"),
         }
-    }
-}
-
-/// Tries until it succeeds or time does not help any more.
-fn until<T>(
-    host: &str,
-    limit: Duration,
-    mut attempt: impl FnMut(Duration) -> Result<T, Trouble>,
-) -> Result<T, NameError> {
-    let started = Instant::now();
-    let mut is_announced = false;
-    loop {
-        let rest = limit.saturating_sub(started.elapsed());
-        let trouble = match attempt(rest) {
-            Ok(found) => return Ok(found),
-            Err(trouble) => trouble,
-        };
-        let waited = started.elapsed();
-        if !trouble.may_pass() || waited >= limit {
-            return Err(NameError { host: host.to_owned(), waited, trouble });
-        }
-        if !is_announced {
-            tracing::warn!("{host} {trouble} yet: asking again for up to {:.0} s", limit.as_secs_f64());
-            is_announced = true;
-        }
-        // Nobody wakes this thread; whoever did would only have it ask sooner.
-        thread::park_timeout(PAUSE.min(limit - waited));
     }
 }
 

@@ -1,6 +1,6 @@
 //! The key-value store where ranks meet: c10d's TCPStore, hosted by one process.
 
-use super::deadline::within;
+use super::deadline::{GiveUp, within};
 use super::error::CommError;
 use super::names::Names;
 use crate::shim::{
@@ -24,6 +24,7 @@ pub struct Store {
     host: String,
     port: u16,
     timeout: Duration,
+    give_up: GiveUp,
 }
 
 impl Store {
@@ -43,13 +44,14 @@ impl Store {
         let listener = names.listen(host, port, timeout).map_err(|error| fail(error.to_string()))?;
         let port = listener.local_addr().map_err(|error| fail(error.to_string()))?.port();
         let name = c_string(host).map_err(fail)?;
-        let raw = within(timeout + GRACE, move || {
+        let give_up = GiveUp::never();
+        let raw = within(&place(host, port), timeout + GRACE, &give_up, move || {
             RawStore::open(|out| {
                 // SAFETY: `name` and `out` outlive the call, and the shim takes over the socket.
                 unsafe { aha_store_host(listener.into_raw_fd(), name.as_ptr(), port, millis(timeout), out) }
             })
         });
-        Self::new(raw.map_err(fail)?, host, port, timeout)
+        Ok(Self { raw: Arc::new(raw.map_err(fail)?), host: host.to_owned(), port, timeout, give_up })
     }
 
     /// Connects to the store at `host:port`, which may yet have to start, and `host` to become known.
@@ -60,18 +62,33 @@ impl Store {
         Self::connect_by(&Names::of_system(), host, port, timeout)
     }
 
+    /// [`Store::connect`] that ends, as do all calls of this store and the meeting of a group there, soon after `is_over` says
+    /// that nobody waits for it any more.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn connect_unless(
+        host: &str,
+        port: u16,
+        timeout: Duration,
+        is_over: impl Fn() -> bool + Send + Sync + 'static,
+    ) -> Result<Self, CommError> {
+        Self::connect_by(&Names::of_system().unless(GiveUp::when(is_over)), host, port, timeout)
+    }
+
     pub(super) fn connect_by(names: &Names, host: &str, port: u16, timeout: Duration) -> Result<Self, CommError> {
         let started = Instant::now();
         let fail = |reason: String| store_error(host, port, "connect", reason);
         let name = c_string(host).map_err(fail)?;
         names.resolve(host, port, timeout).map_err(|error| fail(error.to_string()))?;
         let rest = timeout.saturating_sub(started.elapsed()).max(GRACE);
-        let raw = within(rest + GRACE, move || {
+        let give_up = names.give_up().clone();
+        let raw = within(&place(host, port), rest + GRACE, &give_up, move || {
             // It is told the name, so that it asks again whenever it tries again: the address may still be an old one.
             // SAFETY: `name` and `out` outlive the call.
             RawStore::open(|out| unsafe { aha_store_connect(name.as_ptr(), port, millis(rest), out) })
         });
-        Self::new(raw.map_err(fail)?, host, port, timeout)
+        Ok(Self { raw: Arc::new(raw.map_err(fail)?), host: host.to_owned(), port, timeout, give_up })
     }
 
     /// The port that the store is served on.
@@ -131,16 +148,28 @@ impl Store {
             // SAFETY: the store is alive; `prefix` and `out` outlive the call.
             RawStore::open(|out| unsafe { aha_store_scoped(raw, prefix, millis(timeout), out) })
         })?;
-        Self::new(raw, &self.host, self.port, timeout)
+        let give_up = self.give_up.clone();
+        Ok(Self { raw: Arc::new(raw), host: self.host.clone(), port: self.port, timeout, give_up })
+    }
+
+    /// The same for those who want it as long as it is there.
+    pub(super) fn kept(self) -> Self {
+        Self { give_up: GiveUp::never(), ..self }
+    }
+
+    /// When calls are given up.
+    pub(super) fn give_up(&self) -> &GiveUp {
+        &self.give_up
+    }
+
+    /// `host:port`.
+    pub(super) fn place(&self) -> String {
+        place(&self.host, self.port)
     }
 
     /// Shares the connection with a call that must hold it.
     pub(super) fn raw(&self) -> Arc<RawStore> {
         Arc::clone(&self.raw)
-    }
-
-    fn new(raw: RawStore, host: &str, port: u16, timeout: Duration) -> Result<Self, CommError> {
-        Ok(Self { raw: Arc::new(raw), host: host.to_owned(), port, timeout })
     }
 
     fn call<T: Send + 'static>(
@@ -152,7 +181,7 @@ impl Store {
     ) -> Result<T, CommError> {
         let fail = |reason: String| store_error(&self.host, self.port, &format!("{operation} {key}"), reason);
         let (raw, key) = (self.raw(), c_string(key).map_err(fail)?);
-        within(limit + GRACE, move || call(raw.as_ptr(), key.as_ptr())).map_err(fail)
+        within(&self.place(), limit + GRACE, &self.give_up, move || call(raw.as_ptr(), key.as_ptr())).map_err(fail)
     }
 }
 
@@ -195,6 +224,10 @@ pub(super) fn c_string(text: &str) -> Result<CString, String> {
     CString::new(text).map_err(|_| format!("{text:?} has a NUL character"))
 }
 
+fn place(host: &str, port: u16) -> String {
+    format!("{host}:{port}")
+}
+
 fn store_error(host: &str, port: u16, operation: &str, reason: String) -> CommError {
-    CommError::Store { address: format!("{host}:{port}"), operation: operation.to_owned(), reason }
+    CommError::Store { address: place(host, port), operation: operation.to_owned(), reason }
 }

@@ -254,6 +254,20 @@ fn a_rank_that_never_comes_is_named() {
 }
 
 #[test]
+fn a_crowd_that_never_comes_is_not_looked_for_one_by_one() {
+    let limit = Duration::from_millis(300);
+    let host = Store::host(LOCALHOST, 0, PATIENT).unwrap();
+    let started = Instant::now();
+    let spec = spec("crowd", 1, 1 << 20, PATIENT);
+    let message = ProcessGroup::meet(Backend::Gloo, &host, &spec, limit).unwrap_err().to_string();
+    assert!(
+        message.contains("rank [0, 2, ") && message.contains("within 0.3 s; others were not looked for"),
+        "{message}"
+    );
+    assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
+}
+
+#[test]
 fn a_rank_or_a_name_is_taken_once() {
     let host = Store::host(LOCALHOST, 0, PATIENT).unwrap();
     let brief = Duration::from_millis(200);
@@ -298,6 +312,29 @@ fn a_store_that_never_answers_is_given_up() {
     let port = silent.local_addr().unwrap().port();
     assert!(Store::connect(LOCALHOST, port, Duration::from_secs(1)).is_err());
     assert!(started.elapsed() < Duration::from_secs(1) + SLACK);
+}
+
+#[test]
+fn a_store_that_never_answers_takes_few_threads() {
+    const FEW: usize = 8;
+    let silent = std::net::TcpListener::bind((LOCALHOST, 0)).unwrap();
+    let port = silent.local_addr().unwrap().port();
+    let connect = || Store::connect(LOCALHOST, port, Duration::from_millis(50)).unwrap_err().to_string();
+    thread::scope(|scope| {
+        let waiting: Vec<_> = (0..FEW).map(|_| scope.spawn(connect)).collect();
+        for message in waiting.into_iter().map(|waiting| waiting.join().unwrap()) {
+            assert!(message.ends_with("no answer within 1.1 s"), "{message}");
+        }
+    });
+    let refused = connect();
+    assert!(refused.contains("connect failed: 8 calls to it and "), "{refused}");
+    // Its connections are closed with it, and whoever waited for it goes.
+    drop(silent);
+    let started = Instant::now();
+    while connect().contains("calls to it") {
+        assert!(started.elapsed() < SLACK, "nobody goes");
+        thread::park_timeout(Duration::from_millis(10));
+    }
 }
 
 #[test]

@@ -151,12 +151,18 @@ impl AdapterFolder {
         let path = self.path.join(FILES[1]);
         let file = map(&path)?;
         let tensors = SafeTensors::deserialize(&file).map_err(|error| unreadable(&path, error))?;
-        let adapters = Weights::zeros(self.spec.manifest(config), world_size, Kind::Float, device);
-        for (unit_idx, unit) in adapters.manifest.units.iter().enumerate() {
-            for (spec, mut target) in unit.params.iter().zip(adapters.views(unit_idx)) {
-                let view =
-                    tensors.tensor(&spec.name).map_err(|error| bad_tensor(&path, &spec.name, error.to_string()))?;
-                let source = StoredTensor::new(&path, spec, view)?.to_tensor()?;
+        let manifest = self.spec.manifest(config);
+        // Memory is taken for what is there, not for the rank that the configuration claims.
+        let mut stored = Vec::new();
+        for spec in manifest.params() {
+            let view = tensors.tensor(&spec.name).map_err(|error| bad_tensor(&path, &spec.name, error.to_string()))?;
+            stored.push(StoredTensor::new(&path, spec, view)?);
+        }
+        let mut stored = stored.into_iter();
+        let adapters = Weights::zeros(manifest.clone(), world_size, Kind::Float, device);
+        for unit_idx in 0..adapters.num_units() {
+            for (mut target, stored) in adapters.views(unit_idx).into_iter().zip(&mut stored) {
+                let source = stored.to_tensor()?;
                 tch::no_grad(|| target.copy_(&source));
             }
         }
@@ -321,6 +327,7 @@ mod tests {
         check_refused(json!({"rank_pattern": {"q_proj": 2}}), &["rank_pattern"]);
         check_refused(json!({"peft_type": "IA3"}), &["IA3"]);
         check_refused(json!({"r": "many"}), &["adapter_config.json", "many"]);
+        check_refused(json!({"r": u64::MAX}), &["v_proj.lora_A.weight", "[3, 16]", "[18446744073709551615, 16]"]);
         check_refused(json!({"r": 4}), &["adapter_model.safetensors", "v_proj.lora_A.weight", "[3, 16]", "[4, 16]"]);
     }
 
