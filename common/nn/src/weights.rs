@@ -1,6 +1,6 @@
 //! The weights of a model: one flat tensor a unit, with a view for every parameter.
 
-use aha_core::manifest::{Manifest, ParamSpec};
+use aha_core::manifest::{Manifest, ParamSpec, UnitSpec};
 use aha_core::random::derive_seed;
 use tch::{Device, Kind, Tensor};
 
@@ -56,19 +56,20 @@ impl Weights {
     /// The parameters of one unit of [`Weights::random`], in manifest order: fp32, on the CPU.
     #[must_use]
     pub fn random_unit(config: &ModelConfig, seed: u64, unit_idx: usize) -> Vec<Tensor> {
+        let unit = config.manifest().units.remove(unit_idx);
         let random = |(param_idx, spec): (usize, &ParamSpec)| {
             let shape: Vec<i64> = spec.shape.iter().map(|&size| size as i64).collect();
             let options = (Kind::Float, Device::Cpu);
             if spec.name.ends_with("norm.weight") {
                 Tensor::ones(&shape, options)
             } else if spec.shape.len() == 2 {
-                let seed = derive_seed(seed, &[unit_idx as u64, param_idx as u64]);
+                let seed = derive_seed(seed, &[unit_idx as u64, draw_idx(&unit, param_idx)]);
                 Tensor::from_slice(&normal_values(spec.numel(), config.initializer_range, seed)).view(shape.as_slice())
             } else {
                 Tensor::zeros(&shape, options)
             }
         };
-        config.manifest().units[unit_idx].params.iter().enumerate().map(random).collect()
+        unit.params.iter().enumerate().map(random).collect()
     }
 
     #[must_use]
@@ -125,6 +126,13 @@ impl ModelWeights for Weights {
     fn unit(&self, unit_idx: usize) -> Result<Unit, CommError> {
         Ok(Unit::new(self.flat(unit_idx).shallow_clone(), self.views(unit_idx), None))
     }
+}
+
+/// The place of a parameter if every bias followed its matrix: what a seed draws does not depend on where biases lie.
+fn draw_idx(unit: &UnitSpec, param_idx: usize) -> u64 {
+    let before = unit.params[..param_idx].iter().filter_map(|param| param.name.strip_suffix(".weight"));
+    let has_bias = |stem: &str| unit.params.iter().any(|param| param.name == format!("{stem}.bias"));
+    before.map(|stem| 1 + u64::from(has_bias(stem))).sum()
 }
 
 /// Views of the parameters of unit `unit_idx` in any flat tensor laid out like it.
@@ -208,6 +216,17 @@ mod tests {
         }
         let std = f64::try_from(one.embedding().std(true)).unwrap();
         assert!((std - 0.02).abs() < 0.002, "{std}");
+    }
+
+    #[test]
+    fn what_is_drawn_does_not_depend_on_where_biases_lie() {
+        let unit = &config().manifest().units[1];
+        let place = |name: &str| {
+            let is_it = |param: &ParamSpec| param.name.ends_with(&format!("{name}.weight"));
+            draw_idx(unit, unit.params.iter().position(is_it).unwrap())
+        };
+        let names = ["input_layernorm", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"];
+        assert_eq!(names.map(place), [0, 1, 3, 5, 7, 9, 11]);
     }
 
     #[test]

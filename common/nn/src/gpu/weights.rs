@@ -1,18 +1,18 @@
 //! Weights as the GPU reads them.
 
+use aha_core::manifest::Manifest;
 use tch::{Device, Kind, Tensor};
 
 use super::cuda_queue::synchronize;
 use super::queue::GpuError;
 use crate::model_config::ModelConfig;
 use crate::transformer::{Head, Layer};
-use crate::weights::Weights;
+use crate::weights::{Weights, split};
 
-/// One set of weights, bf16. Projections of the same input lie one after the other, so that they are one matrix, and
-/// so do their biases. Memory is never replaced: graphs refer to it.
+/// One set of weights, bf16, each unit in the order of the manifest. Memory is never replaced: graphs refer to it.
 #[derive(Debug)]
 pub struct GpuWeights {
-    config: ModelConfig,
+    manifest: Manifest,
     /// One a unit, `[numel]`.
     units: Vec<Tensor>,
     /// `[V, C]`.
@@ -30,10 +30,10 @@ impl GpuWeights {
     /// # Errors
     /// If there is not enough memory.
     pub fn empty(config: &ModelConfig, device: Device) -> Result<Self, GpuError> {
-        let units = config.manifest().units;
+        let manifest = config.manifest();
         let zeros = |numel: usize| Tensor::f_zeros([numel as i64], (Kind::BFloat16, device));
-        let units: Vec<Tensor> = units.iter().map(|unit| zeros(unit.numel())).collect::<Result<_, _>>()?;
-        let views = |unit_idx: usize| params(config, &units, unit_idx);
+        let units: Vec<Tensor> = manifest.units.iter().map(|unit| zeros(unit.numel())).collect::<Result<_, _>>()?;
+        let views = |unit_idx: usize| split(&units[unit_idx], &manifest, unit_idx);
         let head = Head::new(views(1 + config.num_layers), |matrix| matrix);
         let embedding = views(0).remove(0);
         Ok(Self {
@@ -42,7 +42,7 @@ impl GpuWeights {
             head: head.lm_head.map_or_else(|| embedding.shallow_clone(), |projection| projection.weight),
             embedding,
             units,
-            config: config.clone(),
+            manifest,
         })
     }
 
@@ -64,7 +64,7 @@ impl GpuWeights {
     /// # Errors
     /// If the copying fails.
     pub fn set_unit(&mut self, unit_idx: usize, new: &[Tensor]) -> Result<(), GpuError> {
-        for (mut param, new) in params(&self.config, &self.units, unit_idx).into_iter().zip(new) {
+        for (mut param, new) in split(&self.units[unit_idx], &self.manifest, unit_idx).into_iter().zip(new) {
             tch::no_grad(|| param.f_copy_(new))?;
         }
         synchronize(self.embedding.device())
@@ -77,25 +77,6 @@ impl GpuWeights {
         }
         Ok(())
     }
-}
-
-/// Views of a unit's parameters, in the order of the manifest.
-fn params(config: &ModelConfig, units: &[Tensor], unit_idx: usize) -> Vec<Tensor> {
-    let specs = &config.manifest().units[unit_idx].params;
-    let mut order: Vec<usize> = (0..specs.len()).collect();
-    if config.qkv_bias && (1..=config.num_layers).contains(&unit_idx) {
-        // The norm; q, k and v each with its bias; the rest: the matrices first.
-        order[1..7].copy_from_slice(&[1, 3, 5, 2, 4, 6]);
-    }
-    let mut views: Vec<Option<Tensor>> = specs.iter().map(|_| None).collect();
-    let mut offset = 0;
-    for index in order {
-        let shape: Vec<i64> = specs[index].shape.iter().map(|&size| size as i64).collect();
-        let numel = specs[index].numel() as i64;
-        views[index] = Some(units[unit_idx].narrow(0, offset, numel).view(shape.as_slice()));
-        offset += numel;
-    }
-    views.into_iter().flatten().collect()
 }
 
 /// The matrix whose rows are those of `parts`, which lie one after the other.
