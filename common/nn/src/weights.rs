@@ -6,7 +6,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::comm::CommError;
 use crate::model_config::ModelConfig;
-use crate::unit::{ModelWeights, Unit};
+use crate::unit::{Lender, Loan, ModelWeights, Unit};
 
 /// All weights of a model, in the order of its manifest.
 #[derive(Debug)]
@@ -14,6 +14,7 @@ pub struct Weights {
     pub manifest: Manifest,
     /// One a unit, `[padded_numel]`; the padding is 0.
     flats: Vec<Tensor>,
+    lender: Lender,
 }
 
 impl Weights {
@@ -25,7 +26,7 @@ impl Weights {
             .iter()
             .map(|unit| Tensor::zeros([unit.padded_numel(world_size) as i64], (kind, device)))
             .collect();
-        Self { manifest, flats }
+        Self::from_flats(manifest, flats)
     }
 
     /// Takes over the flat tensors of all units.
@@ -35,7 +36,7 @@ impl Weights {
     #[must_use]
     pub fn from_flats(manifest: Manifest, flats: Vec<Tensor>) -> Self {
         assert_eq!(manifest.units.len(), flats.len(), "a flat tensor for every unit");
-        Self { manifest, flats }
+        Self { manifest, flats, lender: Lender::default() }
     }
 
     /// Random weights as transformers initialises them: normal matrices, zero biases, norms of one.
@@ -106,7 +107,13 @@ impl Weights {
     /// A copy that shares no memory.
     #[must_use]
     pub fn copy(&self) -> Self {
-        Self { manifest: self.manifest.clone(), flats: self.flats.iter().map(Tensor::copy).collect() }
+        Self::from_flats(self.manifest.clone(), self.flats.iter().map(Tensor::copy).collect())
+    }
+
+    /// Whether somebody has them by [`ModelWeights::lend`]: they are not to be written.
+    #[must_use]
+    pub fn is_lent(&self) -> bool {
+        self.lender.is_lent()
     }
 }
 
@@ -125,6 +132,10 @@ impl ModelWeights for Weights {
 
     fn unit(&self, unit_idx: usize) -> Result<Unit, CommError> {
         Ok(Unit::new(self.flat(unit_idx).shallow_clone(), self.views(unit_idx), None))
+    }
+
+    fn lend(&self) -> Result<Option<Loan>, CommError> {
+        Ok(Some(self.lender.lend(self.flats.iter().map(Tensor::shallow_clone).collect())))
     }
 }
 
