@@ -35,11 +35,14 @@ pub struct GeneratorOptions {
     pub generator: config::Generator,
     /// Index among the GPUs that this process sees.
     pub gpu: usize,
+    /// Start asleep, for the weights of somebody in this process, instead of with those of the model's folder.
+    pub awaits_weights: bool,
 }
 
 impl From<&RunConfig> for GeneratorOptions {
     fn from(config: &RunConfig) -> Self {
-        Self { model: config.model.clone(), seed: config.run.seed, generator: config.generator.clone(), gpu: 0 }
+        let (model, generator) = (config.model.clone(), config.generator.clone());
+        Self { model, seed: config.run.seed, generator, gpu: 0, awaits_weights: false }
     }
 }
 
@@ -64,16 +67,15 @@ impl Instance {
     /// # Errors
     /// Names the file that cannot be used, or the setting that cannot be met.
     pub(crate) fn start(options: &GeneratorOptions) -> anyhow::Result<Self> {
-        let GeneratorOptions { model, seed, generator, gpu } = options;
+        let GeneratorOptions { model, seed, generator, gpu, awaits_weights } = options;
         let format = weight_format(model, generator, *gpu)?;
         let tokenizer = Arc::new(Tokenizer::load(&model.path)?);
         let config = ModelConfig::load(&model.path)?;
         let pool = Pool::new(num_threads(generator.threads)?)?;
-        let kind = format.pushed;
-        let weights = if model.random_init {
-            Weights::random(&config, *seed, 1, kind, Device::Cpu)
-        } else {
-            load_weights(&model.path, &config, 1, kind, Device::Cpu)?
+        let weights = match (awaits_weights, model.random_init) {
+            (true, _) => None,
+            (false, true) => Some(Weights::random(&config, *seed, 1, format.pushed, Device::Cpu)),
+            (false, false) => Some(load_weights(&model.path, &config, 1, format.pushed, Device::Cpu)?),
         };
         let (cache, max_model_len) = sizes(&config, generator, format.device)?;
         let engine_config = EngineConfig {
@@ -121,7 +123,7 @@ impl Instance {
 struct RunnerBuild {
     sizes: EngineConfig,
     config: ModelConfig,
-    weights: Weights,
+    weights: Option<Weights>,
     pool: Pool,
     format: WeightFormat,
     kernel_cache: Option<PathBuf>,
@@ -134,7 +136,7 @@ impl RunnerBuild {
         }
         let Self { sizes, config, weights, pool, format, .. } = self;
         let cache = CacheSize { block_size: sizes.block_size, num_blocks: sizes.num_blocks };
-        let weights = ServingWeights::new(&config, &weights, format.quantization, &pool);
+        let weights = weights.map(|weights| ServingWeights::new(&config, &weights, format.quantization, &pool));
         Ok(DeviceRunner::Cpu(Box::new(CpuRunner::new(&config, weights, cache, sizes.max_model_len, pool))))
     }
 
@@ -160,7 +162,8 @@ impl RunnerBuild {
             max_num_batched_tokens: sizes.max_num_batched_tokens,
             steps_per_look: sizes.steps_per_look,
         };
-        let weights = GpuWeights::new(config, weights, Device::Cuda(device)).context("copying weights to the GPU")?;
+        let weights = weights.as_ref().map(|weights| GpuWeights::new(config, weights, Device::Cuda(device)));
+        let weights = weights.transpose().context("copying weights to the GPU")?;
         GpuModel::new(queue, config, weights, sizes).context("setting GPU memory aside: generator.kv_cache_mib")
     }
 }

@@ -11,7 +11,6 @@ use aha_nn::kernels::cpu::Pool;
 use aha_nn::runtime;
 use aha_nn::unit::{ModelWeights, Walk};
 use aha_proto::v1;
-use tch::Device;
 use tokio::sync::mpsc;
 
 use crate::engine::{EngineStatus, Request, RequestKey, TokenEvent};
@@ -33,7 +32,7 @@ pub struct LocalGenerator {
 }
 
 impl LocalGenerator {
-    /// Reads the model and starts its engine.
+    /// Starts the engine of a model, with its weights or, as `options` say, asleep.
     ///
     /// # Errors
     /// Names the file that cannot be used, or the setting that cannot be met.
@@ -86,13 +85,26 @@ impl LocalGenerator {
         self.instance.manifest_hash
     }
 
-    /// Copies `weights` and serves them from now on, awake. Where ranks share the weights, all of them call this together.
-    /// Returns the time for which decoding stood still.
+    /// Serves `weights` from now on, awake: where they are, which is lent until the engine sleeps, if it can read them
+    /// there, or else a copy. Where ranks share the weights, all of them call this together. Returns the time for which
+    /// decoding stood still.
     ///
     /// # Errors
     /// If there is no memory for them, the ranks cannot reach each other, or the engine is gone.
     pub async fn serve(&self, weights: &dyn ModelWeights, version: PolicyVersion) -> anyhow::Result<Duration> {
         let Instance { engine, config, format, .. } = &self.instance;
+        let staged = match DeviceWeights::borrowed(config, *format, weights)? {
+            Some(borrowed) => borrowed,
+            None => self.copied(weights)?,
+        };
+        // What served before goes before the cache comes back.
+        let stood_still = engine.swap(staged, version).await?.stood_still;
+        engine.wake().await?;
+        Ok(stood_still)
+    }
+
+    fn copied(&self, weights: &dyn ModelWeights) -> anyhow::Result<DeviceWeights> {
+        let Instance { config, format, .. } = &self.instance;
         let mut walk = Walk::all(weights);
         let mut staged = DeviceWeights::empty(config, *format);
         for unit_idx in 0..weights.manifest().units.len() {
@@ -103,18 +115,15 @@ impl LocalGenerator {
                 Ok(staged)
             });
         }
-        // What served before goes before the cache comes back.
-        let stood_still = engine.swap(staged?, version).await?.stood_still;
-        engine.wake().await?;
-        Ok(stood_still)
+        staged
     }
 
-    /// Gives back keys and values, and on the CPU the weights, until others are served.
+    /// Gives back keys, values and weights, until others are served. What it was lent may be written then.
     ///
     /// # Errors
     /// If requests are in flight, or the engine is gone.
     pub async fn sleep(&self) -> Result<(), GeneratorError> {
-        self.instance.engine.sleep(self.instance.format.device == Device::Cpu).await?;
+        self.instance.engine.sleep(true).await?;
         runtime::release_memory();
         Ok(())
     }
@@ -184,7 +193,30 @@ impl LocalGenerator {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{Tiny, tiny_folder, tiny_options};
+    use crate::engine::Activity;
+    use crate::testing::{Tiny, tiny_config, tiny_folder, tiny_options, tiny_weights};
+
+    #[tokio::test]
+    async fn an_engine_that_awaits_weights_sleeps_until_they_come() {
+        let folder = tiny_folder(Tiny::Qwen2, 1);
+        let options = tiny_options(folder.path());
+        let expect = LocalGenerator::load(&options).unwrap();
+        let generator = LocalGenerator::load(&GeneratorOptions { awaits_weights: true, ..options }).unwrap();
+        let sampling = Sampling { max_tokens: 12, ignore_eos: true, ..Sampling::default() };
+        let prompt = expect.tokenizer().encode("one prompt").unwrap();
+        let tokens = |completions: Vec<Completion>| completions.into_iter().map(|c| c.token_ids).collect::<Vec<_>>();
+        for version in 1..3 {
+            assert_eq!(generator.status().await.unwrap().activity, Activity::Asleep);
+            assert!(generator.score(&prompt).await.unwrap_err().to_string().contains("asleep"));
+            let weights = tiny_weights(&tiny_config(Tiny::Qwen2), 1);
+            generator.serve(&weights, PolicyVersion(version)).await.unwrap();
+            assert!(!weights.is_lent(), "the CPU's kernels read packed copies");
+            let sampled = generator.generate(&prompt, &sampling, 3, 2).await.unwrap();
+            assert_eq!(sampled[0].spans[0].version, PolicyVersion(version));
+            assert_eq!(tokens(sampled), tokens(expect.generate(&prompt, &sampling, 3, 2).await.unwrap()));
+            generator.sleep().await.unwrap();
+        }
+    }
 
     #[tokio::test]
     async fn completions_streams_and_scores_agree() {

@@ -78,6 +78,7 @@ pub(crate) fn tiny_options(folder: &Path) -> GeneratorOptions {
         seed: 0,
         generator: config::Generator { kv_cache_mib: 8, max_num_seqs: 16, threads: 1, ..Default::default() },
         gpu: 0,
+        awaits_weights: false,
     }
 }
 

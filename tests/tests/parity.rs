@@ -34,7 +34,7 @@ fn generator(folder: &std::path::Path, device: Device) -> LocalGenerator {
     };
     let device = if device == Device::Cpu { DeviceKind::Cpu } else { DeviceKind::Cuda };
     let model = Model { path: folder.to_owned(), device, ..Model::default() };
-    LocalGenerator::load(&GeneratorOptions { model, seed: 0, generator, gpu: 0 }).unwrap()
+    LocalGenerator::load(&GeneratorOptions { model, seed: 0, generator, gpu: 0, awaits_weights: false }).unwrap()
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! Engines in the trainers' own processes: each rank samples its share by itself, and trains when all have theirs.
 //!
 //! There is no network between them and no second copy of the weights in another process. While a rank trains, its engine
-//! gives back keys and values, and on the CPU its packed weights; a new version is copied into it unit by unit.
+//! has neither weights nor keys and values. A new version is lent to it where both read the same memory: bf16 on a GPU, and
+//! whole on every rank; the rank writes no weights while they are lent. Elsewhere it is copied into the engine, unit by unit.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -51,7 +52,7 @@ impl Colocated {
         policy: &dyn ModelWeights,
         runtime: Arc<Runtime>,
     ) -> Result<Self> {
-        let options = GeneratorOptions { gpu: local_rank, ..GeneratorOptions::from(config) };
+        let options = GeneratorOptions { gpu: local_rank, awaits_weights: true, ..GeneratorOptions::from(config) };
         let engine = {
             let _entered = runtime.enter();
             LocalGenerator::load(&options)?

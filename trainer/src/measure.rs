@@ -1,10 +1,12 @@
 //! The time of training steps of random weights on random tokens, through the learner that trains.
 
+mod colocated;
+
 use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
 use aha_core::batch::TrainSequence;
-use aha_core::config::RunConfig;
+use aha_core::config::{RunConfig, Train};
 use aha_core::ids::TokenId;
 use aha_core::random::derive_seed;
 use aha_nn::comm::ReduceOp;
@@ -18,6 +20,8 @@ use crate::flops::Computed;
 use crate::session::random_learner;
 use crate::torch::learner::{Learner, LocalBatch, StepOutput};
 use crate::world::World;
+
+pub use colocated::{RandomPrompts, Turn, draw_rewards, measure_colocated};
 
 /// The data of a step, the same in every one.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -95,14 +99,7 @@ pub fn measure(
 }
 
 fn step(learner: &mut Learner, batch: &Batch, config: &RunConfig) -> Result<(Duration, StepOutput)> {
-    let train = &config.train;
-    let options = AdamW {
-        lr: train.learning_rate,
-        beta1: train.adam_beta1,
-        beta2: train.adam_beta2,
-        eps: train.adam_epsilon,
-        weight_decay: train.weight_decay,
-    };
+    let options = adamw(&config.train);
     let local = LocalBatch {
         sequences: &batch.sequences,
         micro_batches: &batch.micro_batches,
@@ -114,6 +111,17 @@ fn step(learner: &mut Learner, batch: &Batch, config: &RunConfig) -> Result<(Dur
     let output = learner.step(&local, &options)?;
     runtime::synchronize(device);
     Ok((start.elapsed(), output))
+}
+
+/// The optimizer's constants, without a schedule.
+fn adamw(train: &Train) -> AdamW {
+    AdamW {
+        lr: train.learning_rate,
+        beta1: train.adam_beta1,
+        beta2: train.adam_beta2,
+        eps: train.adam_epsilon,
+        weight_decay: train.weight_decay,
+    }
 }
 
 fn of_all_ranks(learner: &Learner, computed: Computed) -> Result<Computed> {
@@ -182,7 +190,7 @@ impl Batch {
 
 #[cfg(test)]
 mod tests {
-    use aha_core::config::{DeviceKind, Train};
+    use aha_core::config::DeviceKind;
 
     use super::*;
 

@@ -131,19 +131,15 @@ pub fn generator(config: &RunConfig, model: &ModelConfig, kind: Kind) -> Plan {
     Plan::new([("weights", weights), ("weights that arrive", weights), ("KV blocks", blocks)])
 }
 
-/// What a rank and its engine take in one process (`launch.colocate`), while it trains and while it samples: they take turns,
-/// and on a GPU the engine's weights stay.
+/// What a rank, whose plan is that of `setting`, takes with its engine in one process (`launch.colocate`) while it samples.
+/// While it trains, the engine has nothing.
 #[must_use]
-pub fn colocated(trainer: &Plan, engine: &Plan, device: Device) -> [Plan; 2] {
+pub fn sampling(setting: &Setting<'_>, rank: &Plan, engine: &Plan) -> Plan {
     const ALWAYS: [&str; 5] = ["frozen base", "adapters", "weights", "optimizer", "reference model"];
     let of_engine = |name| engine.terms.iter().find(|(term, _)| *term == name).map_or(0, |(_, bytes)| *bytes);
-    let weights = of_engine("weights");
-    // A new version comes before the cache does.
-    let staged = if device == Device::Cpu { 0 } else { of_engine("weights that arrive") };
-    let samples = [("engine's weights", weights), ("KV blocks", of_engine("KV blocks").max(staged))];
-    let trains = [("engine's weights", if device == Device::Cpu { 0 } else { weights })];
-    let held = trainer.terms.iter().copied().filter(|(name, _)| ALWAYS.contains(name));
-    [Plan::new(trainer.terms.iter().copied().chain(trains)), Plan::new(held.chain(samples))]
+    let weights = if setting.lends_weights() { 0 } else { of_engine("weights") };
+    let held = rank.terms.iter().copied().filter(|(name, _)| ALWAYS.contains(name));
+    Plan::new(held.chain([("engine's weights", weights), ("KV blocks", of_engine("KV blocks"))]))
 }
 
 impl Plan {
@@ -263,13 +259,22 @@ impl Setting<'_> {
         self.dequantised() + again + wide + 2 * self.rows() + parameters + tied
     }
 
+    /// Whether units are whole only while they are used.
+    fn gathers(&self) -> bool {
+        self.train.zero_stage == 3 && (self.world_size > 1 || self.train.offload_params)
+    }
+
+    /// Whether an engine in the rank's process reads the weights where the rank has them.
+    fn lends_weights(&self) -> bool {
+        self.device.is_cuda() && self.kind == Kind::BFloat16 && !self.lora.is_on() && !self.gathers()
+    }
+
     /// Units that are whole while they are used: two layers, and with them the largest other one.
     fn gathered(&self) -> usize {
-        let gathers = self.train.zero_stage == 3 && (self.world_size > 1 || self.train.offload_params);
         let units = self.model.manifest().units;
         let largest = units.iter().map(|unit| unit.padded_numel(self.world_size)).max().unwrap_or(0);
         let layer = units[1].padded_numel(self.world_size);
-        if gathers { (2 * layer + largest) * self.element() } else { 0 }
+        if self.gathers() { (2 * layer + largest) * self.element() } else { 0 }
     }
 
     /// Where the optimizer's state is offloaded: one unit's owned weights and gradients.

@@ -20,6 +20,7 @@ def text(facts, rows):
         [[row["part"], row["name"], row["status"], number(row.get("seconds"), 1), row["detail"]] for row in checks],
     )
     lines += ["", "## Training", ""] + training([row for row in rows if row["part"] == "train"])
+    lines += ["", "## One process", ""] + colocated([row for row in rows if row["part"] == "colocate"])
     lines += ["", "## Decoding", ""] + decoding([row for row in rows if row["part"] == "decode"])
     logs = [row for row in rows if row.get("log")]
     if logs:
@@ -60,6 +61,25 @@ def training(rows):
         lines += ["Random weights and ragged lengths, one rank. Operations are 6 a token and parameter, without recomputation.", ""]
         heads = ["shape", "options", "tokens/s", "s a step", "TFLOP/s", "MFU %", "with attention", "% of the time", "peak GiB"]
         lines += table(heads, cells)
+    others = [f"- {row['name']}: {row['status']}: {row['detail']}" for row in rows if row["status"] != "ok"]
+    return lines + ([""] if lines and others else []) + others if lines or others else ["Nothing was measured."]
+
+
+def colocated(rows):
+    done = [row for row in rows if row["status"] == "ok"]
+    cells = []
+    for row in done:
+        measured = row["measured"]
+        seconds = ["generate", "sleep", "train", "push", "swap"]
+        memory = ["awake", "asleep", "trained", "awake_again"]
+        cells.append([row["shape"], row["options"], measured["batch"], measured["new_tokens"]]
+                     + [number(measured[f"{name}_seconds"], 3) for name in seconds]
+                     + [number(measured[f"{name}_bytes"] and measured[f"{name}_bytes"] / 2**30, 2) for name in memory])
+    lines = []
+    if done:
+        lines += ["Steps of random weights with the engine in the trainer's process. Seconds, then GiB that are taken.", ""]
+        heads = ["shape", "options", "batch", "new tokens", "generate", "sleep", "train", "push", "of it swap"]
+        lines += table(heads + ["awake", "asleep", "trained", "awake again"], cells)
     others = [f"- {row['name']}: {row['status']}: {row['detail']}" for row in rows if row["status"] != "ok"]
     return lines + ([""] if lines and others else []) + others if lines or others else ["Nothing was measured."]
 

@@ -47,6 +47,14 @@ TRAINING = [
     ("qwen2.5-3b", ["--gradient-checkpointing-interval", 1], 75),
     ("qwen2.5-7b", ["--gradient-checkpointing-interval", 1, "--offload-optimizer", "--steps", 1], 120),
 ]
+# GRPO steps with the engine in the trainer's process, with what makes the shape fit, and seconds.
+COLOCATED = [
+    ("qwen2.5-0.5b", [], 60),
+    ("qwen2.5-1.5b", ["--gradient-checkpointing-interval", 1], 75),
+    ("smollm2-135m", [], 45),
+    ("countdown-tiny", [], 30),
+]
+COLOCATED_BATCH = 256
 # Dense operations of bf16 by data sheet, in 10^12 a second.
 PEAK_TFLOPS = [("H100 PCIe", 756), ("H100 NVL", 835), ("H100", 989), ("H200", 989), ("A100", 312)]
 # What is checked first: the layouts of the tensor cores' fragments are known from no run.
@@ -103,7 +111,7 @@ def arguments():
     parser.add_argument("--batches", type=lambda text: [int(part) for part in text.split(",")], help="only these")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=512)
-    parser.add_argument("--skip", type=lambda text: text.split(","), default=[], help="kernels,parity,grpo,train,decode")
+    parser.add_argument("--skip", type=lambda text: text.split(","), default=[], help="kernels,parity,grpo,train,colocate,decode")
     return parser.parse_args()
 
 
@@ -250,6 +258,40 @@ def trainings(args):
     return [(shape, small, limit) for shape, _, limit in chosen]
 
 
+def colocate(run):
+    args = run.args
+    known = [shape for shape, _, _ in COLOCATED]
+    chosen = [row for row in COLOCATED if row[0] in (args.shapes or known)]
+    chosen += [(shape, [], 120) for shape in args.shapes or [] if shape not in known]
+    for batch in args.batches or [COLOCATED_BATCH]:
+        for shape, options, limit in chosen:
+            measure_turns(run, shape, batch, options, limit if args.device == "cuda" else 120)
+
+
+def measure_turns(run, shape, batch, options, limit):
+    args, name = run.args, f"{shape} batch {batch}"
+    if run.clock.is_over():
+        run.add("colocate", name, "left out", detail="the time was over")
+        return
+    folder = BUNDLE / "workspace/configs/models" / shape
+    model = ["--model", folder] if folder.exists() else ["--model-shape", shape]
+    command = [BUNDLE / "bin/aha", "bench", "colocate", *model, "--device", args.device, "--json", *options]
+    command += ["--batch", batch, "--group", min(batch, 8), "--new-tokens", args.new_tokens]
+    command += ["--prompt-tokens", args.prompt_tokens] if args.device == "cuda" else ["--prompt-tokens", 16, "--steps", 1]
+    command += ["--micro-batch-tokens", 16384] if args.device == "cuda" else []
+    ended = run.command(f"colocate-{shape}-{batch}", command, limit)
+    measured = last_json(ended.output) if ended.succeeded else None
+    if measured is None:
+        # A result as well, and no failure of the rest.
+        full = "out of memory" in ended.output.lower()
+        status = "late" if ended.timed_out else "does not fit" if full else "failed"
+        run.add("colocate", name, status, detail=ended.verdict(), log=tail(ended.output, 15))
+        return
+    parts = [f"{part} {measured[part + '_seconds']:.3f} s" for part in ("generate", "train", "push")]
+    options = " ".join(map(str, options))
+    run.add("colocate", name, "ok", shape=shape, options=options, measured=measured, detail=", ".join(parts))
+
+
 def known_peak(gpu):
     return next((peak for name, peak in PEAK_TFLOPS if name in gpu), None)
 
@@ -319,9 +361,9 @@ def main():
     if working["status"] != "ok":
         print(working["log"], file=sys.stderr)
         return 2
-    for part in (kernels, parity, grpo, train, decode):
+    for part in (kernels, parity, grpo, train, colocate, decode):
         if part.__name__ in args.skip:
-            run.add(part.__name__, "all", "skipped", detail="by --skip", correctness=part not in (train, decode))
+            run.add(part.__name__, "all", "skipped", detail="by --skip", correctness=part in (kernels, parity, grpo))
             continue
         try:
             part(run)

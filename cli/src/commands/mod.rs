@@ -176,7 +176,7 @@ impl Placement {
         );
         let random_init = self.load_format == LoadFormat::Dummy;
         let model = Model { path: model.to_owned(), random_init, dtype, device };
-        Ok(GeneratorOptions { model, seed: 0, generator, gpu: 0 })
+        Ok(GeneratorOptions { model, seed: 0, generator, gpu: 0, awaits_weights: false })
     }
 }
 

@@ -96,10 +96,10 @@ pub(super) fn rows(config: &RunConfig, model: &ModelConfig, world_size: usize) -
     let kind = if device == Device::Cpu { Kind::Float } else { kind };
     let generator = memory_plan::generator(config, model, kind);
     if config.launch.colocate {
-        let [trains, samples] = memory_plan::colocated(&on_device, &generator, device);
-        let is_training = trains.total() >= samples.total();
+        let samples = memory_plan::sampling(&setting, &on_device, &generator);
+        let is_training = on_device.total() >= samples.total();
         trainer = format!("{trainer}, with its engine, while it {}", if is_training { "trains" } else { "samples" });
-        on_device = if is_training { trains } else { samples };
+        on_device = if is_training { on_device } else { samples };
     }
     let mut rows = vec![Row { process: trainer, is_generator: false, plan: on_device, is_on_device: true }];
     if host.total() > 0 {
@@ -155,6 +155,33 @@ mod tests {
         // Weights and two moments, the engine's weights, and the cache in whole blocks.
         let expect = 4 * 4 * numel + (1 << 40);
         assert!(bytes.abs_diff(expect) < 1 << 20, "{bytes} and {expect}");
+    }
+
+    #[test]
+    fn an_engine_on_a_gpu_reads_the_ranks_weights_where_it_can() {
+        let raw = json!({"model_type": "qwen2", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2});
+        let model = ModelConfig::from_json(raw.as_object().unwrap().clone()).unwrap();
+        let mut config = RunConfig::default();
+        config.model.device = DeviceKind::Cuda;
+        config.launch.colocate = true;
+        config.generator.kv_cache_mib = 1 << 20;
+        let copied = |config: &RunConfig| {
+            let row = &rows(config, &model, 2)[0];
+            assert!(row.process.ends_with("while it samples"), "{}", row.process);
+            row.plan.terms.iter().find(|(name, _)| *name == "engine's weights").map_or(0, |(_, bytes)| *bytes)
+        };
+        let whole = 2 * model.manifest().numel();
+        config.train.zero_stage = 2;
+        assert_eq!(copied(&config), 0);
+        config.train.zero_stage = 3;
+        assert_eq!(copied(&config), whole, "sharded");
+        config.train.zero_stage = 2;
+        config.lora.r = 8;
+        assert_eq!(copied(&config), whole, "merged");
+        config.lora.r = 0;
+        config.model.dtype = Dtype::Float32;
+        assert_eq!(copied(&config), 2 * whole, "in another type");
     }
 
     #[test]

@@ -136,6 +136,10 @@ char* aha_set_device(int32_t device);
 
 // The most bytes that tensors on CUDA `device` ever had at once.
 char* aha_peak_memory(int32_t device, uint64_t* bytes);
+
+// The bytes of CUDA `device` that anybody has.
+char* aha_used_memory(int32_t device, uint64_t* bytes);
+
 // Makes `device` this thread's, with a stream that nobody else queues on.
 char* aha_cuda_own_stream(int32_t device);
 // Waits for what this thread has queued on `device`.

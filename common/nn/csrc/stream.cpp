@@ -23,3 +23,10 @@ char* aha_peak_memory(int32_t device, uint64_t* bytes) {
     *bytes = static_cast<uint64_t>(stats.allocated_bytes[all].peak);
   });
 }
+
+char* aha_used_memory(int32_t device, uint64_t* bytes) {
+  return aha::guarded([&] {
+    const auto [free, total] = at::accelerator::getMemoryInfo(static_cast<c10::DeviceIndex>(device));
+    *bytes = static_cast<uint64_t>(total - free);
+  });
+}

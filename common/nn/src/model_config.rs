@@ -187,7 +187,8 @@ impl ModelConfig {
         Manifest { units }
     }
 
-    /// The order that `transformer::Layer::new` takes its parameters in.
+    /// The order that `transformer::Layer::new` takes its parameters in. Projections of the same input lie one after the
+    /// other, so that they are one matrix where they are, and so do the biases of q, k and v.
     fn layer_spec(&self, layer: usize) -> UnitSpec {
         let (c, f, d) = (self.hidden_size, self.intermediate_size, self.head_dim);
         let (query, kv) = (self.num_heads * d, self.num_kv_heads * d);
@@ -196,11 +197,12 @@ impl ModelConfig {
             params.push(ParamSpec::new(format!("model.layers.{layer}.{name}"), shape));
         };
         add("input_layernorm.weight", &[c]);
-        for (name, rows) in [("q", query), ("k", kv), ("v", kv)] {
+        let qkv = [("q", query), ("k", kv), ("v", kv)];
+        for (name, rows) in qkv {
             add(&format!("self_attn.{name}_proj.weight"), &[rows, c]);
-            if self.qkv_bias {
-                add(&format!("self_attn.{name}_proj.bias"), &[rows]);
-            }
+        }
+        for (name, rows) in qkv.into_iter().filter(|_| self.qkv_bias) {
+            add(&format!("self_attn.{name}_proj.bias"), &[rows]);
         }
         add("self_attn.o_proj.weight", &[c, query]);
         if self.output_bias {
@@ -368,6 +370,8 @@ mod tests {
         assert!(llama.contains(&"lm_head.weight".to_owned()) && !llama.iter().any(|name| name.ends_with("bias")));
         let qwen2 = names(json!({"model_type": "qwen2", "tie_word_embeddings": true}));
         assert_eq!(qwen2.iter().filter(|name| name.ends_with("bias")).count(), 6);
+        let first = ["q_proj.weight", "k_proj.weight", "v_proj.weight", "q_proj.bias", "k_proj.bias", "v_proj.bias"];
+        assert_eq!(qwen2[2..8], first.map(|name| format!("model.layers.0.self_attn.{name}")));
         assert!(!qwen2.contains(&"lm_head.weight".to_owned()));
         let qwen3 = names(json!({"model_type": "qwen3"}));
         assert!(qwen3.contains(&"model.layers.1.self_attn.q_norm.weight".to_owned()));

@@ -5,7 +5,9 @@ use std::num::NonZeroUsize;
 
 use tch::{Cuda, Device};
 
-use crate::shim::{self, aha_cache_cpu_memory, aha_map_large_blocks, aha_peak_memory, aha_release_cpu_memory};
+use crate::shim::{
+    self, aha_cache_cpu_memory, aha_map_large_blocks, aha_peak_memory, aha_release_cpu_memory, aha_used_memory,
+};
 
 /// Sets how many threads one operator may use. libtorch keeps them in a pool for the whole process.
 pub fn set_num_threads(num_threads: NonZeroUsize) {
@@ -74,6 +76,16 @@ pub fn peak_memory(device: Device) -> Option<u64> {
     let mut bytes = 0;
     // SAFETY: the shim writes one number.
     let message = unsafe { aha_peak_memory(i32::try_from(index).ok()?, &raw mut bytes) };
+    // SAFETY: the shim returned `message` just now.
+    unsafe { shim::check(message) }.ok().map(|()| bytes)
+}
+
+/// The memory that is taken now, in bytes: all of a GPU's, by whomever, or this process's on a CPU. Where it is known.
+pub fn used_memory(device: Device) -> Option<u64> {
+    let Device::Cuda(index) = device else { return Some(memory()?.rss) };
+    let mut bytes = 0;
+    // SAFETY: the shim writes one number.
+    let message = unsafe { aha_used_memory(i32::try_from(index).ok()?, &raw mut bytes) };
     // SAFETY: the shim returned `message` just now.
     unsafe { shim::check(message) }.ok().map(|()| bytes)
 }

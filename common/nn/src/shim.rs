@@ -204,6 +204,7 @@ unsafe extern "C" {
     pub(crate) fn aha_set_device(device: i32) -> *mut c_char;
 
     pub(crate) fn aha_peak_memory(device: i32, bytes: *mut u64) -> *mut c_char;
+    pub(crate) fn aha_used_memory(device: i32, bytes: *mut u64) -> *mut c_char;
     pub(crate) fn aha_cuda_own_stream(device: i32) -> *mut c_char;
     pub(crate) fn aha_cuda_synchronize(device: i32) -> *mut c_char;
     pub(crate) fn aha_cuda_empty_cache() -> *mut c_char;

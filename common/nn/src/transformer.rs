@@ -92,15 +92,18 @@ impl<M> Layer<M> {
     pub fn new(config: &ModelConfig, params: Vec<Tensor>, mut matrix: impl FnMut(Tensor) -> M) -> Self {
         let mut params = params.into_iter();
         let mut next = || params.next().expect("a unit has the parameters that the manifest names");
+        let input_norm = next();
+        let qkv = [(); 3].map(|()| matrix(next()));
+        let [q, k, v] = qkv.map(|weight| Projection { weight, bias: config.qkv_bias.then(&mut next) });
         let mut projection = |has_bias: bool, next: &mut dyn FnMut() -> Tensor| Projection {
             weight: matrix(next()),
             bias: has_bias.then(&mut *next),
         };
         Self {
-            input_norm: next(),
-            q: projection(config.qkv_bias, &mut next),
-            k: projection(config.qkv_bias, &mut next),
-            v: projection(config.qkv_bias, &mut next),
+            input_norm,
+            q,
+            k,
+            v,
             output: projection(config.output_bias, &mut next),
             qk_norms: (config.family == Family::Qwen3).then(|| [next(), next()]),
             post_attention_norm: next(),

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::fmt::Debug;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use aha_core::manifest::Manifest;
 use tch::{Device, Kind, Tensor};
@@ -36,6 +37,38 @@ pub trait ModelWeights: Debug {
     fn prefetch(&self, _unit_idx: usize) -> Result<(), CommError> {
         Ok(())
     }
+
+    /// The weights where they are, to be read while the loan lives; none where they are not whole there. What has been
+    /// queued on the device may still write them.
+    ///
+    /// # Errors
+    /// As [`ModelWeights::unit`].
+    fn lend(&self) -> Result<Option<Loan>, CommError> {
+        Ok(None)
+    }
+}
+
+/// The memory of a whole model, which nobody writes for as long as this lives.
+#[derive(Debug)]
+pub struct Loan {
+    /// One a unit, `[at least numel]`, in the order of the manifest.
+    pub(crate) flats: Vec<Tensor>,
+    _held: Arc<()>,
+}
+
+/// Knows whether anybody reads what is its owner's to write.
+#[derive(Debug, Default)]
+pub(crate) struct Lender(Arc<()>);
+
+impl Lender {
+    pub(crate) fn lend(&self, flats: Vec<Tensor>) -> Loan {
+        Loan { flats, _held: Arc::clone(&self.0) }
+    }
+
+    /// Whether there is a loan.
+    pub(crate) fn is_lent(&self) -> bool {
+        Arc::strong_count(&self.0) > 1
+    }
 }
 
 impl<T: ModelWeights + ?Sized> ModelWeights for &T {
@@ -57,6 +90,10 @@ impl<T: ModelWeights + ?Sized> ModelWeights for &T {
 
     fn prefetch(&self, unit_idx: usize) -> Result<(), CommError> {
         (**self).prefetch(unit_idx)
+    }
+
+    fn lend(&self) -> Result<Option<Loan>, CommError> {
+        (**self).lend()
     }
 }
 

@@ -1,12 +1,12 @@
 //! The weights of a model: one flat tensor a unit, with a view for every parameter.
 
-use aha_core::manifest::{Manifest, ParamSpec};
+use aha_core::manifest::{Manifest, ParamSpec, UnitSpec};
 use aha_core::random::derive_seed;
 use tch::{Device, Kind, Tensor};
 
 use crate::comm::CommError;
 use crate::model_config::ModelConfig;
-use crate::unit::{ModelWeights, Unit};
+use crate::unit::{Lender, Loan, ModelWeights, Unit};
 
 /// All weights of a model, in the order of its manifest.
 #[derive(Debug)]
@@ -14,6 +14,7 @@ pub struct Weights {
     pub manifest: Manifest,
     /// One a unit, `[padded_numel]`; the padding is 0.
     flats: Vec<Tensor>,
+    lender: Lender,
 }
 
 impl Weights {
@@ -25,7 +26,7 @@ impl Weights {
             .iter()
             .map(|unit| Tensor::zeros([unit.padded_numel(world_size) as i64], (kind, device)))
             .collect();
-        Self { manifest, flats }
+        Self::from_flats(manifest, flats)
     }
 
     /// Takes over the flat tensors of all units.
@@ -35,7 +36,7 @@ impl Weights {
     #[must_use]
     pub fn from_flats(manifest: Manifest, flats: Vec<Tensor>) -> Self {
         assert_eq!(manifest.units.len(), flats.len(), "a flat tensor for every unit");
-        Self { manifest, flats }
+        Self { manifest, flats, lender: Lender::default() }
     }
 
     /// Random weights as transformers initialises them: normal matrices, zero biases, norms of one.
@@ -56,19 +57,20 @@ impl Weights {
     /// The parameters of one unit of [`Weights::random`], in manifest order: fp32, on the CPU.
     #[must_use]
     pub fn random_unit(config: &ModelConfig, seed: u64, unit_idx: usize) -> Vec<Tensor> {
+        let unit = config.manifest().units.remove(unit_idx);
         let random = |(param_idx, spec): (usize, &ParamSpec)| {
             let shape: Vec<i64> = spec.shape.iter().map(|&size| size as i64).collect();
             let options = (Kind::Float, Device::Cpu);
             if spec.name.ends_with("norm.weight") {
                 Tensor::ones(&shape, options)
             } else if spec.shape.len() == 2 {
-                let seed = derive_seed(seed, &[unit_idx as u64, param_idx as u64]);
+                let seed = derive_seed(seed, &[unit_idx as u64, draw_idx(&unit, param_idx)]);
                 Tensor::from_slice(&normal_values(spec.numel(), config.initializer_range, seed)).view(shape.as_slice())
             } else {
                 Tensor::zeros(&shape, options)
             }
         };
-        config.manifest().units[unit_idx].params.iter().enumerate().map(random).collect()
+        unit.params.iter().enumerate().map(random).collect()
     }
 
     #[must_use]
@@ -105,7 +107,13 @@ impl Weights {
     /// A copy that shares no memory.
     #[must_use]
     pub fn copy(&self) -> Self {
-        Self { manifest: self.manifest.clone(), flats: self.flats.iter().map(Tensor::copy).collect() }
+        Self::from_flats(self.manifest.clone(), self.flats.iter().map(Tensor::copy).collect())
+    }
+
+    /// Whether somebody has them by [`ModelWeights::lend`]: they are not to be written.
+    #[must_use]
+    pub fn is_lent(&self) -> bool {
+        self.lender.is_lent()
     }
 }
 
@@ -125,6 +133,17 @@ impl ModelWeights for Weights {
     fn unit(&self, unit_idx: usize) -> Result<Unit, CommError> {
         Ok(Unit::new(self.flat(unit_idx).shallow_clone(), self.views(unit_idx), None))
     }
+
+    fn lend(&self) -> Result<Option<Loan>, CommError> {
+        Ok(Some(self.lender.lend(self.flats.iter().map(Tensor::shallow_clone).collect())))
+    }
+}
+
+/// The place of a parameter if every bias followed its matrix: what a seed draws does not depend on where biases lie.
+fn draw_idx(unit: &UnitSpec, param_idx: usize) -> u64 {
+    let before = unit.params[..param_idx].iter().filter_map(|param| param.name.strip_suffix(".weight"));
+    let has_bias = |stem: &str| unit.params.iter().any(|param| param.name == format!("{stem}.bias"));
+    before.map(|stem| 1 + u64::from(has_bias(stem))).sum()
 }
 
 /// Views of the parameters of unit `unit_idx` in any flat tensor laid out like it.
@@ -208,6 +227,17 @@ mod tests {
         }
         let std = f64::try_from(one.embedding().std(true)).unwrap();
         assert!((std - 0.02).abs() < 0.002, "{std}");
+    }
+
+    #[test]
+    fn what_is_drawn_does_not_depend_on_where_biases_lie() {
+        let unit = &config().manifest().units[1];
+        let place = |name: &str| {
+            let is_it = |param: &ParamSpec| param.name.ends_with(&format!("{name}.weight"));
+            draw_idx(unit, unit.params.iter().position(is_it).unwrap())
+        };
+        let names = ["input_layernorm", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"];
+        assert_eq!(names.map(place), [0, 1, 3, 5, 7, 9, 11]);
     }
 
     #[test]

@@ -109,6 +109,9 @@ pub trait Runner {
     /// Where the time of its steps went: all but scheduling.
     fn times(&self) -> StepTimes;
 
+    /// Whether there are weights to take steps with. Where there are none at the start, there is no cache either.
+    fn has_weights(&self) -> bool;
+
     /// Puts weights in place, between two steps, and gives a set of any content back: memory for the next push.
     ///
     /// # Errors
@@ -118,7 +121,7 @@ pub trait Runner {
     /// Gives the memory of the weights back. No step runs before [`Runner::swap`] has put others in place.
     ///
     /// # Errors
-    /// If this runner's weights have a place of their own.
+    /// If the device fails.
     fn release_weights(&mut self) -> anyhow::Result<()>;
 
     /// Gives the memory of the KV cache back. No step runs before [`Runner::restore_cache`].

@@ -177,6 +177,7 @@ struct Slot {
 pub(super) struct FakeRunner {
     config: EngineConfig,
     weights: u64,
+    has_weights: bool,
     slots: Vec<Option<Slot>>,
     /// What the step after so many does instead.
     trouble: Option<(u64, Trouble)>,
@@ -193,7 +194,7 @@ pub(super) enum Trouble {
 impl FakeRunner {
     pub(super) fn new(config: &EngineConfig) -> Self {
         let slots = vec![None; config.num_blocks * config.block_size];
-        Self { config: config.clone(), weights: 0, slots, trouble: None, num_steps: 0 }
+        Self { config: config.clone(), weights: 0, has_weights: true, slots, trouble: None, num_steps: 0 }
     }
 
     /// Fails after so many steps.
@@ -321,11 +322,17 @@ impl Runner for FakeRunner {
     }
 
     fn swap(&mut self, staged: u64) -> anyhow::Result<Option<u64>> {
+        self.has_weights = true;
         Ok(Some(std::mem::replace(&mut self.weights, staged)))
+    }
+
+    fn has_weights(&self) -> bool {
+        self.has_weights
     }
 
     fn release_weights(&mut self) -> anyhow::Result<()> {
         assert!(self.slots.is_empty(), "the engine sleeps");
+        self.has_weights = false;
         Ok(())
     }
 

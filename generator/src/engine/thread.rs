@@ -80,8 +80,6 @@ pub(super) struct Engine<R> {
     runner: R,
     clients: BTreeMap<RequestKey, Client>,
     activity: Activity,
-    /// Not while asleep without them.
-    has_weights: bool,
     /// Time spent on scheduling.
     scheduling: Duration,
 }
@@ -97,15 +95,8 @@ struct Client {
 impl<R: Runner> Engine<R> {
     pub(super) fn new(config: EngineConfig, runner: R) -> Self {
         let scheduler = Scheduler::new(config.clone());
-        Self {
-            config,
-            scheduler,
-            runner,
-            clients: BTreeMap::new(),
-            activity: Activity::Serving,
-            has_weights: true,
-            scheduling: Duration::ZERO,
-        }
+        let activity = if runner.has_weights() { Activity::Serving } else { Activity::Asleep };
+        Self { config, scheduler, runner, clients: BTreeMap::new(), activity, scheduling: Duration::ZERO }
     }
 
     /// Takes steps and obeys commands until told to stop, or until nobody is left to tell.
@@ -294,16 +285,15 @@ impl<R: Runner> Engine<R> {
             self.runner.release_cache().context("put the engine to sleep")?;
             self.activity = Activity::Asleep;
         }
-        if drop_weights && self.has_weights {
+        if drop_weights && self.runner.has_weights() {
             self.runner.release_weights().context("give the weights back")?;
-            self.has_weights = false;
         }
         Ok(())
     }
 
     /// The outer error ends the engine, the inner one goes to who asked.
     fn wake(&mut self) -> anyhow::Result<Result<(), EngineError>> {
-        if !self.has_weights {
+        if !self.runner.has_weights() {
             return Ok(Err(EngineError::NoWeights));
         }
         if self.activity == Activity::Asleep {
@@ -316,7 +306,6 @@ impl<R: Runner> Engine<R> {
     fn swap(&mut self, staged: R::Staged, version: PolicyVersion) -> anyhow::Result<Swapped<R::Staged>> {
         let start = Instant::now();
         let spare = self.runner.swap(staged).context("swap weights")?;
-        self.has_weights = true;
         self.scheduler.set_version(version);
         Ok(Swapped { spare, stood_still: start.elapsed() })
     }

@@ -130,6 +130,10 @@ impl Runner for BrokenRunner {
         StepTimes::default()
     }
 
+    fn has_weights(&self) -> bool {
+        true
+    }
+
     fn swap(&mut self, staged: DeviceWeights) -> anyhow::Result<Option<DeviceWeights>> {
         Ok(Some(staged))
     }

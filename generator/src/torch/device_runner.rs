@@ -2,9 +2,12 @@
 
 use aha_core::config::Quantization;
 use aha_core::ids::TokenId;
+use aha_nn::comm::CommError;
 use aha_nn::gpu::{CudaQueue, GpuWeights};
 use aha_nn::kernels::cpu::Pool;
 use aha_nn::model_config::ModelConfig;
+use aha_nn::runtime;
+use aha_nn::unit::ModelWeights;
 use tch::{Device, Kind, Tensor};
 
 use super::gpu_runner::GpuRunner;
@@ -49,6 +52,24 @@ impl DeviceWeights {
         }
     }
 
+    /// The memory of `weights` itself, where the runner can read it: whole, bf16, on its GPU.
+    ///
+    /// # Errors
+    /// If ranks share the weights and cannot reach each other.
+    pub fn borrowed(
+        config: &ModelConfig,
+        format: WeightFormat,
+        weights: &dyn ModelWeights,
+    ) -> Result<Option<Self>, CommError> {
+        if !format.device.is_cuda() {
+            return Ok(None);
+        }
+        let borrowed = weights.lend()?.and_then(|loan| GpuWeights::borrowed(config, loan, format.device));
+        // Whoever lends them may have them written still.
+        runtime::synchronize(format.device);
+        Ok(borrowed.map(Self::Gpu))
+    }
+
     /// Replaces the parameters of one unit by copies of `params`, given in the order of the manifest.
     ///
     /// # Errors
@@ -83,6 +104,13 @@ impl Runner for DeviceRunner {
         match self {
             Self::Cpu(runner) => runner.times(),
             Self::Gpu(runner) => runner.times(),
+        }
+    }
+
+    fn has_weights(&self) -> bool {
+        match self {
+            Self::Cpu(runner) => runner.has_weights(),
+            Self::Gpu(runner) => runner.has_weights(),
         }
     }
 

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use aha_core::ids::TokenId;
 use aha_nn::gpu::{Choice, Chunk, DecodeRow, GpuModel, GpuWeights, MAX_STOPS, Queue};
 use aha_nn::kernels::cpu::{Pool, Sample};
-use anyhow::{Context, bail};
+use anyhow::Context;
 
 use super::model_runner::{choose_tokens, sampling_params};
 use crate::engine::{Ahead, BatchItem, BlockId, Choose, Runner, Sampled, StepBatch, StepTimes};
@@ -89,14 +89,16 @@ impl<Q: Queue> Runner for GpuRunner<Q> {
         StepTimes { sampling: self.host_sampling, ..StepTimes::default() }
     }
 
-    /// Copies the values: graphs refer to the memory of those that serve.
+    fn has_weights(&self) -> bool {
+        self.model.has_weights()
+    }
+
     fn swap(&mut self, staged: GpuWeights) -> anyhow::Result<Option<GpuWeights>> {
-        self.model.swap(&staged).context("put new weights in place on the GPU")?;
-        Ok(Some(staged))
+        self.model.swap(staged).context("put new weights in place on the GPU")
     }
 
     fn release_weights(&mut self) -> anyhow::Result<()> {
-        bail!("CUDA graphs refer to the weights where they are: on a GPU the engine sleeps with them")
+        Ok(self.model.release_weights()?)
     }
 
     fn release_cache(&mut self) -> anyhow::Result<()> {

@@ -42,14 +42,14 @@ const SIZES: GpuSizes = GpuSizes {
 };
 
 /// Sizes that the kernels can serve.
-fn config(tiny: Tiny) -> ModelConfig {
+pub(super) fn config(tiny: Tiny) -> ModelConfig {
     let sizes = json!({"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "attention_bias": false,
         "initializer_range": 0.1});
     tiny_config_with(tiny, &sizes)
 }
 
 /// Weights that bf16 holds exactly.
-fn weights(config: &ModelConfig, seed: u64) -> Weights {
+pub(super) fn weights(config: &ModelConfig, seed: u64) -> Weights {
     let weights = tiny_weights(config, seed);
     for mut view in (0..weights.num_units()).flat_map(|unit_idx| weights.views(unit_idx)) {
         let rounded = view.to_kind(Kind::BFloat16).to_kind(Kind::Float);
@@ -65,10 +65,10 @@ fn gpu_with(
     sizes: GpuSizes,
 ) -> GpuRunner<EmulatedQueue> {
     let weights = GpuWeights::new(config, weights, Device::Cpu).unwrap();
-    GpuRunner::new(GpuModel::new(queue, config, weights, sizes).unwrap(), Pool::new(1).unwrap())
+    GpuRunner::new(GpuModel::new(queue, config, Some(weights), sizes).unwrap(), Pool::new(1).unwrap())
 }
 
-fn gpu(config: &ModelConfig, weights: &Weights) -> GpuRunner<EmulatedQueue> {
+pub(super) fn gpu(config: &ModelConfig, weights: &Weights) -> GpuRunner<EmulatedQueue> {
     gpu_with(EmulatedQueue::default(), config, weights, SIZES)
 }
 
@@ -76,7 +76,7 @@ fn cpu(config: &ModelConfig, weights: &Weights) -> CpuRunner {
     let pool = Pool::new(1).unwrap();
     let serving = ServingWeights::new(config, weights, Quantization::None, &pool);
     let GpuSizes { block_size, num_blocks, max_model_len, .. } = SIZES;
-    CpuRunner::new(config, serving, CacheSize { block_size, num_blocks }, max_model_len, pool)
+    CpuRunner::new(config, Some(serving), CacheSize { block_size, num_blocks }, max_model_len, pool)
 }
 
 fn blocks(num_tokens: usize) -> Vec<BlockId> {
@@ -176,7 +176,7 @@ fn copied_blocks_hold_what_the_original_held() {
     assert_eq!(copied, original[0].sampled);
 }
 
-fn item(choose: Choose, block: u32) -> BatchItem {
+pub(super) fn item(choose: Choose, block: u32) -> BatchItem {
     BatchItem { tokens: some_tokens(5, 1), start: 0, block_table: vec![BlockId(block)], choose: Some(choose) }
 }
 
@@ -321,10 +321,10 @@ fn logits_that_are_not_finite_end_the_step_with_their_row() {
 
 /// One sample: its tokens with the bits of their log-probs and their versions.
 #[derive(Debug, Default, Clone, PartialEq)]
-struct Outcome {
+pub(super) struct Outcome {
     tokens: Vec<TokenId>,
-    logprobs: Vec<u32>,
-    versions: Vec<u64>,
+    pub(super) logprobs: Vec<u32>,
+    pub(super) versions: Vec<u64>,
     finish: Option<FinishReason>,
 }
 
@@ -334,6 +334,15 @@ fn prompts() -> Vec<(Vec<TokenId>, u32)> {
 }
 
 fn start(change: impl FnOnce(&mut EngineConfig)) -> EngineHandle<GpuWeights> {
+    let build = |config: &ModelConfig, sizes| gpu_with(EmulatedQueue::default(), config, &weights(config, 1), sizes);
+    start_with(change, build)
+}
+
+/// `build` makes the runner of a [`Tiny::Qwen2`].
+pub(super) fn start_with(
+    change: impl FnOnce(&mut EngineConfig),
+    build: impl FnOnce(&ModelConfig, GpuSizes) -> GpuRunner<EmulatedQueue> + Send + 'static,
+) -> EngineHandle<GpuWeights> {
     let mut engine_config = EngineConfig {
         block_size: BLOCK_SIZE,
         num_blocks: SIZES.num_blocks,
@@ -348,15 +357,11 @@ fn start(change: impl FnOnce(&mut EngineConfig)) -> EngineHandle<GpuWeights> {
     };
     change(&mut engine_config);
     let sizes = GpuSizes { num_blocks: engine_config.num_blocks, ..SIZES };
-    let build = move || {
-        let config = config(Tiny::Qwen2);
-        Ok(gpu_with(EmulatedQueue::default(), &config, &weights(&config, 1), sizes))
-    };
-    engine::spawn(engine_config, build).unwrap().0
+    engine::spawn(engine_config, move || Ok(build(&config(Tiny::Qwen2), sizes))).unwrap().0
 }
 
 /// Asks for everything before the first step.
-async fn ask(handle: &EngineHandle<GpuWeights>, sampling: &Sampling) -> Vec<mpsc::Receiver<TokenEvent>> {
+pub(super) async fn ask(handle: &EngineHandle<GpuWeights>, sampling: &Sampling) -> Vec<mpsc::Receiver<TokenEvent>> {
     handle.pause().await.unwrap();
     let mut all = Vec::new();
     for (key, (prompt, num_samples)) in (0..).zip(prompts()) {
@@ -379,7 +384,7 @@ async fn ask(handle: &EngineHandle<GpuWeights>, sampling: &Sampling) -> Vec<mpsc
 }
 
 /// Outcomes by prompt and sample.
-async fn outcomes(receivers: Vec<mpsc::Receiver<TokenEvent>>) -> BTreeMap<(usize, u32), Outcome> {
+pub(super) async fn outcomes(receivers: Vec<mpsc::Receiver<TokenEvent>>) -> BTreeMap<(usize, u32), Outcome> {
     let mut outcomes: BTreeMap<(usize, u32), Outcome> = BTreeMap::new();
     for (key, mut events) in receivers.into_iter().enumerate() {
         while let Some(event) = events.recv().await {

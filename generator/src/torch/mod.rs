@@ -1,6 +1,8 @@
 //! Everything of the generator that touches tensors.
 
 mod arena;
+#[cfg(test)]
+mod borrowed_tests;
 mod device_runner;
 #[cfg(test)]
 mod emulated_queue;

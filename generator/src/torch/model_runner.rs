@@ -55,11 +55,11 @@ impl CacheSize {
 }
 
 impl CpuRunner {
-    /// `max_model_len` positions get rotary angles.
+    /// `max_model_len` positions get rotary angles. Without weights there is no cache either: both come later.
     #[must_use]
     pub fn new(
         config: &ModelConfig,
-        weights: ServingWeights,
+        weights: Option<ServingWeights>,
         cache: CacheSize,
         max_model_len: usize,
         pool: Pool,
@@ -68,10 +68,10 @@ impl CpuRunner {
         Self {
             pool: Arc::new(pool),
             config: config.clone(),
-            weights: Some(weights),
+            caches: weights.as_ref().map_or_else(Vec::new, |_| new_caches(layout, config.num_layers)),
+            weights,
             rotary: RotaryTable::new(config, max_model_len, Device::Cpu),
             layout,
-            caches: new_caches(layout, config.num_layers),
             arena: Arena::default(),
             times: StepTimes::default(),
         }
@@ -153,6 +153,10 @@ impl Runner for CpuRunner {
 
     fn times(&self) -> StepTimes {
         self.times
+    }
+
+    fn has_weights(&self) -> bool {
+        self.weights.is_some()
     }
 
     fn swap(&mut self, staged: ServingWeights) -> anyhow::Result<Option<ServingWeights>> {

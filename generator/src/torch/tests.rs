@@ -26,7 +26,7 @@ fn runner(config: &ModelConfig, weights: &Weights) -> CpuRunner {
 fn quantised_runner(config: &ModelConfig, weights: &Weights, quantization: Quantization) -> CpuRunner {
     let pool = Pool::new(2).unwrap();
     let serving = ServingWeights::new(config, weights, quantization, &pool);
-    CpuRunner::new(config, serving, CacheSize { block_size: BLOCK_SIZE, num_blocks: 24 }, 128, pool)
+    CpuRunner::new(config, Some(serving), CacheSize { block_size: BLOCK_SIZE, num_blocks: 24 }, 128, pool)
 }
 
 pub(super) fn some_tokens(len: usize, salt: u32) -> Vec<TokenId> {

@@ -59,6 +59,10 @@ pub struct State {
     /// Ranks that wrote it. Any number can read it.
     pub world_size: usize,
     pub seed: u64,
+    /// Hash of the manifest of what trains, in hexadecimal: the order in which the optimizer's state lies. Where it is not
+    /// there, every bias lay behind its matrix.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub manifest: Option<String>,
     /// Where `train.use_adaptive_entropy` is on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub entropy: Option<EntropyControl>,
@@ -87,6 +91,12 @@ pub enum CheckpointError {
         folder.display()
     )]
     NoneWhole { folder: PathBuf, problems: String },
+    #[error(
+        "{}: the optimizer's state is of parameters in another order (manifest {found}, and here it is {expected}): go on \
+         with the version and the settings that wrote it, or start a new run with this folder as model.path",
+        folder.display()
+    )]
+    OtherOrder { folder: PathBuf, found: String, expected: String },
     #[error("rank {rank}: {reason}")]
     Elsewhere { rank: usize, reason: String },
     #[error(transparent)]
@@ -179,8 +189,19 @@ impl Checkpoint {
     /// The optimizer's state of every unit of what trains, put together from the files of all ranks that wrote it.
     ///
     /// # Errors
-    /// Names the file that cannot be read, or the unit whose state is not complete.
+    /// If it lies in the order of another manifest; names the file that cannot be read, or the unit whose state is not
+    /// complete.
     pub fn optimizer(&self, manifest: &Manifest) -> Result<Vec<FullState>, CheckpointError> {
+        let expected = hash_of(manifest);
+        let is_in_order = match &self.state.manifest {
+            Some(found) => *found == expected,
+            None => !manifest.params().any(|param| param.name.ends_with("q_proj.bias")),
+        };
+        if !is_in_order {
+            let (folder, found) =
+                (self.folder.clone(), self.state.manifest.clone().unwrap_or_else(|| "none".to_owned()));
+            return Err(CheckpointError::OtherOrder { folder, found, expected });
+        }
         optimizer::read(&self.folder, self.state.files.keys(), manifest)
     }
 
@@ -191,6 +212,11 @@ impl Checkpoint {
     pub fn received(&self) -> Result<Vec<Received>, CheckpointError> {
         received::read(&self.folder, self.state.files.keys())
     }
+}
+
+/// As [`State::manifest`].
+fn hash_of(manifest: &Manifest) -> String {
+    format!("{:016x}", manifest.hash())
 }
 
 impl CheckpointError {

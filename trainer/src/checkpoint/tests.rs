@@ -164,6 +164,28 @@ fn what_any_number_of_ranks_writes_one_rank_reads() {
     }
 }
 
+/// Weights have names; the optimizer's state has an order alone.
+#[test]
+fn the_optimizers_state_is_not_taken_for_that_of_parameters_in_another_order() {
+    let fixture = Fixture::new();
+    fixture.save_alone(7, 2).unwrap();
+    let mut checkpoint = fixture.latest().unwrap().unwrap();
+    let manifest = fixture.model.manifest();
+    checkpoint.optimizer(&manifest).unwrap();
+    let mut other = manifest.clone();
+    other.units[1].params.swap(1, 2);
+    let message = checkpoint.optimizer(&other).unwrap_err().to_string();
+    for part in ["step-7: ", "in another order", &hash_of(&manifest), &hash_of(&other), "model.path"] {
+        assert!(message.contains(part), "{message}");
+    }
+    // As it was written before there was a hash: with each bias behind its matrix, where there are biases.
+    checkpoint.state.manifest = None;
+    let message = checkpoint.optimizer(&manifest).unwrap_err().to_string();
+    assert!(message.contains("manifest none"), "{message}");
+    other.units[1].params.iter_mut().for_each(|param| param.name = param.name.replace("bias", "weight"));
+    checkpoint.optimizer(&other).unwrap();
+}
+
 #[test]
 fn shared_weights_are_written_as_if_one_rank_had_them_whole() {
     let (shared, whole) = (Fixture::new(), Fixture::new());

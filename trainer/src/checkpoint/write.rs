@@ -13,7 +13,8 @@ use aha_nn::unit::{ModelWeights, Walk};
 use tch::Kind;
 
 use super::{
-    CheckpointError, FileRecord, Progress, REFERENCE_DIR, STATE_DIR, STATE_FILE, State, folder, optimizer, received,
+    CheckpointError, FileRecord, Progress, REFERENCE_DIR, STATE_DIR, STATE_FILE, State, folder, hash_of, optimizer,
+    received,
 };
 use crate::agreement::agree;
 use crate::torch::zero::ShardState;
@@ -138,6 +139,7 @@ impl Snapshot<'_> {
             num_updates: self.num_updates,
             world_size: records.len(),
             seed: self.seed,
+            manifest: Some(hash_of(self.weights.manifest())),
             entropy: self.progress.entropy,
             files,
         };

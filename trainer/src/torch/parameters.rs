@@ -7,7 +7,7 @@ use aha_core::manifest::Manifest;
 use aha_nn::comm::{CommError, ProcessGroup, Work};
 use aha_nn::sharded_weights::ShardedWeights;
 use aha_nn::storage::memory_bytes;
-use aha_nn::unit::{ModelWeights, Unit};
+use aha_nn::unit::{Loan, ModelWeights, Unit};
 use aha_nn::weights::Weights;
 use tch::{Device, Kind, Tensor};
 
@@ -181,6 +181,15 @@ impl Parameters {
         Ok(())
     }
 
+    /// Whether somebody has them by [`ModelWeights::lend`]: they are not to be written.
+    #[must_use]
+    pub fn is_lent(&self) -> bool {
+        match &self.0 {
+            Inner::Whole(weights, _) => weights.is_lent(),
+            Inner::Sharded(_) => false,
+        }
+    }
+
     /// Bytes that stay between uses of units.
     #[must_use]
     pub fn num_bytes(&self) -> usize {
@@ -242,6 +251,13 @@ impl ModelWeights for Parameters {
 
     fn prefetch(&self, unit_idx: usize) -> Result<(), CommError> {
         self.0.weights().prefetch(unit_idx)
+    }
+
+    fn lend(&self) -> Result<Option<Loan>, CommError> {
+        if let Inner::Whole(_, coming) = &self.0 {
+            coming.iter().try_for_each(arrive)?;
+        }
+        self.0.weights().lend()
     }
 }
 

@@ -3,6 +3,7 @@
 
 mod gpu_kernels;
 mod invariance;
+mod lending;
 mod padded;
 mod sharding;
 mod whole_graph;

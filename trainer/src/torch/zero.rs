@@ -98,6 +98,8 @@ pub enum ZeroError {
     Comm(#[from] CommError),
     #[error(transparent)]
     Optimizer(#[from] OptimizerError),
+    #[error("the engine in this process reads the weights: it must sleep before they are updated")]
+    Lent,
     #[error("the checkpoint has no {name} for unit {unit}: it was written under another train.optimizer")]
     MissingState { name: &'static str, unit: String },
     #[error(
@@ -211,7 +213,13 @@ impl Zero {
 
     /// Scales the gradients by `scale`, updates the owned weights, and gathers everyone's, which whoever uses a unit next
     /// waits for. Gradients are zero after.
+    ///
+    /// # Errors
+    /// If the weights are lent, ranks cannot reach each other, or the optimizer fails.
     pub fn update(&mut self, scale: f64, options: &AdamW) -> Result<(), ZeroError> {
+        if self.weights.is_lent() {
+            return Err(ZeroError::Lent);
+        }
         self.num_updates += 1;
         let group = (self.sharding.stage > 0).then_some(&*self.group);
         let update = Update { scale, step: self.num_updates, options, group };

@@ -1,5 +1,6 @@
 //! `aha bench`: measured rates of the real parts.
 
+mod colocate;
 mod decode;
 mod generator_process;
 mod push;
@@ -22,6 +23,7 @@ pub(crate) struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum What {
+    Colocate(colocate::Args),
     Decode(decode::Args),
     Push(push::Args),
     Step(step::Args),
@@ -36,6 +38,7 @@ enum What {
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     match &args.what {
+        What::Colocate(args) => colocate::run(args),
         What::Decode(args) => decode::run(args),
         What::Push(args) => push::run(args),
         What::Step(args) => step::run(args),

@@ -100,6 +100,20 @@ mod tests {
 
     use super::*;
 
+    /// What cuBLASLt asks for before it uses its fastest kernels; in bf16, from the start of a unit's tensor.
+    #[test]
+    fn every_parameter_of_every_shape_begins_at_a_multiple_of_16_bytes() {
+        for shape in ModelShape::value_variants() {
+            for unit in shape.model_config().unwrap().manifest().units {
+                let mut offset = 0;
+                for param in &unit.params {
+                    assert_eq!(offset % 16, 0, "{shape:?}: {}", param.name);
+                    offset += 2 * param.numel();
+                }
+            }
+        }
+    }
+
     #[test]
     fn every_shape_is_a_model_of_the_size_in_its_name() {
         let billions = [0.1345, 0.494, 1.544, 3.086, 7.616];

@@ -8,11 +8,9 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use aha_core::config::{Credentials, DataSource, RewardSpec, RunConfig, SleepMode};
-use aha_core::random::sampling_uniform;
-use aha_core::rollout::Group;
 use aha_nn::runtime;
 use aha_trainer::fleet::{Fleet, Hooks};
-use aha_trainer::rollouts::RolloutRequest;
+use aha_trainer::measure::draw_rewards;
 use aha_trainer::stop::StopRequest;
 use aha_trainer::world::World;
 use anyhow::{Context, Result, ensure};
@@ -116,14 +114,6 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         println!("{result:#}");
     }
     Ok(ExitCode::SUCCESS)
-}
-
-fn draw_rewards(request: &RolloutRequest, groups: &mut [Option<Group>]) {
-    for completion in groups.iter_mut().flatten().flat_map(|group| &mut group.completions) {
-        for reward in &mut completion.rewards {
-            reward.score = sampling_uniform(request.seed ^ completion.prompt_id.0, completion.sample_index, 0);
-        }
-    }
 }
 
 /// The run that is measured; nothing is evaluated or kept.

@@ -323,7 +323,7 @@ fn a_store_that_never_answers_takes_few_threads() {
     thread::scope(|scope| {
         let waiting: Vec<_> = (0..FEW).map(|_| scope.spawn(connect)).collect();
         for message in waiting.into_iter().map(|waiting| waiting.join().unwrap()) {
-            assert!(message.ends_with("no answer within 1.1 s"), "{message}");
+            assert!(message.contains("connect failed: no answer within "), "{message}");
         }
     });
     let refused = connect();

@@ -28,9 +28,11 @@ pub struct GpuModel<Q: Queue> {
 const SHORTEST_CONTEXT: usize = 1024;
 
 impl<Q: Queue> GpuModel<Q> {
+    /// Without weights it has no cache either: both come later.
+    ///
     /// # Errors
     /// If the kernels cannot serve the model, or there is not enough memory.
-    pub fn new(queue: Q, config: &ModelConfig, weights: GpuWeights, sizes: GpuSizes) -> Result<Self, GpuError> {
+    pub fn new(queue: Q, config: &ModelConfig, weights: Option<GpuWeights>, sizes: GpuSizes) -> Result<Self, GpuError> {
         let network = Network::new(&queue, config, weights, &sizes)?;
         Ok(Self { queue, sizes, network, graphs: BTreeMap::new() })
     }
@@ -133,14 +135,35 @@ impl<Q: Queue> GpuModel<Q> {
         }
     }
 
-    /// Serves the values of `staged`, from the next step on.
+    /// Serves `staged` from the next step on. Its values are copied to where graphs expect them, and the set comes back,
+    /// to be written again; or else, where there are no weights or either set is borrowed, it takes the place itself.
     ///
     /// # Errors
     /// If the device fails.
-    pub fn swap(&mut self, staged: &GpuWeights) -> Result<(), GpuError> {
-        self.network.weights.copy_from(staged)?;
-        // `staged` may be written again once this returns.
-        self.queue.synchronize()
+    pub fn swap(&mut self, staged: GpuWeights) -> Result<Option<GpuWeights>, GpuError> {
+        let own = self.network.weights.as_mut().filter(|serving| !serving.is_borrowed() && !staged.is_borrowed());
+        if let Some(serving) = own {
+            serving.copy_from(&staged)?;
+            self.queue.synchronize()?;
+            return Ok(Some(staged));
+        }
+        self.release_graphs()?;
+        self.network.weights = Some(staged);
+        Ok(None)
+    }
+
+    pub fn has_weights(&self) -> bool {
+        self.network.weights.is_some()
+    }
+
+    /// Gives the weights back: their memory, or to who has lent them.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn release_weights(&mut self) -> Result<(), GpuError> {
+        self.release_graphs()?;
+        self.network.weights = None;
+        self.queue.free_unused_memory()
     }
 
     /// Gives the cache's memory back.
@@ -148,10 +171,16 @@ impl<Q: Queue> GpuModel<Q> {
     /// # Errors
     /// If the device fails.
     pub fn release_cache(&mut self) -> Result<(), GpuError> {
-        self.queue.synchronize()?;
-        self.graphs.clear();
+        self.release_graphs()?;
         self.network.cache = None;
         self.queue.free_unused_memory()
+    }
+
+    /// Waits for the graphs, and drops them before what they refer to.
+    fn release_graphs(&mut self) -> Result<(), GpuError> {
+        self.queue.synchronize()?;
+        self.graphs.clear();
+        Ok(())
     }
 
     /// Takes the cache's memory again; what it held is gone.

@@ -16,12 +16,13 @@ use crate::logprob::chunk_rows;
 use crate::model_config::ModelConfig;
 use crate::rotary::RotaryTable;
 
-/// The memory of one model on one device. None of it moves while there are graphs, but for the cache.
+/// The memory of one model on one device. None of it moves while there are graphs.
 #[derive(Debug)]
 pub(super) struct Network {
     pub config: ModelConfig,
     pub shapes: KernelShapes,
-    pub weights: GpuWeights,
+    /// None while they are given back.
+    pub weights: Option<GpuWeights>,
     pub rotary: RotaryTable,
     /// bf16 `[2 L, num_blocks, K * block_size * D]`: keys and values of each layer; none while its memory is given back.
     pub cache: Option<Tensor>,
@@ -68,7 +69,7 @@ impl Network {
     pub(super) fn new(
         queue: &impl Queue,
         config: &ModelConfig,
-        weights: GpuWeights,
+        weights: Option<GpuWeights>,
         sizes: &GpuSizes,
     ) -> Result<Self, GpuError> {
         let shapes = KernelShapes::of(config, sizes.block_size, LogitKind::Fp32)?;
@@ -88,7 +89,9 @@ impl Network {
             buffers: Buffers::new(queue, &shapes, bounds, sizes.max_model_len)?,
             step: StepMemory::new(queue, bounds)?,
         };
-        network.restore_cache(queue, sizes.num_blocks)?;
+        if network.weights.is_some() {
+            network.restore_cache(queue, sizes.num_blocks)?;
+        }
         Ok(network)
     }
 
@@ -125,7 +128,7 @@ impl Network {
             slots: step.state(StateField::Slot, 0),
             context_lens: step.state(StateField::ContextLen, 0),
         };
-        let pass = Pass::new(self, queue, rows);
+        let pass = Pass::new(self, queue, rows)?;
         pass.layers();
         pass.final_norm(None);
         self.logits(&pass, Selected { num_selected: num_rows, samples: true }, &mut |_, _| Ok(()))?;
@@ -160,7 +163,7 @@ impl Network {
         Selected { num_selected, samples }: Selected,
         see: &mut dyn FnMut(usize, &Tensor) -> Result<(), GpuError>,
     ) -> Result<(), GpuError> {
-        let pass = Pass::new(self, queue, rows);
+        let pass = Pass::new(self, queue, rows)?;
         pass.layers();
         if num_selected > 0 {
             pass.final_norm(Some(num_selected));

@@ -11,7 +11,7 @@ use tch::Tensor;
 use super::network::Network;
 use super::queue::{GpuError, Queue};
 use super::step_memory::Region;
-use super::weights::stacked;
+use super::weights::{GpuWeights, stacked};
 use crate::kernels::cuda::{
     AddRmsNorm, DecodeAttention, DevicePtr, Embed, Launch, PagedKv, PrefillAttention, QkvRope, SiluMul,
 };
@@ -39,6 +39,7 @@ pub(super) struct PassRows {
 #[derive(Debug)]
 pub(super) struct Pass<'a, Q> {
     network: &'a Network,
+    weights: &'a GpuWeights,
     queue: RefCell<&'a mut Q>,
     rows: PassRows,
     /// Whether `delta` is to be added to the residual.
@@ -58,15 +59,18 @@ pub(super) enum Rows {
 }
 
 impl<'a, Q: Queue> Pass<'a, Q> {
-    pub(super) fn new(network: &'a Network, queue: &'a mut Q, rows: PassRows) -> Self {
-        let outcome = RefCell::new(Ok(()));
-        Self { network, queue: RefCell::new(queue), rows, has_delta: Cell::new(false), outcome }
+    /// # Errors
+    /// If there are no weights.
+    pub(super) fn new(network: &'a Network, queue: &'a mut Q, rows: PassRows) -> Result<Self, GpuError> {
+        let weights = network.weights.as_ref().ok_or(GpuError::NoWeights)?;
+        let (queue, outcome) = (RefCell::new(queue), RefCell::new(Ok(())));
+        Ok(Self { network, weights, queue, rows, has_delta: Cell::new(false), outcome })
     }
 
     /// All layers; keys and values of all rows are in the cache then. What the last layer adds is still to be added.
     pub(super) fn layers(&self) {
-        let embedded = self.embed(&self.network.weights.embedding);
-        let layers = self.network.weights.layers.iter().enumerate();
+        let embedded = self.embed(&self.weights.embedding);
+        let layers = self.weights.layers.iter().enumerate();
         let config = &self.network.config;
         layers.fold(embedded, |x, (layer_idx, layer)| layer.forward(self, config, layer_idx, x));
     }
@@ -75,7 +79,7 @@ impl<'a, Q: Queue> Pass<'a, Q> {
     pub(super) fn final_norm(&self, num_selected: Option<usize>) {
         let selected = self.network.step.address(Region::Selected, 0);
         let rows = num_selected.map(|_| selected);
-        self.norm(num_selected.unwrap_or(self.rows.num_rows), &self.network.weights.norm, rows);
+        self.norm(num_selected.unwrap_or(self.rows.num_rows), &self.weights.norm, rows);
     }
 
     /// Logits of the normed rows `first_row..first_row + num_rows`, `[num_rows, V]`.
@@ -83,7 +87,7 @@ impl<'a, Q: Queue> Pass<'a, Q> {
         let buffers = &self.network.buffers;
         let normed = buffers.normed.narrow(0, first_row as i64, num_rows as i64);
         let logits = buffers.logits.narrow(0, 0, num_rows as i64);
-        self.product(&normed, &self.network.weights.head, &logits);
+        self.product(&normed, &self.weights.head, &logits);
         logits
     }
 

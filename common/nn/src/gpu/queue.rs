@@ -83,4 +83,6 @@ pub enum GpuError {
     BadOutcome { row: usize, outcome: String },
     #[error("the cache's memory is given back, and no step can run before it is restored")]
     Released,
+    #[error("there are no weights, and no step can run before some are put in place")]
+    NoWeights,
 }
