@@ -353,7 +353,7 @@ fn connect(backend: Backend, store: &Store, spec: &GroupSpec, limit: Duration) -
         return Err(spec.join_error("this rank is already taken; a group made anew needs a new name".to_owned()));
     }
     let (mut missing, mut unseen) = (Vec::new(), 0..spec.size);
-    while let Some(rank) = unseen.next() {
+    for rank in unseen.by_ref() {
         if !has_arrived(&store, rank, rest) {
             missing.push(rank);
         }
