@@ -1,8 +1,10 @@
-//! Lets the targets that need libtorch find it when they run.
+//! Lets the targets that need libtorch find it when they run. The others do not load it.
 
 fn main() {
     if let Ok(link_arg) = std::env::var("DEP_AHA_SHIM_LINK_ARG") {
-        println!("cargo::rustc-link-arg={link_arg}");
+        for target in ["safetensors", "rpc"] {
+            println!("cargo::rustc-link-arg-bin={target}={link_arg}");
+        }
     }
     println!("cargo::rerun-if-changed=build.rs");
 }
