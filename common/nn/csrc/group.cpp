@@ -81,4 +81,6 @@ char* aha_work_wait(AhaWork* work, int64_t timeout_ms) {
   return aha::guarded([&] { work->inner->wait(std::chrono::milliseconds(timeout_ms)); });
 }
 
+bool aha_work_is_completed(const AhaWork* work) { return work->inner->isCompleted(); }
+
 void aha_work_free(AhaWork* work) { delete work; }

@@ -86,6 +86,7 @@ char* aha_group_barrier(AhaGroup* group, AhaWork** out);
 char* aha_group_abort(AhaGroup* group);
 void aha_group_free(AhaGroup* group);
 char* aha_work_wait(AhaWork* work, int64_t timeout_ms);
+bool aha_work_is_completed(const AhaWork* work);
 void aha_work_free(AhaWork* work);
 
 // `grad_outputs[i]` may be null (a scalar output), and so may `grads[i]` become (an unused input). The tensors in `grads`

@@ -143,6 +143,7 @@ unsafe extern "C" {
     pub(crate) fn aha_group_abort(group: *mut AhaGroup) -> *mut c_char;
     pub(crate) fn aha_group_free(group: *mut AhaGroup);
     pub(crate) fn aha_work_wait(work: *mut AhaWork, timeout_ms: i64) -> *mut c_char;
+    pub(crate) fn aha_work_is_completed(work: *const AhaWork) -> bool;
     pub(crate) fn aha_work_free(work: *mut AhaWork);
 
     pub(crate) fn aha_autograd_grad(

@@ -15,6 +15,7 @@ use std::ffi::CString;
 use std::panic::Location;
 use std::ptr::{self, NonNull};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 use tch::{Device, Tensor};
 
@@ -296,6 +297,14 @@ impl Shared {
         self.spec.timeout
     }
 
+    pub(super) fn is_gloo(&self) -> bool {
+        self.device == Device::Cpu
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed.get().is_some()
+    }
+
     /// Closes the group because a collective failed. Where that is news, asks which ranks have noticed.
     pub(super) fn fail(&self, ticket: Ticket, reason: String) -> CommError {
         let Ticket { operation, sequence, issued } = ticket;
@@ -324,6 +333,16 @@ impl Shared {
             let aborted = unsafe { shim::check(aha_group_abort(raw.0.as_ptr())) };
             // A failed abort leaves the deadlines of what is in flight, which end it too.
             drop(aborted);
+        }
+    }
+}
+
+impl Drop for Shared {
+    /// A group ends with what it still has in flight, for which whoever gave it up does not wait.
+    fn drop(&mut self) {
+        if let Some(raw) = self.raw.take().filter(|_| self.is_closed()) {
+            // Where there is no thread to be had, it is dropped here.
+            drop(thread::Builder::new().name("aha-comm-end".to_owned()).spawn(move || drop(raw)));
         }
     }
 }
