@@ -13,6 +13,8 @@ use aha_tests::small_run;
 use serde_json::Value;
 
 const NUM_STEPS: usize = 30;
+/// So many take longer than any pause after which a generator that was lost is asked again.
+const STEPS_UNTIL_ALL_ARE_BACK: usize = 300;
 const NUM_TRAINERS: usize = 2;
 const COMPLETIONS_PER_STEP: usize = 24;
 /// What trainers end with when the run is to go on later.
@@ -215,19 +217,32 @@ fn samples(folder: &Path, step: usize) -> Vec<(u64, u64)> {
 
 #[test]
 fn generators_may_come_and_go_and_nothing_of_it_is_learnt() {
-    let whole = tempfile::tempdir().unwrap();
-    Cluster::start(whole.path(), 1, &[]).finish();
+    let learnt_with = |num_generators| {
+        let folder = tempfile::tempdir().unwrap();
+        Cluster::start(folder.path(), num_generators, &[]).finish();
+        last_checkpoint(folder.path())
+    };
+    let learnt = learnt_with(1);
+    assert!(learnt_with(2) == learnt, "two generators change what is learnt");
 
     let folder = tempfile::tempdir().unwrap();
-    let metrics = run_with_losses(folder.path(), &[]);
+    let metrics = run_with_losses(folder.path(), NUM_STEPS, &[]);
     assert!(metrics.iter().all(|step| step["policy/lag"] == 0.0));
-    assert!(last_checkpoint(folder.path()) == last_checkpoint(whole.path()));
+    assert!(last_checkpoint(folder.path()) == learnt, "losses change what is learnt");
 }
 
 #[test]
 fn generators_may_come_and_go_while_rollouts_run_ahead() {
     let folder = tempfile::tempdir().unwrap();
-    let metrics = run_with_losses(folder.path(), &AHEAD);
+    let metrics = run_with_losses(folder.path(), STEPS_UNTIL_ALL_ARE_BACK, &AHEAD);
+    assert_eq!(metrics.last().unwrap()["generators"], 3.0, "not all came back");
+    let typical = |steps: &[Value]| {
+        let mut seconds: Vec<f64> = steps.iter().map(|step| step["step_time"].as_f64().unwrap()).collect();
+        seconds.sort_by(f64::total_cmp);
+        seconds[seconds.len() / 2]
+    };
+    let (before, after) = (typical(&metrics[..4]), typical(&metrics[metrics.len() - 20..]));
+    assert!(after < 5.0 * before, "steps of {after} s with all generators back, and {before} s before any was lost");
     let lags: Vec<f64> = metrics.iter().map(|step| step["policy/lag"].as_f64().unwrap()).collect();
     assert!(lags.iter().all(|lag| *lag <= 2.0) && lags.contains(&2.0), "{lags:?}");
     for step in &metrics {
@@ -253,12 +268,13 @@ fn what_was_received_ahead_outlives_the_run() {
     });
     assert!(received.count() > 0, "nothing had come of the steps after {steps}");
     Cluster::start(folder.path(), 1, &AHEAD).finish();
-    check_steps(folder.path());
+    check_steps(folder.path(), NUM_STEPS);
 }
 
-/// Loses a generator, holds one up, and gets both back; returns the metrics of all steps.
-fn run_with_losses(folder: &Path, settings: &[&str]) -> Vec<Value> {
-    let mut cluster = Cluster::start(folder, 3, settings);
+/// Loses a generator, holds one up, and lets both go on within the first 20 steps; returns the metrics of all steps.
+fn run_with_losses(folder: &Path, num_steps: usize, settings: &[&str]) -> Vec<Value> {
+    let steps = format!("train.max_steps={num_steps}");
+    let mut cluster = Cluster::start(folder, 3, &[settings, &[&steps]].concat());
     cluster.wait_for_step(4);
     cluster.signal_generator(0, "-KILL");
     cluster.wait_for_step(8);
@@ -268,21 +284,21 @@ fn run_with_losses(folder: &Path, settings: &[&str]) -> Vec<Value> {
     cluster.wait_for_step(20);
     cluster.signal_generator(1, "-CONT");
     cluster.finish();
-    let metrics = check_steps(folder);
+    let metrics = check_steps(folder, num_steps);
     let generators: Vec<u64> = metrics.iter().map(|step| step["generators"].as_f64().unwrap() as u64).collect();
     assert_eq!((generators[0], generators.iter().min()), (3, Some(&1)), "{generators:?}");
     metrics
 }
 
 /// All steps are there, and each has every sample once; returns their metrics.
-fn check_steps(folder: &Path) -> Vec<Value> {
+fn check_steps(folder: &Path, num_steps: usize) -> Vec<Value> {
     let metrics = metrics(folder);
-    assert_eq!(metrics.len(), NUM_STEPS);
+    assert_eq!(metrics.len(), num_steps);
     assert!(
         metrics.iter().all(|step| step["grad_norm"].as_f64().unwrap() > 0.0),
         "a step from which nothing is learnt"
     );
-    for step in 1..=NUM_STEPS {
+    for step in 1..=num_steps {
         let mut samples = samples(folder, step);
         samples.sort_unstable();
         samples.dedup();
