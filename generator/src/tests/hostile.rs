@@ -343,7 +343,8 @@ async fn a_flood_of_samples_is_taken_up_to_the_limit() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_flood_of_scores_lets_steps_be_taken_in_between() {
-    beside_a_good_client(200, async |server| {
+    // Its steps outlast the flood, however late that begins.
+    beside_a_good_client(1000, async |server| {
         let before = server.status().await;
         let calls = (0..1500).map(|_| {
             let mut client = server.client.clone();
