@@ -13,7 +13,7 @@ use crate::workspace::Workspace;
 
 const DEFAULT_OUT: &str = "target/gpu-bundle";
 /// Small enough to be carried anywhere.
-const MAX_BYTES: u64 = 60_000_000;
+const MAX_BYTES: u64 = 64 << 20;
 /// Made last; a folder with it is one of ours.
 const STAMP: &str = "bundle.json";
 /// Test programs, by the names of their targets.
