@@ -172,7 +172,7 @@ impl Placement {
         };
         anyhow::ensure!(
             (device, dtype) != (DeviceKind::Cpu, Dtype::Bfloat16),
-            "--dtype bfloat16: the generator computes in float32 on a CPU"
+            "--dtype bfloat16: on a CPU this command serves float32; `aha generator` with model.dtype: bfloat16 keeps bf16"
         );
         let random_init = self.load_format == LoadFormat::Dummy;
         let model = Model { path: model.to_owned(), random_init, dtype, device };
