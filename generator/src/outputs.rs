@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use aha_core::dataset::Row;
 use aha_core::ids::{PolicyVersion, PromptId, TokenId};
-use aha_core::reward::{Outcome, RewardFunction};
+use aha_core::reward::{Answer, Outcome, RewardFunction};
 use aha_core::rollout::{Completion, FinishReason, RawLogprobs, Reward, Span};
 use aha_core::tokenizer::{SpecialTokens, Tokenizer};
 use tokio::sync::{Semaphore, mpsc};
@@ -297,7 +297,10 @@ impl Judge {
         let (sample, text) = decoded.await.map_err(internal)?;
         let text = text.map_err(internal)?;
         // What was cut off by an abort is no answer to judge.
-        let rewards = if finish == FinishReason::Aborted { Vec::new() } else { self.judge(text.clone()).await };
+        let rewards = match finish {
+            FinishReason::Aborted => Vec::new(),
+            _ => self.judge(text.clone(), sample.token_ids.len(), finish != FinishReason::Stop).await,
+        };
         Ok(Completion {
             prompt_id: self.prompt_id,
             sample_index: sample.index,
@@ -312,13 +315,14 @@ impl Judge {
         })
     }
 
-    async fn judge(self: &Arc<Self>, text: String) -> Vec<Reward> {
+    async fn judge(self: &Arc<Self>, text: String, num_tokens: usize, is_truncated: bool) -> Vec<Reward> {
         if self.rewards.is_empty() {
             return Vec::new();
         }
         let judge = Arc::clone(self);
         let outcomes = tokio::task::spawn_blocking(move || {
-            judge.rewards.iter().map(|function| function.score(&text, &judge.columns)).collect()
+            let answer = Answer { text: &text, num_tokens, is_truncated };
+            judge.rewards.iter().map(|function| function.score(&answer, &judge.columns)).collect()
         });
         let outcomes: Vec<Outcome> = match tokio::time::timeout(JUDGE_DEADLINE, outcomes).await {
             Ok(Ok(outcomes)) => outcomes,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use aha_core::dataset::Row;
 use aha_core::ids::{PromptId, TokenId};
-use aha_core::reward::RewardFunction;
+use aha_core::reward::{RewardFunction, RewardSpec};
 use aha_core::rollout::Sampling;
 use aha_proto::v1;
 
@@ -13,6 +13,9 @@ use crate::error::{GeneratorError, invalid};
 
 /// Most samples of one request.
 const MAX_SAMPLES: usize = 1024;
+/// Most reward functions of one request, and most bytes of one with its options.
+const MAX_REWARDS: usize = 64;
+const MAX_REWARD_BYTES: usize = 1 << 16;
 /// Longest request id, in bytes.
 const MAX_REQUEST_ID: usize = 256;
 
@@ -26,7 +29,7 @@ pub(crate) struct Limits {
 }
 
 /// A request that makes sense.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub(crate) struct GenerateRequest {
     pub prompt_id: PromptId,
     pub prompt: Vec<TokenId>,
@@ -55,7 +58,7 @@ impl Limits {
     pub(crate) fn check(&self, wire: v1::GenerateRequest) -> Result<GenerateRequest, GeneratorError> {
         let sampling = wire.sampling.ok_or_else(|| invalid("sampling", "is missing"))?.try_into()?;
         let columns = parse_columns(&wire.columns)?;
-        let rewards = parse_rewards(&wire.rewards, &columns)?;
+        let rewards = parse_rewards(wire.rewards, &columns)?;
         let prompt_id = PromptId(wire.prompt_id);
         let (prompt, sample_indices) = (wire.token_ids, wire.sample_indices);
         let request =
@@ -163,13 +166,20 @@ fn parse_columns(json: &str) -> Result<Row, GeneratorError> {
     serde_json::from_str(json).map_err(|error| invalid("columns", format!("must be a JSON object: {error}")))
 }
 
-fn parse_rewards(names: &[String], columns: &Row) -> Result<Vec<RewardFunction>, GeneratorError> {
-    let mut functions = Vec::new();
-    for name in names {
-        let function: RewardFunction =
-            name.parse().map_err(|error: aha_core::reward::RewardError| invalid("rewards", error.to_string()))?;
-        if functions.contains(&function) {
-            return Err(invalid("rewards", format!("{name} is named twice")));
+fn parse_rewards(wire: Vec<v1::RewardFunction>, columns: &Row) -> Result<Vec<RewardFunction>, GeneratorError> {
+    if wire.len() > MAX_REWARDS {
+        return Err(invalid("rewards", format!("must be at most {MAX_REWARDS}, got {}", wire.len())));
+    }
+    let mut functions: Vec<RewardFunction> = Vec::new();
+    for reward in wire {
+        let num_bytes = reward.name.len() + reward.function.len() + reward.options.len();
+        if num_bytes > MAX_REWARD_BYTES {
+            return Err(invalid("rewards", format!("one has {num_bytes} bytes, {MAX_REWARD_BYTES} at most")));
+        }
+        let spec = RewardSpec::try_from(reward)?;
+        let function = RewardFunction::new(&spec).map_err(|error| invalid("rewards", error.to_string()))?;
+        if functions.iter().any(|other| other.name() == function.name()) {
+            return Err(invalid("rewards", format!("{} is named twice", function.name())));
         }
         function.check_columns(columns).map_err(|error| invalid("columns", error.to_string()))?;
         functions.push(function);
@@ -193,7 +203,7 @@ mod tests {
             sample_indices: vec![4, 0],
             sampling: Some(v1::Sampling::from(&Sampling { max_tokens: 62, ..Sampling::default() })),
             seed: 3,
-            rewards: vec!["equation".to_owned(), "format".to_owned()],
+            rewards: ["equation", "format"].map(|name| (&RewardSpec::of(name)).into()).to_vec(),
             columns: r#"{"target": 3, "nums": [1, 2]}"#.to_owned(),
         }
     }
@@ -202,7 +212,7 @@ mod tests {
     fn a_good_request_passes_whole() {
         let request = limits().check(good()).unwrap();
         assert_eq!((request.prompt_id, request.prompt, request.sample_indices), (PromptId(7), vec![1, 99], vec![4, 0]));
-        assert_eq!(request.rewards, [RewardFunction::Equation, RewardFunction::Format]);
+        assert_eq!(request.rewards.iter().map(RewardFunction::name).collect::<Vec<_>>(), ["equation", "format"]);
         let bare = v1::GenerateRequest { rewards: Vec::new(), columns: String::new(), ..good() };
         assert!(limits().check(bare).unwrap().columns.is_empty());
     }
@@ -218,8 +228,8 @@ mod tests {
             ("sample_indices", "4 is named twice", |r| r.sample_indices.push(4)),
             ("sampling", "missing", |r| r.sampling = None),
             ("sampling.max_tokens", "over max_model_len 64", |r| r.token_ids.push(1)),
-            ("rewards", "equasion", |r| r.rewards[0] = "equasion".to_owned()),
-            ("rewards", "twice", |r| r.rewards[0] = "format".to_owned()),
+            ("rewards", "equasion", |r| r.rewards[0].function = "equasion".to_owned()),
+            ("rewards", "twice", |r| r.rewards[0].name = "format".to_owned()),
             ("columns", "JSON object", |r| r.columns = "[1]".to_owned()),
             ("columns", "target", |r| r.columns = "{}".to_owned()),
         ];

@@ -13,6 +13,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use aha_core::config::Credentials;
+use aha_core::reward::RewardSpec;
 use aha_core::rollout::Sampling;
 use aha_proto::v1;
 use aha_proto::v1::generator_client::GeneratorClient;
@@ -116,6 +117,10 @@ fn request(id: &str, num_samples: u32, max_tokens: u32) -> v1::GenerateRequest {
         rewards: Vec::new(),
         columns: String::new(),
     }
+}
+
+fn reward(function: &str) -> v1::RewardFunction {
+    (&RewardSpec::of(function)).into()
 }
 
 #[track_caller]

@@ -1,6 +1,7 @@
 //! Wire types to and from domain types. What comes in is checked here, once.
 
 use aha_core::ids::{PolicyVersion, PromptId};
+use aha_core::reward::RewardSpec;
 use aha_core::rollout;
 
 use crate::v1;
@@ -66,6 +67,28 @@ impl TryFrom<v1::Sampling> for rollout::Sampling {
         } else {
             Err(BadMessage { field: "sampling", problem: problems.join("; ") })
         }
+    }
+}
+
+impl From<&RewardSpec> for v1::RewardFunction {
+    fn from(spec: &RewardSpec) -> Self {
+        let options = if spec.options.is_empty() { String::new() } else { serde_json::json!(spec.options).to_string() };
+        Self { name: spec.name().to_owned(), function: spec.function.clone(), options }
+    }
+}
+
+impl TryFrom<v1::RewardFunction> for RewardSpec {
+    type Error = BadMessage;
+
+    fn try_from(wire: v1::RewardFunction) -> Result<Self, BadMessage> {
+        let options = match wire.options.as_str() {
+            "" => serde_json::Map::new(),
+            options => serde_json::from_str(options).map_err(|error| BadMessage {
+                field: "rewards",
+                problem: format!("options must be a JSON object: {error}"),
+            })?,
+        };
+        Ok(Self { name: Some(wire.name), function: wire.function, options, ..Self::default() })
     }
 }
 

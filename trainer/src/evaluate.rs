@@ -38,7 +38,7 @@ pub fn evaluate(session: &Session, rollouts: &mut dyn Rollouts, version: PolicyV
         num_generations: 1,
         sampling: Sampling { temperature: config.eval.temperature, ..config.rollout.sampling() },
         seed: config.run.seed,
-        rewards: vec![config.eval.reward.clone()],
+        rewards: config.rewards.iter().filter(|spec| spec.name() == config.eval.reward).cloned().collect(),
         min_version: version,
     };
     let own = rollouts.roll_out(&request)?;

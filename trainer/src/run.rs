@@ -199,7 +199,7 @@ fn records(groups: &[Group], batch: &TrainingBatch, config: &RunConfig) -> Vec<C
         .zip(&batch.advantages)
         .map(|((group, completion), &advantage)| {
             let scored = |function: &str| completion.rewards.iter().find(|reward| reward.function == function);
-            let score = |spec: &RewardSpec| scored(&spec.function).map_or(0.0, |reward| spec.weight * reward.score);
+            let score = |spec: &RewardSpec| scored(spec.name()).map_or(0.0, |reward| spec.weight * reward.score);
             let reward: f32 = config.rewards.iter().map(score).sum();
             CompletionRecord::new(&group.prompt, completion, advantage, reward >= best)
         })

@@ -256,7 +256,7 @@ mod tests {
         config.run.output_dir = output_dir.to_owned();
         config.model.path = "models/tiny".into();
         config.data.prompt.user = "make {{ target }} of {{ nums }}".to_owned();
-        config.rewards = vec![RewardSpec { function: "equation".to_owned(), weight: 1.0 }];
+        config.rewards = vec![RewardSpec::of("equation")];
         config
     }
 

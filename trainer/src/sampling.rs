@@ -59,7 +59,7 @@ pub(crate) fn rollout_request(
         num_generations: config.rollout.num_generations,
         sampling: config.rollout.sampling(),
         seed: derive_seed(config.run.seed, if round == 0 { &path[..1] } else { &path }),
-        rewards: config.rewards.iter().map(|spec| spec.function.clone()).collect(),
+        rewards: config.rewards.clone(),
         min_version: PolicyVersion(step.saturating_sub(config.rollout.max_lag)),
     }
 }
@@ -202,7 +202,7 @@ mod tests {
     ) -> (Result<Sampled>, Vec<RolloutRequest>) {
         let mut config = RunConfig::default();
         config.rollout.num_generations = 2;
-        config.rewards = vec![RewardSpec { function: "equation".to_owned(), weight: 0.5 }];
+        config.rewards = vec![RewardSpec { weight: 0.5, ..RewardSpec::of("equation") }];
         config.train.dynamic_sampling = dynamic_sampling;
         config.train.max_resample_rounds = 2;
         let mut rollouts = EveryThird { requests: Vec::new(), late };

@@ -18,11 +18,11 @@ pub fn rollout_metrics(groups: &[Group], batch: &TrainingBatch, config: &RunConf
     for spec in &config.rewards {
         let scores: Vec<f32> = completions()
             .flat_map(|completion| &completion.rewards)
-            .filter(|reward| reward.function == spec.function)
+            .filter(|reward| reward.function == spec.name())
             .map(|reward| reward.score)
             .collect();
-        metrics.set(format!("rewards/{}/mean", spec.function), f64::from(mean(&scores)));
-        metrics.set(format!("rewards/{}/std", spec.function), f64::from(standard_deviation(&scores)));
+        metrics.set(format!("rewards/{}/mean", spec.name()), f64::from(mean(&scores)));
+        metrics.set(format!("rewards/{}/std", spec.name()), f64::from(standard_deviation(&scores)));
     }
     if !batch.soft_punishments.is_empty() {
         metrics.set("rewards/soft_overlong_punishment/mean", f64::from(mean(&batch.soft_punishments)));

@@ -180,7 +180,11 @@ impl Drop for TestGenerator {
 /// The completion that a generator makes of a request: a function of seed and sample index.
 pub(crate) fn completion(request: &v1::GenerateRequest, sample_index: u32, version: u64) -> v1::Completion {
     let token_ids = vec![(request.seed % 1000) as u32, sample_index];
-    let reward = |function: &String| v1::Reward { function: function.clone(), score: 1.0, outcome: "score".to_owned() };
+    let reward = |function: &v1::RewardFunction| v1::Reward {
+        function: function.name.clone(),
+        score: 1.0,
+        outcome: "score".to_owned(),
+    };
     v1::Completion {
         prompt_id: request.prompt_id,
         sample_index,

@@ -128,7 +128,7 @@ fn scores(completions: &[&Completion], soft_punishments: &[f32], config: &RunCon
     };
     let of_function =
         |function: &str| completions.iter().map(|completion| score(completion, function)).collect::<Vec<_>>();
-    let mut by_function: Vec<_> = config.rewards.iter().map(|spec| of_function(&spec.function)).collect();
+    let mut by_function: Vec<_> = config.rewards.iter().map(|spec| of_function(spec.name())).collect();
     let mut weights: Vec<f32> = config.rewards.iter().map(|spec| spec.weight).collect();
     if !soft_punishments.is_empty() {
         by_function.push(soft_punishments.to_vec());

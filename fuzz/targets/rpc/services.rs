@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use aha_core::config::{self, Credentials, RunConfig};
 use aha_core::ids::PolicyVersion;
+use aha_core::reward::RewardSpec;
 use aha_core::rollout::Sampling;
 use aha_generator::{GeneratorOptions, GeneratorServer};
 use aha_nn::comm::ProcessGroup;
@@ -54,7 +55,7 @@ pub fn good_request(id: &str) -> v1::GenerateRequest {
         sample_indices: vec![0, 1],
         sampling: Some((&Sampling { max_tokens: 6, ignore_eos: true, ..Sampling::default() }).into()),
         seed: 5,
-        rewards: vec!["format".to_owned()],
+        rewards: vec![(&RewardSpec::of("format")).into()],
         columns: r#"{"target": 3, "nums": [1, 2]}"#.to_owned(),
     }
 }

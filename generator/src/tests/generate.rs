@@ -9,7 +9,7 @@ use crate::testing::byte_tokenizer;
 async fn a_group_comes_back_whole_scored_and_reproducible() {
     let mut server = Server::start(Tiny::Qwen2).await;
     let mut asked = request("group", 4, 20);
-    asked.rewards = vec!["equation".to_owned(), "format".to_owned()];
+    asked.rewards = ["equation", "format"].map(reward).to_vec();
     asked.columns = r#"{"target": 3, "nums": [1, 2]}"#.to_owned();
     let completions = server.completions(asked.clone()).await;
     assert_eq!(completions.iter().map(|completion| completion.sample_index).collect::<Vec<_>>(), [0, 1, 2, 3]);

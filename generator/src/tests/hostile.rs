@@ -19,7 +19,7 @@ const LONGEST_MESSAGE: usize = 1100;
 /// What the well-behaved client asks for.
 fn good(id: &str, max_tokens: u32) -> v1::GenerateRequest {
     let mut request = request(id, 3, max_tokens);
-    request.rewards = vec!["equation".to_owned(), "format".to_owned()];
+    request.rewards = ["equation", "format"].map(reward).to_vec();
     request.columns = r#"{"target": 3, "nums": [1, 2]}"#.to_owned();
     let sampling = request.sampling.as_mut().unwrap();
     (sampling.frequency_penalty, sampling.stop, sampling.prompt_logprobs) = (0.3, vec!["never".to_owned()], true);
@@ -60,7 +60,7 @@ type SamplingDamage = fn(&mut v1::Sampling);
 const MEGABYTE: usize = 1 << 20;
 
 /// What is wrong, and what the status must say of it.
-const BAD_REQUESTS: [(&str, &[&str], Damage); 19] = [
+const BAD_REQUESTS: [(&str, &[&str], Damage); 20] = [
     ("no request id", &["request_id: ", "1 to 256 bytes, got 0"], |r| r.request_id.clear()),
     ("a book as request id", &["request_id: ", "got 1048576"], |r| r.request_id = "x".repeat(MEGABYTE)),
     ("no prompt", &["token_ids: ", "at least 1 token"], |r| r.token_ids.clear()),
@@ -75,17 +75,20 @@ const BAD_REQUESTS: [(&str, &[&str], Damage); 19] = [
     ("a huge n", &["1000000 would join", "262144"], |r| r.sample_indices = (0..1_000_000).collect()),
     ("a sample twice", &["sample_indices: 0 is named twice"], |r| r.sample_indices.push(0)),
     ("no sampling", &["sampling: is missing"], |r| r.sampling = None),
-    ("an unknown reward", &["rewards: \"equasion\" ", "\"equation\""], |r| r.rewards = vec!["equasion".to_owned()]),
-    ("a book as reward", &["rewards: \"xxx"], |r| r.rewards = vec!["x".repeat(10 * MEGABYTE)]),
-    ("a reward twice", &["rewards: format is named twice"], |r| r.rewards = vec!["format".to_owned(); 100_000]),
+    ("an unknown reward", &["rewards: \"equasion\" ", "\"equation\""], |r| r.rewards = vec![reward("equasion")]),
+    ("a book as reward", &["rewards: one has 20971520 bytes"], |r| {
+        r.rewards = vec![reward(&"x".repeat(10 * MEGABYTE))]
+    }),
+    ("a reward twice", &["rewards: format is named twice"], |r| r.rewards = vec![reward("format"); 2]),
+    ("a hundred thousand rewards", &["rewards: must be at most 64"], |r| r.rewards = vec![reward("format"); 100_000]),
     ("columns that are no JSON", &["columns: must be a JSON object"], |r| r.columns = "{".to_owned()),
     ("deep columns", &["columns: ", "recursion limit"], |r| r.columns = r#"{"a":"#.repeat(MEGABYTE)),
     ("columns without the one that is read", &["columns: ", "\"target\""], |r| {
         let columns: Vec<String> = (0..100_000).map(|index| format!("\"targe{index}\":0")).collect();
-        (r.rewards, r.columns) = (vec!["equation".to_owned()], format!("{{{}}}", columns.join(",")));
+        (r.rewards, r.columns) = (vec![reward("equation")], format!("{{{}}}", columns.join(",")));
     }),
     ("a column of a wrong kind", &["columns: ", "\"target\" must be"], |r| {
-        r.rewards = vec!["equation".to_owned()];
+        r.rewards = vec![reward("equation")];
         r.columns = format!("{{\"target\": \"{}\", \"nums\": [1]}}", "x".repeat(MEGABYTE));
     }),
 ];

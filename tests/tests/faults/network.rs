@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use aha_core::config::{Credentials, RunConfig};
 use aha_core::ids::{PolicyVersion, PromptId};
+use aha_core::reward::RewardSpec;
 use aha_core::rollout::{Group, Prompt, Sampling};
 use aha_nn::comm::ProcessGroup;
 use aha_nn::model_config::ModelConfig;
@@ -76,7 +77,7 @@ impl Trainer {
             num_generations: 4,
             sampling: Sampling { max_tokens: 24, ignore_eos: true, ..Sampling::default() },
             seed: 3,
-            rewards: vec!["format".to_owned()],
+            rewards: vec![RewardSpec::of("format")],
             min_version: PolicyVersion(self.version),
         };
         let policy = (&self.policy as &dyn ModelWeights, PolicyVersion(self.version));

@@ -156,7 +156,7 @@ impl RandomPrompts {
             num_generations: config.rollout.num_generations,
             sampling: Sampling { ignore_eos: true, ..config.rollout.sampling() },
             seed: derive_seed(config.run.seed, &[step]),
-            rewards: config.rewards.iter().map(|spec| spec.function.clone()).collect(),
+            rewards: config.rewards.clone(),
             min_version: PolicyVersion(step),
         }
     }

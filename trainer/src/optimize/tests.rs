@@ -59,7 +59,7 @@ fn config(draw: Draw) -> RunConfig {
     config.rollout.num_generations = GROUP_SIZE;
     config.rollout.generation_batch_size = GROUP_SIZE * NUM_PROMPTS;
     config.rollout.max_completion_length = LONGEST;
-    config.rewards = vec![RewardSpec { function: "equation".to_owned(), weight: 1.0 }];
+    config.rewards = vec![RewardSpec::of("equation")];
     let train = &mut config.train;
     use LossType::{Bnpo, Cispo, Dapo, DrGrpo, Grpo, Luspo, Sapo, Vespo};
     train.loss_type = draw.pick("loss", &[Grpo, DrGrpo, Dapo, Bnpo, Luspo, Cispo, Sapo, Vespo]);

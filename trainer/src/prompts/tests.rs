@@ -48,7 +48,7 @@ impl Fixture {
         config.data.held_out = 0.3;
         config.data.prompt.chat = false;
         config.data.prompt.user = "{{ nums }} = {{ target }}?".to_owned();
-        config.rewards = vec![RewardSpec { function: "equation".to_owned(), weight: 1.0 }];
+        config.rewards = vec![RewardSpec::of("equation")];
         config.rollout.generation_batch_size = 12;
         config.rollout.num_generations = 4;
         config.rollout.max_completion_length = 16;

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use aha_core::ids::{PolicyVersion, PromptId};
 use aha_core::random::derive_seed;
+use aha_core::reward::RewardSpec;
 use aha_core::rollout::{Group, Prompt, Sampling};
 use aha_nn::comm::CommError;
 use aha_proto::v1;
@@ -44,8 +45,8 @@ pub struct RolloutRequest {
     pub sampling: Sampling,
     /// Seed of the step. A completion depends on it, its prompt's id, its sample index and the weights alone.
     pub seed: u64,
-    /// Reward functions to score with, by name.
-    pub rewards: Vec<String>,
+    /// Reward functions to score with.
+    pub rewards: Vec<RewardSpec>,
     /// The oldest policy that may have sampled a token; the newest is the one that was published last.
     pub min_version: PolicyVersion,
 }
@@ -60,7 +61,7 @@ impl RolloutRequest {
             sample_indices: missing,
             sampling: Some((&self.sampling).into()),
             seed: derive_seed(self.seed, &[prompt.id.0]),
-            rewards: self.rewards.clone(),
+            rewards: self.rewards.iter().map(Into::into).collect(),
             columns: serde_json::Value::Object(prompt.columns.clone()).to_string(),
         }
     }

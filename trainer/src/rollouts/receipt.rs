@@ -4,7 +4,8 @@ use std::ops::RangeInclusive;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use aha_core::ids::{PolicyVersion, PromptId};
-use aha_core::rollout::{Completion, FinishReason};
+use aha_core::reward::RewardSpec;
+use aha_core::rollout::{Completion, FinishReason, Reward};
 
 use super::RolloutRequest;
 
@@ -87,9 +88,11 @@ fn check(completion: &Completion, request: &RolloutRequest, versions: &Versions)
     if let Some(logprob) = completion.logprobs.iter().find(|logprob| !logprob.is_finite()) {
         return malformed(&format!("has a token with log-prob {logprob}"));
     }
-    if !completion.rewards.iter().map(|reward| &reward.function).eq(&request.rewards) {
-        let functions: Vec<_> = completion.rewards.iter().map(|reward| reward.function.as_str()).collect();
-        return malformed(&format!("has rewards {functions:?} where {:?} were asked for", request.rewards));
+    let names = |rewards: &[Reward]| rewards.iter().map(|reward| reward.function.clone()).collect::<Vec<_>>();
+    let asked: Vec<&str> = request.rewards.iter().map(RewardSpec::name).collect();
+    if names(&completion.rewards) != asked {
+        let names = names(&completion.rewards);
+        return malformed(&format!("has rewards {names:?} where {asked:?} were asked for"));
     }
     if let Some(reward) = completion.rewards.iter().find(|reward| !reward.score.is_finite()) {
         return malformed(&format!("scores {} in {:?}", reward.score, reward.function));

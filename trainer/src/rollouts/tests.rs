@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use aha_core::config::{Credentials, RunConfig};
 use aha_core::ids::{PolicyVersion, PromptId};
 use aha_core::random::derive_seed;
+use aha_core::reward::RewardSpec;
 use aha_core::rollout::{Completion, Group, Prompt, Sampling};
 use aha_proto::v1;
 use tokio::runtime::{Builder, Runtime};
@@ -31,7 +32,7 @@ fn request(prompt_ids: impl IntoIterator<Item = u64>) -> RolloutRequest {
         num_generations: NUM_GENERATIONS,
         sampling: Sampling { max_tokens: 8, ..Sampling::default() },
         seed: SEED,
-        rewards: vec!["format".to_owned(), "equation".to_owned()],
+        rewards: ["format", "equation"].map(RewardSpec::of).to_vec(),
         min_version: PolicyVersion(0),
     }
 }
@@ -211,7 +212,7 @@ fn what_was_received_before_is_not_asked_for() {
     let asked = |id: u64| v1::GenerateRequest {
         prompt_id: id,
         seed: derive_seed(SEED, &[id]),
-        rewards: vec!["format".to_owned(), "equation".to_owned()],
+        rewards: ["format", "equation"].map(|name| (&RewardSpec::of(name)).into()).to_vec(),
         ..Default::default()
     };
     let completion =
@@ -290,7 +291,7 @@ fn a_version_that_was_not_published_is_refused() {
 fn check_malformed(spoil: impl FnOnce(&mut v1::Completion), problem: &str) {
     let request = v1::GenerateRequest {
         prompt_id: 5,
-        rewards: vec!["format".to_owned(), "equation".to_owned()],
+        rewards: ["format", "equation"].map(|name| (&RewardSpec::of(name)).into()).to_vec(),
         ..Default::default()
     };
     let mut bad = completion(&request, 3, 0);

@@ -71,7 +71,7 @@ impl Batch {
         config.rollout.generation_batch_size = self.tokens.len();
         config.rollout.max_completion_length = self.max_completion_length;
         config.rewards = (0..self.scores.len())
-            .map(|index| RewardSpec { function: format!("score-{index}"), weight: self.score_weights[index] })
+            .map(|index| RewardSpec { weight: self.score_weights[index], ..RewardSpec::of(&format!("score-{index}")) })
             .collect();
         config
     }

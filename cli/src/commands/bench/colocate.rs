@@ -107,7 +107,7 @@ fn config(args: &Args, model: &Path, device: Device) -> RunConfig {
     config.model.random_init = true;
     config.model.device = args.device.into();
     config.model.dtype = args.dtype.map_or(Dtype::Auto, Dtype::from);
-    config.rewards = vec![RewardSpec { function: "format".to_owned(), weight: 1.0 }];
+    config.rewards = vec![RewardSpec::of("format")];
     config.data.max_prompt_length = args.prompt_tokens;
     config.rollout.num_generations = args.group;
     config.rollout.generation_batch_size = args.batch;

@@ -135,7 +135,7 @@ fn config(args: &Args, folder: &Path, address: &str) -> Result<RunConfig> {
     let most = args.micro_batch_tokens.saturating_sub(args.new_tokens as usize);
     config.data.max_prompt_length = config.data.max_prompt_length.min(most);
     config.data.prompt.system = Some(SYSTEM.to_owned());
-    config.rewards = vec![RewardSpec { function: "format".to_owned(), weight: 1.0 }];
+    config.rewards = vec![RewardSpec::of("format")];
     config.rollout.num_generations = args.group;
     config.rollout.generation_batch_size = args.group * args.prompts;
     config.rollout.max_completion_length = args.new_tokens;

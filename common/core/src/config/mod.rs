@@ -19,6 +19,7 @@ pub use lora::{ALL_LINEAR, BaseQuantization, InitLoraWeights, Lora, TargetModule
 pub use security::{Credentials, Identity, Secret, Security, TOKEN_VARIABLE};
 pub use train::Train;
 
+pub use crate::reward::RewardSpec;
 use crate::rollout::Sampling;
 
 /// Everything a run is made of.
@@ -139,14 +140,6 @@ pub struct PromptTemplate {
     pub assistant_prefill: Option<String>,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct RewardSpec {
-    /// `format` or `equation`.
-    pub function: String,
-    pub weight: f32,
-}
-
 /// How completions are sampled.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -224,7 +217,7 @@ pub struct Eval {
     pub eval_steps: u64,
     /// 0 is greedy.
     pub temperature: f32,
-    /// A completion counts as right when this reward function scores 1.
+    /// A completion counts as right when the reward of this name scores 1.
     pub reward: String,
 }
 
@@ -362,12 +355,6 @@ impl Default for Countdown {
 impl Default for PromptTemplate {
     fn default() -> Self {
         Self { chat: true, system: None, user: String::new(), assistant_prefill: None }
-    }
-}
-
-impl Default for RewardSpec {
-    fn default() -> Self {
-        Self { function: String::new(), weight: 1.0 }
     }
 }
 

@@ -64,13 +64,20 @@ impl RunConfig {
 
     fn check_rewards(&self, problems: &mut Problems) {
         for (index, reward) in self.rewards.iter().enumerate() {
-            if let Err(error) = reward.function.parse::<RewardFunction>() {
-                problems.0.push(format!("rewards[{index}].function: {error}"));
+            if let Err(error) = RewardFunction::new(reward) {
+                problems.0.push(format!("rewards[{index}]: {error}"));
             }
+            let is_first = self.rewards[..index].iter().all(|other| other.name() != reward.name());
+            problems.unless(is_first, || {
+                format!(
+                    "rewards[{index}].name: {:?} is the name of another reward; give it one of its own",
+                    reward.name()
+                )
+            });
             problems.unless(reward.weight.is_finite(), || format!("rewards[{index}].weight: must be finite"));
         }
         if self.eval.num_prompts > 0 {
-            let named = self.rewards.iter().any(|reward| reward.function == self.eval.reward);
+            let named = self.rewards.iter().any(|reward| reward.name() == self.eval.reward);
             problems.unless(named, || {
                 format!("eval.reward: {:?} is not among rewards; evaluation counts its scores", self.eval.reward)
             });

@@ -219,7 +219,7 @@ impl Expression {
 #[cfg(test)]
 mod tests {
     use crate::dataset::Row;
-    use crate::reward::{Outcome, RewardFunction};
+    use crate::reward::{Answer, Outcome, RewardFunction, RewardSpec};
 
     use super::*;
 
@@ -235,10 +235,14 @@ mod tests {
         }
     }
 
+    fn equation(completion: &str, columns: &Row) -> Outcome {
+        RewardFunction::new(&RewardSpec::of("equation")).unwrap().score(&Answer::of(completion), columns)
+    }
+
     fn check_solved(source: &CountdownSource) {
         for row in source.generate().unwrap().rows() {
             let completion = format!("<answer>{}</answer>", row["solution"].as_str().unwrap());
-            assert_eq!(RewardFunction::Equation.score(&completion, row), Outcome::Score(1.0), "{row:?}");
+            assert_eq!(equation(&completion, row), Outcome::Score(1.0), "{row:?}");
             let target = row["target"].as_u64().unwrap();
             let steps = row["steps"].as_array().unwrap();
             assert_eq!(steps.len() + 1, source.numbers);
@@ -282,7 +286,7 @@ mod tests {
                 let columns =
                     Row::from_iter([("nums".to_owned(), row["nums"].clone()), ("target".to_owned(), result.clone())]);
                 let answer = format!("<answer>{}</answer>", attempt["expression"].as_str().unwrap());
-                assert_eq!(RewardFunction::Equation.score(&answer, &columns), Outcome::Score(1.0), "{row:?}");
+                assert_eq!(equation(&answer, &columns), Outcome::Score(1.0), "{row:?}");
                 let hits = row["target"] == result;
                 assert_eq!(attempt["hits"], json!(hits), "{row:?}");
                 assert!(index + 1 == tries.len() || !hits, "{row:?}");

@@ -7,7 +7,7 @@
 use serde_json::Value;
 
 use super::expression::{self, EvalError};
-use super::{Outcome, RewardError, RewardFunction};
+use super::{Answer, ColumnError, Judge, Outcome};
 use crate::dataset::Row;
 use crate::text::{is_python_space, python_strip};
 
@@ -19,9 +19,23 @@ const TOLERANCE: f64 = 1e-5;
 const OPEN: &[u8] = b"<answer>";
 const CLOSE: &[u8] = b"</answer>";
 
+/// 1 where the first `<answer>` is an equation that uses each of the column `nums` once and equals `target`.
+#[derive(Debug, Default)]
+pub(super) struct Equation;
+
+impl Judge for Equation {
+    fn check_columns(&self, columns: &Row) -> Result<(), ColumnError> {
+        Puzzle::from_columns(columns).map(drop)
+    }
+
+    fn judge(&self, answer: &Answer<'_>, columns: &Row) -> Outcome {
+        Puzzle::from_columns(columns).map_or(Outcome::Crash, |puzzle| puzzle.score(answer.text))
+    }
+}
+
 /// What an equation must use and reach.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Puzzle {
+struct Puzzle {
     target: f64,
     /// Sorted.
     numbers: Vec<i64>,
@@ -29,19 +43,14 @@ pub(super) struct Puzzle {
 
 impl Puzzle {
     /// Reads `target`, a number or its text, and `nums`, a list of integers.
-    pub(super) fn from_columns(columns: &Row) -> Result<Self, RewardError> {
-        let bad = |column, expected| RewardError::BadColumn {
-            function: RewardFunction::Equation,
-            column,
-            expected,
-            value: columns.get(column).map_or_else(|| "nothing".to_owned(), Value::to_string),
-        };
+    fn from_columns(columns: &Row) -> Result<Self, ColumnError> {
+        let bad = |column, expected| ColumnError::of(columns, column, expected);
         let target = columns.get("target").and_then(number).ok_or_else(|| bad("target", "a number or its text"))?;
         let numbers = columns.get("nums").and_then(integers).ok_or_else(|| bad("nums", "a list of integers"))?;
         Ok(Self { target, numbers })
     }
 
-    pub(super) fn score(&self, completion: &str) -> Outcome {
+    fn score(&self, completion: &str) -> Outcome {
         let short = first_answer(completion).filter(|answer| answer.len() <= MAX_EQUATION_BYTES);
         let Some(equation) = short.map(python_strip).filter(|equation| equation.chars().all(is_allowed)) else {
             return Outcome::Unparsable;

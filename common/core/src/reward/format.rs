@@ -4,10 +4,21 @@
 //! `re.search(r"^<think>([^<]*(?:<(?!/?think>)[^<]*)*)<\/think>\n<answer>([\s\S]*?)<\/answer>$", c, re.DOTALL)`.
 //! The expression looks ahead, which linear-time engines do not, so it is matched by hand.
 
-use super::Outcome;
+use super::{Answer, ColumnError, Judge, Outcome};
+use crate::dataset::Row;
 
-pub(super) fn score(completion: &str) -> Outcome {
-    if is_well_formed(completion) { Outcome::Score(1.0) } else { Outcome::Wrong }
+/// 1 where the completion is `...</think>\n<answer>...</answer>`, the opening `<think>` being in the prompt.
+#[derive(Debug, Default)]
+pub(super) struct Format;
+
+impl Judge for Format {
+    fn check_columns(&self, _: &Row) -> Result<(), ColumnError> {
+        Ok(())
+    }
+
+    fn judge(&self, answer: &Answer<'_>, _: &Row) -> Outcome {
+        if is_well_formed(answer.text) { Outcome::Score(1.0) } else { Outcome::Wrong }
+    }
 }
 
 fn is_well_formed(completion: &str) -> bool {

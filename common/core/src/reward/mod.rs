@@ -6,26 +6,50 @@
 mod equation;
 mod expression;
 mod format;
+mod options;
 mod overlong;
+mod spec;
 
 use std::fmt;
-use std::str::FromStr;
+use std::sync::Arc;
 
 use serde::ser::SerializeStruct;
 use serde::{Serialize, Serializer};
+use serde_json::{Map, Value};
 
 pub use overlong::soft_overlong_punishment;
+pub use spec::RewardSpec;
 
 use crate::dataset::Row;
 use crate::nearest::hint;
 
-/// The built-in reward functions, those of the mini-R1 recipe.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum RewardFunction {
-    /// 1 where the completion is `...</think>\n<answer>...</answer>`, the opening `<think>` being in the prompt.
-    Format,
-    /// 1 where the first `<answer>` is an equation that uses each of the column `nums` once and equals `target`.
-    Equation,
+/// A finished completion, as reward functions see it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Answer<'a> {
+    /// What follows the prompt.
+    pub text: &'a str,
+    pub num_tokens: usize,
+    /// It did not end by itself.
+    pub is_truncated: bool,
+}
+
+/// What makes a reward function: a pure function of a completion and its row's columns.
+pub trait Judge: fmt::Debug + Send + Sync {
+    /// Whether `columns` are what [`Judge::judge`] needs.
+    ///
+    /// # Errors
+    /// The first column that is missing or of the wrong type.
+    fn check_columns(&self, columns: &Row) -> Result<(), ColumnError>;
+
+    /// What `answer` is worth. Columns that [`Judge::check_columns`] refuses are a crash.
+    fn judge(&self, answer: &Answer<'_>, columns: &Row) -> Outcome;
+}
+
+/// A reward function with its options and its name in metrics.
+#[derive(Debug, Clone)]
+pub struct RewardFunction {
+    name: String,
+    judge: Arc<dyn Judge>,
 }
 
 /// What became of one completion.
@@ -45,86 +69,88 @@ pub enum Outcome {
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum RewardError {
-    #[error("{name:?} is no reward function{hint}; there are {}", RewardFunction::names().join(", "))]
+    #[error("{name:?} is no reward function{hint}; there are {}", names().join(", "))]
     UnknownFunction { name: String, hint: String },
-    #[error("reward {function} needs the column {column:?}; the row has {columns:?}{hint}")]
-    MissingColumn { function: RewardFunction, column: &'static str, columns: Vec<String>, hint: String },
-    #[error("reward {function}: column {column:?} must be {expected}, got {value}")]
-    BadColumn { function: RewardFunction, column: &'static str, expected: &'static str, value: String },
+    #[error("reward {function}: {reason}")]
+    Options { function: String, reason: String },
+    #[error("reward {name}: {error}")]
+    Columns { name: String, error: ColumnError },
+}
+
+/// Why a row cannot be judged.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ColumnError {
+    #[error("needs the column {column:?}; the row has {columns:?}{hint}")]
+    Missing { column: String, columns: Vec<String>, hint: String },
+    #[error("column {column:?} must be {expected}, got {value}")]
+    Bad { column: String, expected: &'static str, value: String },
+}
+
+/// Makes a judge from its options.
+type Make = fn(Map<String, Value>) -> Result<Arc<dyn Judge>, String>;
+
+/// Every function by its name in configurations.
+const FUNCTIONS: &[(&str, Make)] =
+    &[("format", options::none::<format::Format>), ("equation", options::none::<equation::Equation>)];
+
+/// The names of all functions.
+#[must_use]
+pub fn names() -> Vec<&'static str> {
+    FUNCTIONS.iter().map(|(name, _)| *name).collect()
 }
 
 impl RewardFunction {
-    pub const ALL: [Self; 2] = [Self::Format, Self::Equation];
-
-    /// The name in configurations and metrics.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Format => "format",
-            Self::Equation => "equation",
-        }
+    /// # Errors
+    /// Names that are none, and options that the function does not have or cannot use.
+    pub fn new(spec: &RewardSpec) -> Result<Self, RewardError> {
+        let name = spec.function.as_str();
+        let Some((_, make)) = FUNCTIONS.iter().find(|(known, _)| *known == name) else {
+            return Err(RewardError::UnknownFunction { name: name.to_owned(), hint: hint(name, names()) });
+        };
+        let bad = |reason| RewardError::Options { function: name.to_owned(), reason };
+        Ok(Self { name: spec.name().to_owned(), judge: make(spec.options.clone()).map_err(bad)? })
     }
 
-    /// The columns that a row must have for this function.
+    /// The name in metrics.
     #[must_use]
-    pub fn required_columns(self) -> &'static [&'static str] {
-        match self {
-            Self::Format => &[],
-            Self::Equation => &["target", "nums"],
-        }
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// Whether `columns` are what this function needs; for validation before a run.
     ///
     /// # Errors
     /// Names the first column that is missing or of the wrong type.
-    pub fn check_columns(self, columns: &Row) -> Result<(), RewardError> {
-        if let Some(column) = self.required_columns().iter().find(|column| !columns.contains_key(**column)) {
-            let hint = hint(column, columns.keys().map(String::as_str));
-            return Err(RewardError::MissingColumn {
-                function: self,
-                column,
-                columns: columns.keys().cloned().collect(),
-                hint,
-            });
-        }
-        match self {
-            Self::Format => Ok(()),
-            Self::Equation => equation::Puzzle::from_columns(columns).map(drop),
-        }
+    pub fn check_columns(&self, columns: &Row) -> Result<(), RewardError> {
+        self.judge.check_columns(columns).map_err(|error| RewardError::Columns { name: self.name.clone(), error })
     }
 
-    /// Judges a completion, the text after the prompt. Columns that [`Self::check_columns`] refuses are a crash.
+    /// Judges a completion. Columns that [`Self::check_columns`] refuses are a crash.
     #[must_use]
-    pub fn score(self, completion: &str, columns: &Row) -> Outcome {
-        match self {
-            Self::Format => format::score(completion),
-            Self::Equation => match equation::Puzzle::from_columns(columns) {
-                Ok(puzzle) => puzzle.score(completion),
-                Err(_) => Outcome::Crash,
+    pub fn score(&self, answer: &Answer<'_>, columns: &Row) -> Outcome {
+        self.judge.judge(answer, columns)
+    }
+}
+
+impl<'a> Answer<'a> {
+    /// A text whose tokens nobody counted.
+    #[must_use]
+    pub fn of(text: &'a str) -> Self {
+        Self { text, num_tokens: 0, is_truncated: false }
+    }
+}
+
+impl ColumnError {
+    /// What is wrong with `column`, which a function needs and cannot use.
+    pub(crate) fn of(columns: &Row, column: &str, expected: &'static str) -> Self {
+        match columns.get(column) {
+            Some(value) => Self::Bad { column: column.to_owned(), expected, value: value.to_string() },
+            None => Self::Missing {
+                column: column.to_owned(),
+                columns: columns.keys().cloned().collect(),
+                hint: hint(column, columns.keys().map(String::as_str)),
             },
         }
-    }
-
-    fn names() -> Vec<&'static str> {
-        Self::ALL.iter().map(|function| function.name()).collect()
-    }
-}
-
-impl FromStr for RewardFunction {
-    type Err = RewardError;
-
-    fn from_str(name: &str) -> Result<Self, Self::Err> {
-        Self::ALL
-            .into_iter()
-            .find(|function| function.name() == name)
-            .ok_or_else(|| RewardError::UnknownFunction { name: name.to_owned(), hint: hint(name, Self::names()) })
-    }
-}
-
-impl fmt::Display for RewardFunction {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
     }
 }
 

@@ -14,15 +14,24 @@ fn row(target: Value, nums: Value) -> Row {
     [("target".to_owned(), target), ("nums".to_owned(), nums)].into_iter().collect()
 }
 
+fn function(name: &str) -> RewardFunction {
+    RewardFunction::new(&RewardSpec::of(name)).unwrap()
+}
+
+/// Those of the mini-R1 recipe.
+fn mini_r1() -> [RewardFunction; 2] {
+    ["format", "equation"].map(function)
+}
+
 #[track_caller]
-fn check(function: RewardFunction, completion: &str, (target, nums): (Value, Value), expect: Outcome) {
-    assert_eq!(function.score(completion, &row(target, nums)), expect, "{completion:?}");
+fn check(name: &str, completion: &str, (target, nums): (Value, Value), expect: Outcome) {
+    assert_eq!(function(name).score(&Answer::of(completion), &row(target, nums)), expect, "{completion:?}");
 }
 
 #[track_caller]
 fn check_equation(equation: &str, target: i64, nums: &[i64], expect: Outcome) {
     let completion = format!("</think>\n<answer>{equation}</answer>");
-    check(RewardFunction::Equation, &completion, (json!(target), json!(nums)), expect);
+    check("equation", &completion, (json!(target), json!(nums)), expect);
 }
 
 /// `tests/golden/make_rewards.py` writes the cases by running the recipe's own functions.
@@ -34,10 +43,10 @@ fn every_score_is_the_reference_s() {
     let mut wrong = Vec::new();
     for case in &cases {
         let completion = case["completion"].as_str().unwrap();
-        for function in RewardFunction::ALL {
-            let outcome = function.score(completion, case);
+        for function in mini_r1() {
+            let outcome = function.score(&Answer::of(completion), case);
             if f64::from(outcome.score()) != case[function.name()].as_f64().unwrap() {
-                wrong.push(format!("{function} {outcome:?}: {case:?}"));
+                wrong.push(format!("{} {outcome:?}: {case:?}", function.name()));
             }
         }
     }
@@ -54,8 +63,8 @@ fn outcomes_say_why_there_is_no_score() {
     check_equation("55 + 36 = 91", 91, &[36, 55], Outcome::Unparsable);
     check_equation("5/(3-3)", 65, &[3, 3, 5], Outcome::Wrong);
     check_equation("", 65, &[1], Outcome::Unparsable);
-    check(RewardFunction::Equation, "no tags", (json!(1), json!([1])), Outcome::Unparsable);
-    check(RewardFunction::Format, "no tags", (json!(1), json!([1])), Outcome::Wrong);
+    check("equation", "no tags", (json!(1), json!([1])), Outcome::Unparsable);
+    check("format", "no tags", (json!(1), json!([1])), Outcome::Wrong);
 }
 
 #[test]
@@ -66,7 +75,7 @@ fn outcomes_serialise_with_score_and_name() {
 
 #[test]
 fn bad_columns_are_named_before_a_run_and_a_crash_in_one() {
-    let equation = RewardFunction::Equation;
+    let equation = function("equation");
     let bad = [
         (row(json!("six"), json!([1])), "\"target\" must be a number"),
         (row(json!([6]), json!([1])), "\"target\" must be a number"),
@@ -76,20 +85,36 @@ fn bad_columns_are_named_before_a_run_and_a_crash_in_one() {
     for (columns, message) in bad {
         let error = equation.check_columns(&columns).unwrap_err().to_string();
         assert!(error.contains(message), "{error}");
-        assert_eq!(equation.score("<answer>1</answer>", &columns), Outcome::Crash);
+        assert_eq!(equation.score(&Answer::of("<answer>1</answer>"), &columns), Outcome::Crash);
     }
     let columns = [("targets".to_owned(), json!(6))].into_iter().collect();
     let error = equation.check_columns(&columns).unwrap_err().to_string();
-    assert_eq!(error, r#"reward equation needs the column "target"; the row has ["targets"]; did you mean "targets"?"#);
+    assert_eq!(
+        error,
+        r#"reward equation: needs the column "target"; the row has ["targets"]; did you mean "targets"?"#
+    );
     assert!(equation.check_columns(&row(json!("65"), json!([1, 2]))).is_ok());
-    assert!(RewardFunction::Format.check_columns(&Row::new()).is_ok());
+    assert!(function("format").check_columns(&Row::new()).is_ok());
 }
 
 #[test]
-fn names_parse_with_a_hint() {
-    assert_eq!("equation".parse(), Ok(RewardFunction::Equation));
-    let error = "equations".parse::<RewardFunction>().unwrap_err().to_string();
-    assert_eq!(error, r#""equations" is no reward function; did you mean "equation"?; there are format, equation"#);
+fn mistakes_in_a_spec_are_named_with_a_hint() {
+    let message = |spec: &RewardSpec| RewardFunction::new(spec).unwrap_err().to_string();
+    let error = message(&RewardSpec::of("equations"));
+    assert!(
+        error.starts_with(r#""equations" is no reward function; did you mean "equation"?; there are format"#),
+        "{error}"
+    );
+    let spec = serde_json::from_value(json!({"function": "format", "weigth": 2})).unwrap();
+    assert_eq!(message(&spec), r#"reward format: there is no option "weigth"; it has none"#);
+}
+
+#[test]
+fn a_function_goes_by_the_name_that_it_is_given() {
+    let spec: RewardSpec = serde_json::from_value(json!({"function": "equation", "name": "solved"})).unwrap();
+    let solved = RewardFunction::new(&spec).unwrap();
+    let error = solved.check_columns(&Row::new()).unwrap_err().to_string();
+    assert!(error.starts_with("reward solved: needs the column"), "{error}");
 }
 
 #[test]
@@ -122,12 +147,12 @@ fn hostile_completions_are_answered_at_once() {
     for (case, completion) in hostile.iter().enumerate() {
         for nums in [json!([9, 9, 9, 9]), json!(vec![9; 5_001]), json!(vec![1; 8_001])] {
             let columns = row(json!(1), nums);
-            for function in RewardFunction::ALL {
+            for function in mini_r1() {
                 let start = Instant::now();
-                let outcome = function.score(completion, &columns);
+                let outcome = function.score(&Answer::of(completion), &columns);
                 let elapsed = start.elapsed();
-                assert!(elapsed < HOSTILE_LIMIT, "{function} of hostile case {case} took {elapsed:?}");
-                println!("case {case}, {function}: {elapsed:?} {outcome:?}");
+                assert!(elapsed < HOSTILE_LIMIT, "{} of hostile case {case} took {elapsed:?}", function.name());
+                println!("case {case}, {}: {elapsed:?} {outcome:?}", function.name());
             }
         }
     }
@@ -147,8 +172,8 @@ fn noise_never_panics() {
             completion.push_str(alphabet[random.below(alphabet.len() as u64) as usize]);
         }
         completion.push_str("</answer>");
-        for function in RewardFunction::ALL {
-            assert!((0.0..=1.0).contains(&function.score(&completion, &columns).score()));
+        for function in mini_r1() {
+            assert!((0.0..=1.0).contains(&function.score(&Answer::of(&completion), &columns).score()));
         }
     }
 }

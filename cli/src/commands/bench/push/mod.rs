@@ -111,7 +111,7 @@ fn config(args: &Args, folder: &Path, addresses: &[String]) -> RunConfig {
     config.model.dtype = Dtype::Bfloat16;
     // Nothing is asked; a configuration needs a question all the same.
     config.data.prompt.user = "{{ nums }} {{ target }}".to_owned();
-    config.rewards = vec![RewardSpec { function: "format".to_owned(), weight: 1.0 }];
+    config.rewards = vec![RewardSpec::of("format")];
     config.generator.addresses = addresses.to_vec();
     config.generator.threads = args.threads;
     config.generator.max_model_len = 1024;
