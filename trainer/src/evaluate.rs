@@ -6,7 +6,9 @@ use aha_core::config::RunConfig;
 use aha_core::ids::{PolicyVersion, PromptId};
 use aha_core::rollout::Sampling;
 use anyhow::{Context, Result};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::exchange::{exchange, share};
 use crate::rollouts::{RolloutRequest, Rollouts, all_in_time};
@@ -55,14 +57,14 @@ pub fn evaluate(session: &Session, rollouts: &mut dyn Rollouts, version: PolicyV
     })
 }
 
-/// Adds an evaluation to the run's file.
+/// Adds what was found after `step` steps to the run's file, in place of what a run before this one found from there on.
 ///
 /// # Errors
 /// If it cannot be written.
-pub fn record(run_dir: &Path, evaluation: &Evaluation) -> Result<()> {
-    let mut all = read(run_dir)?;
-    all.retain(|known| known.step < evaluation.step);
-    all.push(*evaluation);
+pub fn record(run_dir: &Path, step: u64, evaluation: &impl Serialize) -> Result<()> {
+    let mut all: Vec<Value> = lines(run_dir)?;
+    all.retain(|known| known["step"].as_u64().is_some_and(|known| known < step));
+    all.push(serde_json::to_value(evaluation)?);
     let mut text = String::new();
     for evaluation in &all {
         text.push_str(&serde_json::to_string(evaluation)?);
@@ -77,6 +79,10 @@ pub fn record(run_dir: &Path, evaluation: &Evaluation) -> Result<()> {
 /// # Errors
 /// If the file is there and cannot be read.
 pub fn read(run_dir: &Path) -> Result<Vec<Evaluation>> {
+    lines(run_dir)
+}
+
+fn lines<T: DeserializeOwned>(run_dir: &Path) -> Result<Vec<T>> {
     let path = run_dir.join(FILE);
     if !path.exists() {
         return Ok(Vec::new());

@@ -1,10 +1,12 @@
 //! Prompts: rows of the data set, in an order that only configuration and step decide.
 
+mod supervised;
+
 use std::collections::{BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 
 use aha_core::chat_template::{ChatTemplate, ChatTemplateError};
-use aha_core::config::{DataSource, PromptTemplate, RunConfig, Sft};
+use aha_core::config::{DataSource, RunConfig};
 use aha_core::dataset::{CountdownError, CountdownSource, Dataset, DatasetError, SplitMix64, is_held_out, question_id};
 use aha_core::ids::{PromptId, TokenId};
 use aha_core::prompt::{PromptBuilder, PromptError};
@@ -13,6 +15,8 @@ use aha_core::reward::{RewardError, RewardFunction};
 use aha_core::rollout::Prompt;
 use aha_core::tokenizer::{Tokenizer, TokenizerError};
 use aha_nn::model_config::ModelConfig;
+
+pub use supervised::Example;
 
 /// Names the shuffle among the purposes that the run's seed is used for.
 const SHUFFLE: u64 = 0x5348_5546;
@@ -28,6 +32,8 @@ pub struct PromptSource {
     train: Vec<usize>,
     held_out: Vec<usize>,
     builder: PromptBuilder,
+    /// Where prompts or conversations go through it.
+    chat_template: Option<ChatTemplate>,
     tokenizer: Tokenizer,
     /// Ends a completion that the model is shown.
     eos_token_id: Option<TokenId>,
@@ -48,14 +54,6 @@ struct Limits {
     /// Longest sequence of model and generator.
     context: usize,
     vocab_size: usize,
-}
-
-/// A question with its answer, for supervised fine-tuning.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Example {
-    pub prompt: Vec<TokenId>,
-    /// With the end-of-sequence token.
-    pub completion: Vec<TokenId>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -86,6 +84,8 @@ pub enum PromptsError {
     Row { row: usize, reason: String },
     #[error("sft.completion: {0}")]
     Completion(PromptError),
+    #[error("row {row} (from 0) of the data set: sft.messages: column {column:?} {reason}")]
+    Messages { row: usize, column: String, reason: String },
 }
 
 impl PromptSource {
@@ -98,8 +98,9 @@ impl PromptSource {
         let folder = &config.model.path;
         let tokenizer = Tokenizer::load(folder)?;
         let eos_token_id = eos_token_id(folder, &tokenizer)?;
-        let chat_template = if config.data.prompt.chat { Some(ChatTemplate::load(folder)?) } else { None };
-        let builder = PromptBuilder::new(&config.data.prompt, chat_template)?;
+        let is_chat = config.data.prompt.chat || config.sft.messages.is_some();
+        let chat_template = if is_chat { Some(ChatTemplate::load(folder)?) } else { None };
+        let builder = PromptBuilder::new(&config.data.prompt, chat_template.clone())?;
         let dataset = dataset(config)?;
         check_columns(&dataset, config)?;
         let (mut held_out, train): (Vec<_>, Vec<_>) =
@@ -123,6 +124,7 @@ impl PromptSource {
             train,
             held_out,
             builder,
+            chat_template,
             tokenizer,
             eos_token_id,
             limits,
@@ -188,34 +190,6 @@ impl PromptSource {
         let rows =
             self.held_out.get(..num_prompts).ok_or(PromptsError::TooFewHeldOut { wanted: num_prompts, there })?;
         rows.iter().map(|&row| self.prompt(row)).collect()
-    }
-
-    /// The examples of a supervised step, counted from 0, in the order of [`Self::step_prompts`].
-    ///
-    /// # Errors
-    /// An example that cannot be made or is longer than `sft.max_length`, by row.
-    pub fn supervised(&self, step: u64, sft: &Sft) -> Result<Vec<Example>, PromptsError> {
-        let plain = PromptTemplate { chat: false, system: None, user: sft.completion.clone(), assistant_prefill: None };
-        let builder = PromptBuilder::new(&plain, None).map_err(PromptsError::Completion)?;
-        let max_length = sft.max_length.min(self.limits.context);
-        self.positions(step, sft.batch_size)
-            .into_iter()
-            .map(|row| {
-                let (_, prompt) = self.render(row)?;
-                let text = builder.render(&self.dataset.rows()[row]).map_err(PromptsError::Completion)?;
-                let mut completion = self.encode(row, &text)?;
-                completion.extend(self.eos_token_id);
-                let (num_prompt, num_completion) = (prompt.len(), completion.len());
-                if num_prompt + num_completion > max_length {
-                    let reason = format!(
-                        "prompt and completion of {num_prompt} + {num_completion} tokens are longer than {max_length}, \
-                         sft.max_length or the model's context"
-                    );
-                    return Err(PromptsError::Row { row, reason });
-                }
-                Ok(Example { prompt, completion })
-            })
-            .collect()
     }
 
     /// The rows at `step * count ..` of the endless shuffled stream, `count` of them.

@@ -167,7 +167,7 @@ fn evaluate_if_due(session: &mut Session, generators: &mut dyn Generators, step:
     let evaluation = evaluate(session, &mut rollouts, PolicyVersion(step))?;
     drop(policy);
     if let Some(loggers) = &mut session.loggers {
-        evaluate::record(session.run_dir.path(), &evaluation)?;
+        evaluate::record(session.run_dir.path(), step, &evaluation)?;
         loggers.log_evaluation(step, evaluation.accuracy, evaluation.prompts)?;
     }
     Ok(())

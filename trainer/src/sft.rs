@@ -8,12 +8,14 @@ use aha_core::batch::TrainSequence;
 use aha_core::config::RunConfig;
 use aha_nn::comm::ReduceOp;
 use anyhow::{Result, ensure};
+use serde::Serialize;
 use tch::Tensor;
 
+use crate::evaluate;
 use crate::loggers::{Metrics, names};
+use crate::prompts::Example;
 use crate::session::Session;
 use crate::stop::{Outcome, StopRequest};
-use crate::torch::learner::StepOutput;
 use crate::torch::objective::Objective;
 use crate::training_batch::Plan;
 use crate::world::World;
@@ -29,11 +31,14 @@ pub fn run(
     ready: impl FnOnce(&Session),
 ) -> Result<Outcome<std::path::PathBuf>> {
     ensure!(
-        !config.sft.completion.is_empty(),
-        "sft.completion: missing; write the answer as a template over the row's columns"
+        !config.sft.completion.is_empty() || config.sft.messages.is_some(),
+        "sft.completion: missing; write the answer as a template over the row's columns, or name a column of conversations \
+         in sft.messages"
     );
     let mut session = Session::start(config, world, Objective::Supervised, stop)?;
     ready(&session);
+    let first_step = session.step;
+    evaluate_if_due(&mut session, first_step)?;
     for step in session.step..config.train.max_steps {
         if let Some(stopped) = session.stop_if_due(step, &Vec::new)? {
             if let Some(loggers) = session.loggers {
@@ -46,6 +51,7 @@ pub fn run(
             loggers.log_step(step + 1, &metrics)?;
         }
         session.skips.note(step + 1, num_skipped)?;
+        evaluate_if_due(&mut session, step + 1)?;
         session.save_if_due(step + 1, &Vec::new)?;
     }
     let folder = session.save_model()?;
@@ -58,27 +64,14 @@ pub fn run(
 /// Returns the step's metrics and how many updates were left out.
 fn supervised_step(session: &mut Session, step: u64) -> Result<(Metrics, u32)> {
     let start = Instant::now();
-    let sft = &session.config.sft;
-    let examples = session.prompts.supervised(step, sft)?;
-    let num_targets: usize = examples.iter().map(|example| example.completion.len()).sum();
-    let sequences: Vec<TrainSequence> = examples
-        .into_iter()
-        .map(|example| TrainSequence {
-            num_prompt_tokens: example.prompt.len(),
-            weights: vec![1.0 / num_targets as f32; example.completion.len()],
-            token_ids: [example.prompt, example.completion].concat(),
-            ..TrainSequence::default()
-        })
-        .collect();
+    let sequences = sequences(session.prompts.supervised(step, &session.config.sft)?);
     let lengths: Vec<usize> = sequences.iter().map(|sequence| sequence.token_ids.len()).collect();
-    let world = &session.world;
-    let all: Vec<usize> = (0..sequences.len()).collect();
-    let plan = Plan::new(&sequences, &all, &session.config.train, (world.rank, world.size))?;
+    let plan = plan(session, &sequences)?;
     let options = session.adamw(step);
     let output = session.learner.step(&plan.of(&sequences), &options)?;
 
     let mut metrics = Metrics::default();
-    metrics.set("loss", total_loss(session, &output)?);
+    metrics.set("loss", sum(session, output.loss)?);
     metrics.set("grad_norm", output.grad_norm);
     metrics.set(names::SKIPPED_UPDATES, f64::from(output.num_skipped));
     metrics.set("learning_rate", options.lr);
@@ -89,8 +82,59 @@ fn supervised_step(session: &mut Session, step: u64) -> Result<(Metrics, u32)> {
     Ok((metrics, output.num_skipped))
 }
 
-fn total_loss(session: &Session, output: &StepOutput) -> Result<f64> {
-    let mut loss = Tensor::from_slice(&[output.loss]).to_device(session.group().device());
-    session.group().all_reduce(&mut loss, ReduceOp::Sum)?;
-    Ok(loss.double_value(&[0]))
+/// Equal weights for the tokens that are to be learnt.
+fn sequences(examples: Vec<Example>) -> Vec<TrainSequence> {
+    let num_targets: usize = examples.iter().flat_map(|example| &example.is_target).map(|&is| usize::from(is)).sum();
+    let weight = 1.0 / num_targets as f32;
+    let sequence = |example: Example| TrainSequence {
+        num_prompt_tokens: example.prompt.len(),
+        weights: example.is_target.iter().map(|&is_target| if is_target { weight } else { 0.0 }).collect(),
+        token_ids: [example.prompt, example.completion].concat(),
+        ..TrainSequence::default()
+    };
+    examples.into_iter().map(sequence).collect()
+}
+
+fn plan(session: &Session, sequences: &[TrainSequence]) -> Result<Plan> {
+    let all: Vec<usize> = (0..sequences.len()).collect();
+    Ok(Plan::new(sequences, &all, &session.config.train, (session.world.rank, session.world.size))?)
+}
+
+/// One line of `evaluations.jsonl`.
+#[derive(Debug, Serialize)]
+struct EvalLoss {
+    /// Steps done.
+    step: u64,
+    /// Mean over the tokens to be learnt, in nats.
+    eval_loss: f64,
+    examples: usize,
+}
+
+/// Measures the loss on held-out rows where it is due; all ranks take part.
+fn evaluate_if_due(session: &mut Session, step: u64) -> Result<()> {
+    let config = &session.config;
+    if !evaluate::is_due(config, step) {
+        return Ok(());
+    }
+    let sequences = sequences(session.prompts.held_out_examples(config.eval.num_prompts, &config.sft)?);
+    let plan = plan(session, &sequences)?;
+    let logprobs = session.learner.statistics(&plan.of(&sequences))?.logprobs;
+    let loss = |(sequence, logprobs): (&TrainSequence, &Vec<f32>)| {
+        let tokens = sequence.weights.iter().zip(logprobs);
+        -tokens.map(|(&weight, &logprob)| f64::from(weight) * f64::from(logprob)).sum::<f64>()
+    };
+    let loss = sum(session, sequences.iter().zip(&logprobs).map(loss).sum())?;
+    if let Some(loggers) = &mut session.loggers {
+        let evaluation = EvalLoss { step, eval_loss: loss, examples: sequences.len() };
+        evaluate::record(session.run_dir.path(), step, &evaluation)?;
+        loggers.log_eval_loss(step, loss, sequences.len())?;
+    }
+    Ok(())
+}
+
+/// Over all ranks.
+fn sum(session: &Session, value: f64) -> Result<f64> {
+    let mut sum = Tensor::from_slice(&[value]).to_device(session.group().device());
+    session.group().all_reduce(&mut sum, ReduceOp::Sum)?;
+    Ok(sum.double_value(&[0]))
 }

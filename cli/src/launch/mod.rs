@@ -1,5 +1,6 @@
 //! `aha launch`: every role of a run on this machine.
 
+mod dry_run;
 mod role;
 pub(crate) mod supervised;
 mod supervisor;
@@ -40,6 +41,12 @@ pub(crate) struct Args {
     /// Roles that may be started again after they failed (launch.max_restarts)
     #[arg(long)]
     max_restarts: Option<usize>,
+    /// Print the resolved configuration and the processes, and start nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Print the dry run as one JSON object
+    #[arg(long, requires = "dry_run")]
+    json: bool,
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
@@ -52,9 +59,27 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         config_args.overrides.push("launch.colocate=true".to_owned());
     }
     let config = config_args.load()?;
-    let gpus = gpus(&config);
+    let gpus = gpus(&config, args.dry_run);
+    let roles = roles(&config_args, &config, &gpus)?;
+    if args.dry_run {
+        return dry_run::print(&config, &roles, args.json);
+    }
+    let num_trainers = roles.iter().filter(|role| role.kind == RoleKind::Trainer).count();
+    let engines = if config.launch.colocate {
+        "that sample by themselves".to_owned()
+    } else {
+        format!("and {} generator(s)", roles.len() - num_trainers)
+    };
+    let logs = config.run_dir().join("logs");
+    println!("{}: {num_trainers} trainer rank(s) {engines}, logs in {}", config.run.name, logs.display());
+    let [save, grace] = [config.launch.save_seconds, config.launch.grace_seconds].map(Duration::from_secs_f64);
+    Supervisor::start(roles, logs, Patience { save, grace }, config.launch.max_restarts)?.supervise()
+}
+
+/// Every process of the launch, generators first.
+fn roles(config_args: &ConfigArgs, config: &RunConfig, gpus: &[String]) -> Result<Vec<Role>> {
     let num_generators = if config.launch.colocate { 0 } else { config.launch.generators };
-    let num_trainers = num_trainers(&config, gpus.len(), num_generators)?;
+    let num_trainers = num_trainers(config, gpus.len(), num_generators)?;
     let mut addresses = free_addresses(num_generators + 1)?;
     let master = addresses.pop().context("a launch has a port for its ranks to meet at")?;
     let listed = format!("generator.addresses={}", serde_json::to_string(&addresses)?);
@@ -68,7 +93,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
             arguments.extend(["--metrics-address".to_owned(), metrics_address(first, index)?.to_string()]);
         }
         let role = Role::new(RoleKind::Generator, index, arguments);
-        roles.push(match generator_gpu(&gpus, num_trainers + index) {
+        roles.push(match generator_gpu(gpus, num_trainers + index) {
             Some(gpu) => role.with_gpu(gpu),
             None => role,
         });
@@ -80,15 +105,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         let role = Role::new(RoleKind::Trainer, rank, arguments);
         roles.push(if num_trainers > 1 { role.with_world(rank, num_trainers, &master) } else { role });
     }
-    let engines = if config.launch.colocate {
-        "that sample by themselves".to_owned()
-    } else {
-        format!("and {num_generators} generator(s)")
-    };
-    let logs = config.run_dir().join("logs");
-    println!("{}: {num_trainers} trainer rank(s) {engines}, logs in {}", config.run.name, logs.display());
-    let [save, grace] = [config.launch.save_seconds, config.launch.grace_seconds].map(Duration::from_secs_f64);
-    Supervisor::start(roles, logs, Patience { save, grace }, config.launch.max_restarts)?.supervise()
+    Ok(roles)
 }
 
 /// Where the generator number `index` serves its metrics: at the first one's port and those after it.
@@ -101,12 +118,17 @@ fn metrics_address(first: SocketAddr, index: usize) -> Result<SocketAddr> {
     Ok(SocketAddr::new(first.ip(), port))
 }
 
-/// GPUs of this machine that the run may use, by the names that CUDA gives them.
-fn gpus(config: &RunConfig) -> Vec<String> {
+/// GPUs of this machine that the run may use, by the names that CUDA gives them. A dry run on a machine without one is for
+/// a machine that has those that `launch` asks for.
+fn gpus(config: &RunConfig, is_dry_run: bool) -> Vec<String> {
     if config.model.device == DeviceKind::Cpu {
         return Vec::new();
     }
     let num_gpus = aha_nn::runtime::num_cuda_devices();
+    if is_dry_run && num_gpus == 0 && config.model.device == DeviceKind::Cuda {
+        let num_generators = if config.launch.colocate { 0 } else { config.launch.generators };
+        return (0..config.launch.trainers + num_generators).map(|index| index.to_string()).collect();
+    }
     match std::env::var(GPUS_VARIABLE) {
         Ok(names) => names.split(',').map(|name| name.trim().to_owned()).take(num_gpus).collect(),
         Err(_) => (0..num_gpus).map(|index| index.to_string()).collect(),

@@ -54,6 +54,16 @@ impl Role {
         self.kind == RoleKind::Trainer && self.index == 0
     }
 
+    /// What it is started with, after the binary's name.
+    pub(super) fn arguments(&self) -> &[String] {
+        &self.arguments
+    }
+
+    /// The variables that it gets beside those of the launch.
+    pub(super) fn environment(&self) -> &[(&'static str, String)] {
+        &self.environment
+    }
+
     /// The command that starts it, in a process group of its own.
     pub(super) fn command(&self) -> Result<Command> {
         use std::os::unix::process::CommandExt;

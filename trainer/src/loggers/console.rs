@@ -74,6 +74,10 @@ impl Console {
         self.print(&format!("held-out accuracy after {step} steps: {accuracy:.1} % of {num_prompts} prompts\n"))
     }
 
+    pub(super) fn eval_loss(&mut self, step: u64, loss: f64, num_examples: usize) -> Result<(), LoggerError> {
+        self.print(&format!("held-out loss after {step} steps: {loss:.4} on {num_examples} examples\n"))
+    }
+
     pub(super) fn finish(&self) {
         self.bar.finish_and_clear();
     }

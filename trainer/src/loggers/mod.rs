@@ -105,6 +105,14 @@ impl Loggers {
         self.console.evaluation(step, accuracy, num_prompts)
     }
 
+    /// Shows the loss on held-out examples, as [`Self::log_evaluation`] does an accuracy.
+    pub fn log_eval_loss(&mut self, step: u64, loss: f64, num_examples: usize) -> Result<(), LoggerError> {
+        if let Some(tensorboard) = &mut self.tensorboard {
+            tensorboard.scalars(step, &Metrics::from_iter([("eval_loss", loss)]))?;
+        }
+        self.console.eval_loss(step, loss, num_examples)
+    }
+
     /// What this logs from now on, for others to look at.
     #[must_use]
     pub fn newest(&self) -> Newest {

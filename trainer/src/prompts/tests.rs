@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use aha_core::config::RewardSpec;
+use aha_core::config::{RewardSpec, Sft};
 use serde_json::json;
 
 use super::*;
@@ -147,6 +147,57 @@ fn examples_end_with_the_end_of_sequence_token() {
     assert!(message.contains("row ") && message.contains("+ 2 tokens are longer than 8"), "{message}");
 }
 
+/// A template in which a turn is `[role=content]`.
+fn chat(rows: &str, template: &str) -> Fixture {
+    let mut fixture = Fixture::with_rows(rows);
+    std::fs::write(fixture.folder.path().join("chat_template.jinja"), template).unwrap();
+    fixture.config.sft.messages = Some("messages".to_owned());
+    fixture.config.rewards.clear();
+    fixture.config.data.held_out = 0.0;
+    fixture
+}
+
+const TURNS: &str = "{% for m in messages %}[{{ m.role }}={{ m.content }}]{% endfor %}\
+                     {% if add_generation_prompt %}[assistant={% endif %}";
+
+#[test]
+fn every_turn_of_the_assistant_is_learnt_and_nothing_else() {
+    let said = |role: &str, content: &str| json!({"role": role, "content": content});
+    let messages =
+        [said("user", "a"), said("assistant", "b"), said("user", "c"), said("assistant", "d"), said("user", "e")];
+    let fixture = chat(&json!({"messages": messages}).to_string(), TURNS);
+    let source = fixture.load().unwrap();
+    let sft = Sft { batch_size: 1, ..fixture.config.sft.clone() };
+    let example = source.supervised(0, &sft).unwrap().remove(0);
+    let text = |tokens: &[TokenId]| {
+        tokens.iter().map(|&token| CHARACTERS.chars().nth(token as usize).unwrap()).collect::<String>()
+    };
+    assert_eq!(text(&example.prompt), "[user=a][assistant=");
+    assert_eq!(text(&example.completion), "b][user=c][assistant=d]");
+    let learnt: Vec<TokenId> =
+        example.completion.iter().zip(&example.is_target).filter(|(_, is)| **is).map(|(&token, _)| token).collect();
+    assert_eq!(text(&learnt), "b]d]");
+}
+
+#[test]
+fn conversations_that_teach_nothing_are_named() {
+    let refusal = |messages: serde_json::Value, template: &str| {
+        let fixture = chat(&json!({"messages": messages}).to_string(), template);
+        fixture.load().unwrap().supervised(0, &fixture.config.sft).unwrap_err().to_string()
+    };
+    let said = |role: &str| json!([{"role": role, "content": "a"}]);
+    let message = refusal(said("user"), TURNS);
+    assert!(message.contains("sft.messages: column \"messages\" has no message of the assistant"), "{message}");
+    assert!(refusal(json!("a"), TURNS).contains("must be a list of objects"), "not a list");
+    assert!(refusal(said("assistant"), "{{ messages[0].content }}").contains("whose first token nothing predicts"));
+    // The first turn is shortened once there is another.
+    let changing =
+        "{% if messages | length > 2 %}[...]{% else %}[{{ messages[0].content }}]{% endif %}{{ messages[-1].content }}";
+    let turns = json!([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]);
+    assert!(refusal(turns, changing).contains("turn by turn"), "changing");
+}
+
 #[test]
 fn rows_that_cannot_be_asked_are_named_before_the_run() {
     check_refused(|f| f.config.data.max_prompt_length = 10, &["row ", "has 11 tokens", "data.max_prompt_length 10"]);
@@ -172,7 +223,7 @@ fn rows_that_cannot_be_asked_are_named_before_the_run() {
 fn missing_columns_are_named_with_their_row_and_reward() {
     let rows = "{\"target\": 1, \"nums\": [1]}\n{\"target\": 2, \"numbers\": [2]}\n";
     let message = Fixture::with_rows(rows).refusal();
-    for expect in ["row 1 (from 0)", "reward equation needs the column \"nums\"", "\"numbers\"", "data.columns"] {
+    for expect in ["row 1 (from 0)", "reward equation: needs the column \"nums\"", "\"numbers\"", "data.columns"] {
         assert!(message.contains(expect), "no {expect:?} in: {message}");
     }
 }

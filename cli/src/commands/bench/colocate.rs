@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use tch::Device;
 
-use super::shapes::ModelShape;
+use crate::commands::shapes::ModelShape;
 use crate::commands::{DeviceName, DtypeName, network_runtime};
 
 /// Memory of keys and values; on a CPU, of fewer sequences.

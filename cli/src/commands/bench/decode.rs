@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::roofline::{Storage, Traffic};
-use super::shapes::ModelShape;
+use crate::commands::shapes::ModelShape;
 use crate::commands::{LoadFormat, Placement, Quantize, network_runtime};
 
 /// Tokens per second of the engine, prefill included, and the share of what the memory allows.

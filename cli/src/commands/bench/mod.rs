@@ -5,7 +5,6 @@ mod decode;
 mod generator_process;
 mod push;
 mod roofline;
-mod shapes;
 mod step;
 mod train;
 
@@ -13,6 +12,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
+
+use super::shapes::ModelShape;
 
 /// Measure the engine, the training step and weight pushes on this machine.
 #[derive(Debug, clap::Args)]
@@ -30,7 +31,7 @@ enum What {
     Train(train::Args),
     /// Write a model folder of a known shape without weights, for --load-format dummy here and elsewhere
     Shape {
-        shape: shapes::ModelShape,
+        shape: ModelShape,
         /// Made where it is missing
         folder: PathBuf,
     },

@@ -52,8 +52,8 @@ impl Traffic {
 
 #[cfg(test)]
 mod tests {
-    use super::super::shapes::ModelShape;
     use super::*;
+    use crate::commands::shapes::ModelShape;
 
     fn traffic(shape: ModelShape, storage: Storage) -> Traffic {
         let folder = tempfile::tempdir().unwrap();

@@ -14,7 +14,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use tch::Device;
 
-use super::shapes::ModelShape;
+use crate::commands::shapes::ModelShape;
 use crate::commands::{DeviceName, DtypeName};
 
 /// Micro-batches that keep a GPU busy, and that fit a CPU's caches.

@@ -203,11 +203,14 @@ pub struct Sft {
     pub batch_size: usize,
     /// The completion, a minijinja template over the row's columns; the loss is on its tokens.
     pub completion: String,
+    /// Column of whole conversations, lists of `role` and `content`, in place of `data.prompt` and `completion`; the loss is
+    /// on what the assistant says.
+    pub messages: Option<String>,
     /// Longest sequence in tokens.
     pub max_length: usize,
 }
 
-/// Accuracy on held-out rows, through the generators.
+/// Accuracy on held-out rows, through the generators; in supervised fine-tuning, the loss on them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Eval {
@@ -310,6 +313,8 @@ pub struct Launch {
     /// Instead of generators, every trainer rank has an engine in its own process, which samples its share while the rank
     /// does not train, and gives its memory back while it does.
     pub colocate: bool,
+    /// Memory of the GPU that each process has, in GiB: what `aha plan` judges by.
+    pub device_memory_gib: Option<f64>,
     /// After Ctrl-C or SIGTERM, trainers may take so long to finish their step and to write a checkpoint. A second signal
     /// ends them at once.
     pub save_seconds: f64,
@@ -405,7 +410,7 @@ impl Rollout {
 
 impl Default for Sft {
     fn default() -> Self {
-        Self { batch_size: 32, completion: String::new(), max_length: 1024 }
+        Self { batch_size: 32, completion: String::new(), messages: None, max_length: 1024 }
     }
 }
 
@@ -453,6 +458,14 @@ impl Default for Logging {
 
 impl Default for Launch {
     fn default() -> Self {
-        Self { trainers: 0, generators: 1, colocate: false, save_seconds: 300.0, grace_seconds: 10.0, max_restarts: 0 }
+        Self {
+            trainers: 0,
+            generators: 1,
+            colocate: false,
+            device_memory_gib: None,
+            save_seconds: 300.0,
+            grace_seconds: 10.0,
+            max_restarts: 0,
+        }
     }
 }

@@ -44,7 +44,7 @@ impl RunConfig {
         problems.unless((0.0..1.0).contains(&data.held_out), || {
             format!("data.held_out: must be in [0, 1), got {}", data.held_out)
         });
-        problems.unless(!data.prompt.user.is_empty(), || {
+        problems.unless(!data.prompt.user.is_empty() || self.sft.messages.is_some(), || {
             "data.prompt.user: missing; write the question as a template over the row's columns".to_owned()
         });
         problems.unless(data.max_prompt_length > 0, || "data.max_prompt_length: must be at least 1".to_owned());
@@ -77,7 +77,7 @@ impl RunConfig {
             problems.unless(reward.weight.is_finite(), || format!("rewards[{index}].weight: must be finite"));
         }
         if self.eval.num_prompts > 0 {
-            let named = self.rewards.iter().any(|reward| reward.name() == self.eval.reward);
+            let named = self.rewards.is_empty() || self.rewards.iter().any(|reward| reward.name() == self.eval.reward);
             problems.unless(named, || {
                 format!("eval.reward: {:?} is not among rewards; evaluation counts its scores", self.eval.reward)
             });
@@ -165,6 +165,9 @@ impl RunConfig {
         problems.positive("launch.save_seconds", self.launch.save_seconds);
         problems.positive("launch.grace_seconds", self.launch.grace_seconds);
         let launch = &self.launch;
+        if let Some(memory) = launch.device_memory_gib {
+            problems.positive("launch.device_memory_gib", memory);
+        }
         problems.unless(launch.generators > 0 || launch.colocate, || {
             "launch.generators: must be at least 1, or launch.colocate true".to_owned()
         });

@@ -91,7 +91,7 @@ type Make = fn(Map<String, Value>) -> Result<Arc<dyn Judge>, String>;
 
 /// Every function by its name in configurations.
 const FUNCTIONS: &[(&str, Make)] =
-    &[("format", options::none::<format::Format>), ("equation", options::none::<equation::Equation>)];
+    &[("format", options::none::<format::Format>), ("equation", options::parsed::<equation::Equation>)];
 
 /// The names of all functions.
 #[must_use]

@@ -22,8 +22,8 @@ use serde_json::{Value, json};
 use tch::{Device, Kind};
 
 use super::generator_process::{GeneratorProcess, free_address};
-use super::shapes::ModelShape;
 use crate::commands::network_runtime;
+use crate::commands::shapes::ModelShape;
 use crate::launch::supervised;
 use broadcasts::{BroadcastGroup, Broadcasts};
 use load::Load;

@@ -4,10 +4,11 @@ use std::path::Path;
 
 use aha_nn::model_config::ModelConfig;
 use anyhow::{Context, Result};
+use clap::ValueEnum;
 use serde_json::json;
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
-pub(super) enum ModelShape {
+pub(crate) enum ModelShape {
     #[value(name = "smollm2-135m")]
     SmolLm2_135m,
     #[value(name = "qwen2.5-0.5b")]
@@ -32,8 +33,19 @@ struct Sizes {
 }
 
 impl ModelShape {
+    /// That of a well-known model by the name of its folder or repository: `Qwen2.5-3B-Instruct`, `Qwen2.5-Math-1.5B`.
+    pub(crate) fn of_name(path: &Path) -> Option<Self> {
+        let name = path.file_name()?.to_str()?.to_lowercase().replace("-math", "").replace("-coder", "");
+        let is_named = |shape: &&Self| {
+            let known = shape.to_possible_value();
+            let rest = known.as_ref().and_then(|known| name.strip_prefix(known.get_name()));
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+        };
+        Self::value_variants().iter().find(is_named).copied()
+    }
+
     /// Makes a model folder without weights, with a tokenizer that knows a single token: nothing here reads text.
-    pub(super) fn write(self, folder: &Path) -> Result<()> {
+    pub(crate) fn write(self, folder: &Path) -> Result<()> {
         let vocab = json!({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "added_tokens": []});
         for (name, content) in [("config.json", self.config()), ("tokenizer.json", vocab)] {
             let path = folder.join(name);
@@ -42,7 +54,7 @@ impl ModelShape {
         Ok(())
     }
 
-    pub(super) fn model_config(self) -> Result<ModelConfig> {
+    pub(crate) fn model_config(self) -> Result<ModelConfig> {
         let raw = self.config().as_object().cloned().unwrap_or_default();
         ModelConfig::from_json(raw).map_err(anyhow::Error::msg)
     }
@@ -96,9 +108,16 @@ impl ModelShape {
 
 #[cfg(test)]
 mod tests {
-    use clap::ValueEnum;
-
     use super::*;
+
+    #[test]
+    fn a_model_is_known_by_its_name() {
+        let of = |name: &str| ModelShape::of_name(Path::new(name));
+        assert!(matches!(of("models/Qwen2.5-3B-Instruct"), Some(ModelShape::Qwen25_3b)));
+        assert!(matches!(of("Qwen/Qwen2.5-Math-1.5B"), Some(ModelShape::Qwen25_1_5b)));
+        assert!(matches!(of("smollm2-135m"), Some(ModelShape::SmolLm2_135m)));
+        assert!(of("Qwen2.5-32B").is_none() && of("Qwen2.5-3Bx").is_none() && of("mine").is_none());
+    }
 
     /// What cuBLASLt asks for before it uses its fastest kernels; in bf16, from the start of a unit's tensor.
     #[test]
