@@ -76,9 +76,7 @@ const BAD_REQUESTS: [(&str, &[&str], Damage); 20] = [
     ("a sample twice", &["sample_indices: 0 is named twice"], |r| r.sample_indices.push(0)),
     ("no sampling", &["sampling: is missing"], |r| r.sampling = None),
     ("an unknown reward", &["rewards: \"equasion\" ", "\"equation\""], |r| r.rewards = vec![reward("equasion")]),
-    ("a book as reward", &["rewards: one has 2097152 bytes"], |r| {
-        r.rewards = vec![reward(&"x".repeat(MEGABYTE))]
-    }),
+    ("a book as reward", &["rewards: one has 2097152 bytes"], |r| r.rewards = vec![reward(&"x".repeat(MEGABYTE))]),
     ("a reward twice", &["rewards: format is named twice"], |r| r.rewards = vec![reward("format"); 2]),
     ("a hundred thousand rewards", &["rewards: must be at most 64"], |r| r.rewards = vec![reward("format"); 100_000]),
     ("columns that are no JSON", &["columns: must be a JSON object"], |r| r.columns = "{".to_owned()),
