@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use super::{Credentials, RunConfig, TOKEN_VARIABLE};
+use super::{Credentials, Eval, Generator, RunConfig, TOKEN_VARIABLE};
 
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -47,6 +47,17 @@ pub fn load_with_credentials(
     let credentials = Credentials::load(&security, token.as_deref());
     problems.extend(credentials.as_ref().err().into_iter().flatten().cloned());
     Ok((finish(config, problems, path)?, credentials.unwrap_or_default()))
+}
+
+/// Reads what an evaluation alone needs of a configuration, which may hold no more than that.
+///
+/// # Errors
+/// As [`load`], of unknown keys, values of a wrong type, and suites that cannot be asked.
+pub fn load_eval(path: &Path, overrides: &[String]) -> Result<(Eval, Generator), ConfigError> {
+    let (config, mut problems) = read_value(layered(path, [], overrides)?);
+    problems.extend(config.iter().filter_map(|config| config.eval.resolved().err()).flatten());
+    let config = finish(config, problems, path)?;
+    Ok((config.eval, config.generator))
 }
 
 fn finish(config: Option<RunConfig>, problems: Vec<String>, path: &Path) -> Result<RunConfig, ConfigError> {
@@ -117,7 +128,14 @@ fn to_config_value(value: Value) -> config::Value {
 }
 
 /// Turns a tree of values into a configuration, with all that is wrong with it. None where that cannot be told.
-fn from_value(mut value: Value) -> (Option<RunConfig>, Vec<String>) {
+fn from_value(value: Value) -> (Option<RunConfig>, Vec<String>) {
+    let (config, mut problems) = read_value(value);
+    problems.extend(config.iter().flat_map(RunConfig::problems));
+    (config, problems)
+}
+
+/// As [`from_value`], with keys and types alone checked.
+fn read_value(mut value: Value) -> (Option<RunConfig>, Vec<String>) {
     let mut problems = Vec::new();
     let mut unknown = Vec::new();
     // A value of a wrong type hides the ones after it, so it is reported, taken out, and the rest read again.
@@ -139,7 +157,6 @@ fn from_value(mut value: Value) -> (Option<RunConfig>, Vec<String>) {
     };
     let known = known_keys();
     problems.extend(unknown.iter().map(|key| unknown_key(key, &known)));
-    problems.extend(config.problems());
     (Some(config), problems)
 }
 
