@@ -29,7 +29,9 @@ pub(super) fn mark(checkpoints: &Path, best: Option<&Best>) -> Result<(), Checkp
     let path = checkpoints.join(FILE);
     failpoint::reached();
     let written = match best {
-        Some(best) => serde_json::to_vec(best).map_err(io::Error::from).and_then(|text| durable::replace_file(&path, &text)),
+        Some(best) => {
+            serde_json::to_vec(best).map_err(io::Error::from).and_then(|text| durable::replace_file(&path, &text))
+        }
         None => match std::fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
@@ -41,9 +43,8 @@ pub(super) fn mark(checkpoints: &Path, best: Option<&Best>) -> Result<(), Checkp
 /// Forgets the best checkpoint that a state knows of where it is gone: it has been superseded by one that was damaged.
 pub(super) fn forget_if_gone(checkpoints: &Path, state: &mut State) {
     let step = state.step;
-    let is_there = |best: &mut Best| {
-        best.step == step || folder::of_step(checkpoints, best.step).join(STATE_FILE).is_file()
-    };
+    let is_there =
+        |best: &mut Best| best.step == step || folder::of_step(checkpoints, best.step).join(STATE_FILE).is_file();
     if let Some(best) = state.best.take_if(|best| !is_there(best)) {
         tracing::warn!("the best checkpoint, step-{}, is gone: the best is looked for anew", best.step);
     }
@@ -53,7 +54,10 @@ pub(super) fn forget_if_gone(checkpoints: &Path, state: &mut State) {
 pub(super) fn read(checkpoints: &Path) -> Result<(PathBuf, Best), CheckpointError> {
     let path = checkpoints.join(FILE);
     let text = std::fs::read(&path).map_err(|error| {
-        CheckpointError::unreadable(&path, format!("{error}; a run keeps its best checkpoint with eval.keep_best: true"))
+        CheckpointError::unreadable(
+            &path,
+            format!("{error}; a run keeps its best checkpoint with eval.keep_best: true"),
+        )
     })?;
     let best: Best = serde_json::from_slice(&text).map_err(|error| CheckpointError::unreadable(&path, error))?;
     Ok((folder::of_step(checkpoints, best.step), best))

@@ -13,8 +13,8 @@ use aha_nn::unit::{ModelWeights, Walk};
 use tch::Kind;
 
 use super::{
-    CheckpointError, FileRecord, Progress, REFERENCE_DIR, STATE_DIR, STATE_FILE, State, best, folder, hash_of, optimizer,
-    received,
+    CheckpointError, FileRecord, Progress, REFERENCE_DIR, STATE_DIR, STATE_FILE, State, best, folder, hash_of,
+    optimizer, received,
 };
 use crate::agreement::agree;
 use crate::torch::zero::ShardState;

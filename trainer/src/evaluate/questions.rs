@@ -69,7 +69,8 @@ impl Asked {
         let name = || suite.name.clone();
         let dataset = dataset(&suite, data_dir)?;
         let chat_template = if suite.prompt.chat { Some(ChatTemplate::load(model.folder)) } else { None };
-        let chat_template = chat_template.transpose().map_err(|source| SuiteError::ChatTemplate { name: name(), source })?;
+        let chat_template =
+            chat_template.transpose().map_err(|source| SuiteError::ChatTemplate { name: name(), source })?;
         let builder = PromptBuilder::new(&suite.prompt, chat_template)
             .map_err(|source| SuiteError::Prompt { name: name(), source })?;
         let functions = suite.rewards.iter().map(RewardFunction::new).collect::<Result<Vec<_>, _>>();

@@ -123,7 +123,10 @@ mod tests {
         };
         let all = named(&[("held_out", 1.0), ("a", 0.5), ("b", 0.25)]);
         assert_eq!((all.accuracy, all.prompts), (1.0, 10));
-        assert_eq!([all.metric("held_out"), all.metric("b"), all.metric("average")], [Some(1.0), Some(0.25), Some(0.375)]);
+        assert_eq!(
+            [all.metric("held_out"), all.metric("b"), all.metric("average")],
+            [Some(1.0), Some(0.25), Some(0.375)]
+        );
         assert_eq!(all.metric("c"), None);
         let metrics: BTreeMap<String, f64> = all.metrics().collect();
         assert_eq!((metrics["eval/average/accuracy"], metrics["eval/a/accuracy"]), (0.375, 0.5));

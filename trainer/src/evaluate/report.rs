@@ -96,7 +96,8 @@ impl Report {
         let right: Vec<usize> = groups.iter().map(num_right).collect();
         let (accuracy, interval) = statistics::accuracy(&right, num_samples);
         let num_prompts = groups.len().max(1) as f64;
-        let pass_at = |k| right.iter().map(|&right| statistics::pass_at(k, right, num_samples)).sum::<f64>() / num_prompts;
+        let pass_at =
+            |k| right.iter().map(|&right| statistics::pass_at(k, right, num_samples)).sum::<f64>() / num_prompts;
         let completions = || groups.iter().flat_map(|group| &group.completions);
         let num_completions = completions().count().max(1) as f64;
         let share = |is_counted: fn(&Completion) -> bool| {
@@ -136,9 +137,8 @@ impl Average {
     #[must_use]
     pub fn of<'a>(reports: impl IntoIterator<Item = &'a Report>) -> Option<Self> {
         let reports: Vec<&Report> = reports.into_iter().collect();
-        let mean = |value: fn(&Report) -> f64| {
-            reports.iter().map(|report| value(report)).sum::<f64>() / reports.len() as f64
-        };
+        let mean =
+            |value: fn(&Report) -> f64| reports.iter().map(|report| value(report)).sum::<f64>() / reports.len() as f64;
         let average = Self { accuracy: mean(|report| report.accuracy), mean_length: mean(|report| report.mean_length) };
         (!reports.is_empty()).then_some(average)
     }
@@ -169,7 +169,8 @@ mod tests {
 
     fn completion(sample_index: u32, outcome: &str, num_tokens: usize, finish_reason: FinishReason) -> Completion {
         let score = f32::from(u8::from(outcome == "score"));
-        let reward = |function: &str, score| Reward { function: function.to_owned(), score, outcome: outcome.to_owned() };
+        let reward =
+            |function: &str, score| Reward { function: function.to_owned(), score, outcome: outcome.to_owned() };
         Completion {
             prompt_id: PromptId(0),
             sample_index,
@@ -186,10 +187,14 @@ mod tests {
 
     fn groups() -> Vec<Group> {
         let columns = json!({"target": 5}).as_object().unwrap().clone();
-        let prompt = |id| Prompt { id: PromptId(id), text: "q".to_owned(), token_ids: vec![1], columns: columns.clone() };
+        let prompt =
+            |id| Prompt { id: PromptId(id), text: "q".to_owned(), token_ids: vec![1], columns: columns.clone() };
         let (stop, length) = (FinishReason::Stop, FinishReason::Length);
         vec![
-            Group { prompt: prompt(3), completions: vec![completion(0, "score", 2, stop), completion(1, "wrong", 4, stop)] },
+            Group {
+                prompt: prompt(3),
+                completions: vec![completion(0, "score", 2, stop), completion(1, "wrong", 4, stop)],
+            },
             Group {
                 prompt: prompt(4),
                 completions: vec![completion(0, "unparsable", 8, length), completion(1, "wrong", 2, stop)],
@@ -227,7 +232,10 @@ mod tests {
         assert_eq!((lines.len(), &lines[1]["prompt_id"], &lines[0]["columns"]["target"]), (2, &json!(4), &json!(5)));
         assert_eq!((&lines[0]["right"], &lines[1]["right"]), (&json!(1), &json!(0)));
         let first = &lines[0]["completions"][0];
-        assert_eq!((&first["is_right"], &first["token_ids"], &first["finish_reason"]), (&json!(true), &json!([7, 7]), &json!("stop")));
+        assert_eq!(
+            (&first["is_right"], &first["token_ids"], &first["finish_reason"]),
+            (&json!(true), &json!([7, 7]), &json!("stop"))
+        );
         assert_eq!(first["rewards"][1], json!({"function": "format", "score": 0.0, "outcome": "score"}));
     }
 }

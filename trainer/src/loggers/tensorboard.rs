@@ -238,7 +238,12 @@ mod tests {
         let scalars: Vec<_> =
             events[1].summary.as_ref().unwrap().value.iter().map(|v| (&*v.tag, v.simple_value)).collect();
         assert_eq!(events[1].step, 3);
-        let expect = [("train/reward", Some(0.25)), ("train/kl", Some(0.0)), ("eval/accuracy", Some(0.5)), ("eval/x/y", Some(0.5))];
+        let expect = [
+            ("train/reward", Some(0.25)),
+            ("train/kl", Some(0.0)),
+            ("eval/accuracy", Some(0.5)),
+            ("eval/x/y", Some(0.5)),
+        ];
         assert_eq!(scalars[..3], expect);
         assert!(scalars[3].1.unwrap().is_nan());
         let text = &events[2].summary.as_ref().unwrap().value[0];

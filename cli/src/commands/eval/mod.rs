@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
-use aha_core::config::{self, Eval, Generator, Suite, built_in_suites};
+use aha_core::config::{self, Eval, Suite, built_in_suites};
 use aha_core::ids::PolicyVersion;
 use aha_generator::LocalGenerator;
 use aha_nn::model_config::ModelConfig;
@@ -47,7 +47,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Override a key of --config: --set eval.suites.gsm8k.path=test.parquet (repeatable)
-    #[arg(long = "set", value_name = "SECTION.KEY=VALUE", requires = "config")]
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     overrides: Vec<String>,
     /// Folder in which relative paths of suites begin; eval.data_dir unless named
     #[arg(long, value_name = "DIR")]
@@ -100,10 +100,7 @@ impl Asking {
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
-    let (eval, mut generator) = match &args.config {
-        Some(path) => config::load_eval(path, &args.overrides)?,
-        None => (Eval::default(), Generator::default()),
-    };
+    let (eval, mut generator) = config::load_eval(args.config.as_deref(), &args.overrides)?;
     generator.threads = args.threads.unwrap_or(generator.threads);
     let folder = model_folder(args)?;
     let suites = suites(args, &eval)?;
@@ -153,8 +150,13 @@ fn model_folder(args: &Args) -> Result<PathBuf> {
 
 /// The suites to ask, in the order in which they were named.
 fn suites(args: &Args, eval: &Eval) -> Result<Vec<Suite>> {
-    let names: Vec<&String> = if args.suite.is_empty() { eval.suites.0.keys().collect() } else { args.suite.iter().collect() };
-    ensure!(!names.is_empty(), "name --suite, or a --config with eval.suites; built in are {}", built_in_suites().join(", "));
+    let names: Vec<&String> =
+        if args.suite.is_empty() { eval.suites.0.keys().collect() } else { args.suite.iter().collect() };
+    ensure!(
+        !names.is_empty(),
+        "name --suite, or a --config with eval.suites; built in are {}",
+        built_in_suites().join(", ")
+    );
     let resolve = |(index, name): (usize, &&String)| {
         ensure!(!names[..index].contains(name), "--suite: {name} is named twice");
         let options = eval.suites.0.get(*name).cloned().unwrap_or_default();

@@ -65,7 +65,16 @@ impl fmt::Display for Results {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let percent = |share: f64| format!("{:.1} %", 100.0 * share);
         let mut table = Table::new([
-            "SUITE", "PROMPTS", "N", "ACCURACY", "95 %", "PASS@K", "TOKENS", "TRUNCATED", "UNPARSABLE", "SECONDS",
+            "SUITE",
+            "PROMPTS",
+            "N",
+            "ACCURACY",
+            "95 %",
+            "PASS@K",
+            "TOKENS",
+            "TRUNCATED",
+            "UNPARSABLE",
+            "SECONDS",
         ]);
         for SuiteResult { name, report, .. } in &self.suites {
             let [low, high] = report.interval.map(|bound| 100.0 * bound);

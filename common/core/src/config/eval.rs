@@ -215,7 +215,8 @@ impl Suite {
     pub fn checked(self) -> Result<Self, Vec<String>> {
         let (mut problems, name) = (Problems::default(), &self.name);
         let is_plain = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
-        let is_name = !name.starts_with('.') && name.chars().all(is_plain) && ![HELD_OUT, AVERAGE, ""].contains(&&**name);
+        let is_name =
+            !name.starts_with('.') && name.chars().all(is_plain) && ![HELD_OUT, AVERAGE, ""].contains(&&**name);
         problems.unless(is_name, || {
             format!(
                 "eval.suites.{name}: {name:?} cannot be a suite's name, which names files: letters, digits, _, - and ., and \
@@ -235,9 +236,11 @@ impl Suite {
                 self.num_samples
             )
         });
-        problems.0.extend(self.sampling.problems().into_iter().map(|problem| {
-            format!("eval.suites.{name}: {}", problem.replace("max_tokens", "max_completion_length"))
-        }));
+        problems.0.extend(
+            self.sampling.problems().into_iter().map(|problem| {
+                format!("eval.suites.{name}: {}", problem.replace("max_tokens", "max_completion_length"))
+            }),
+        );
         if problems.0.is_empty() { Ok(self) } else { Err(problems.0) }
     }
 }

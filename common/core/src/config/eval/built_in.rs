@@ -8,7 +8,7 @@ const MATH: [&str; 5] = ["aime", "amc", "math500", "minerva", "olympiad_bench"];
 const MATH_ORIGIN: &str = "https://github.com/sail-sg/understand-r1-zero has it in datasets/evaluation_suite, which \
                            datasets.load_from_disk reads and to_json writes as JSON lines";
 const MATH_USER: &str = "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.\
-                         <|im_end|>\n<|im_start|>user\n{{ problem }}<|im_end|>\n<|im_start|>assistant\n";
+                         <|im_end|>\n<|im_start|>user\n{{ question }}<|im_end|>\n<|im_start|>assistant\n";
 
 /// The question as verl asks it, in the model's own chat template.
 const GSM8K_USER: &str = "{{ question }} Let's think step by step and output the final answer after \"####\".";
@@ -71,6 +71,7 @@ fn math(name: &str) -> SuiteOptions {
     let prompt = PromptTemplate { chat: false, user: MATH_USER.to_owned(), ..PromptTemplate::default() };
     SuiteOptions {
         path: Some(format!("evaluation_suite/{name}.jsonl").into()),
+        columns: Some([("question".to_owned(), "problem".to_owned())].into()),
         prompt: Some(prompt),
         rewards: Some(vec![RewardSpec::of("math_accuracy")]),
         max_completion_length: Some(3000),
