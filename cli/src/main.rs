@@ -12,7 +12,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use telemetry::Telemetry;
 
-use commands::{bench, doctor, export, generate, generator, plan, reward, score, sft, status, trainer};
+use commands::{bench, doctor, eval, export, generate, generator, plan, reward, score, sft, status, trainer};
 
 /// Makes language models reason by reinforcement learning: trainer ranks, generators, and the tools around them.
 #[derive(Debug, Parser)]
@@ -28,6 +28,7 @@ enum Command {
     Trainer(trainer::Args),
     Generator(generator::Args),
     Sft(sft::Args),
+    Eval(eval::Args),
     Export(export::Args),
     Generate(generate::Args),
     Score(score::Args),
@@ -62,6 +63,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Trainer(args) => trainer::run(&args),
         Command::Generator(args) => generator::run(&args),
         Command::Sft(args) => sft::run(&args),
+        Command::Eval(args) => eval::run(&args),
         Command::Export(args) => export::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Score(args) => score::run(&args),

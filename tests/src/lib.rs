@@ -6,4 +6,5 @@ pub mod binary;
 pub mod chaos;
 pub mod formula;
 pub mod golden;
+pub mod markov;
 pub mod small_run;

@@ -43,6 +43,14 @@ pub fn newest_checkpoint(run: &Path) -> Result<PathBuf> {
     Ok(checkpoint::newest(&run.join("checkpoints"))?.folder)
 }
 
+/// The checkpoint of a run's best evaluation.
+///
+/// # Errors
+/// If none is marked as such, or it is not whole.
+pub fn best_checkpoint(run: &Path) -> Result<PathBuf> {
+    Ok(checkpoint::best(&run.join("checkpoints"))?.folder)
+}
+
 /// No other rank takes part.
 fn alone() -> ProcessGroup {
     ProcessGroup::solo("export", Device::Cpu)

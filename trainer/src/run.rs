@@ -56,6 +56,7 @@ pub fn run(
     make_room(&mut session);
     generators.publish(session.group(), &*session.learner.policy(), PolicyVersion(session.step))?;
     let first_step = session.step;
+    // Of a run that goes on, the evaluation before the checkpoint has decided whether it is the best.
     evaluate_if_due(&mut session, generators, first_step)?;
     for step in first_step..config.train.max_steps {
         if let Some(stopped) = session.stop_if_due(step, &|| generators.received())? {
@@ -66,7 +67,9 @@ pub fn run(
         }
         let num_skipped = train_step(&mut session, generators, step)?;
         session.skips.note(step + 1, num_skipped)?;
-        evaluate_if_due(&mut session, generators, step + 1)?;
+        if let Some(evaluation) = evaluate_if_due(&mut session, generators, step + 1)? {
+            session.note_evaluation(&evaluation);
+        }
         session.sync_reference_if_due(step + 1)?;
         session.save_if_due(step + 1, &|| generators.received())?;
     }
@@ -157,9 +160,9 @@ fn make_room(session: &mut Session) {
     }
 }
 
-fn evaluate_if_due(session: &mut Session, generators: &mut dyn Generators, step: u64) -> Result<()> {
+fn evaluate_if_due(session: &mut Session, generators: &mut dyn Generators, step: u64) -> Result<Option<Evaluation>> {
     if !evaluate::is_due(&session.config, step) {
-        return Ok(());
+        return Ok(None);
     }
     let policy = session.learner.policy();
     let published = (&*policy as &dyn ModelWeights, PolicyVersion(step));
@@ -168,9 +171,9 @@ fn evaluate_if_due(session: &mut Session, generators: &mut dyn Generators, step:
     drop(policy);
     if let Some(loggers) = &mut session.loggers {
         evaluate::record(session.run_dir.path(), step, &evaluation)?;
-        loggers.log_evaluation(step, evaluation.accuracy, evaluation.prompts)?;
+        loggers.log_evaluation(&evaluation)?;
     }
-    Ok(())
+    Ok(Some(evaluation))
 }
 
 fn finish(session: Session) -> Result<Summary> {

@@ -19,8 +19,10 @@ const DIRS: [&str; 4] = ["completions", "completion_samples", "checkpoints", LOG
 
 /// Settings that change how a run is carried out and not what comes out: sections, or keys. A run goes on under other
 /// values of these.
-const FREE_SETTINGS: [&str; 22] = [
+const FREE_SETTINGS: [&str; 24] = [
     "run.output_dir",
+    "eval.data_dir",
+    "eval.keep_best",
     "generator.addresses",
     "generator.connect_timeout_seconds",
     "generator.coordinator",

@@ -22,8 +22,9 @@ use anyhow::{Context, Result};
 use tch::{Device, Kind};
 
 use crate::adapters;
-use crate::checkpoint::{self, Checkpoint, Progress};
+use crate::checkpoint::{self, Best, Checkpoint, Progress};
 use crate::entropy::EntropyControl;
+use crate::evaluate::{self, Asked, Evaluation};
 use crate::loggers::{LoggerOptions, Loggers};
 use crate::prompts::PromptSource;
 use crate::rollouts::Received;
@@ -43,6 +44,8 @@ pub struct Session {
     pub world: World,
     pub run_dir: RunDir,
     pub prompts: PromptSource,
+    /// Asked beside held-out prompts.
+    pub suites: Vec<Asked>,
     pub learner: Learner,
     pub entropy: EntropyControl,
     /// Steps that are done; training goes on with this one, counted from 0.
@@ -54,6 +57,8 @@ pub struct Session {
     pub started: Instant,
     pub(crate) skips: SkipCounter,
     stop: StopWatch,
+    /// The best evaluation so far, where `eval.keep_best` is on.
+    best: Option<Best>,
     /// Steps of the newest checkpoint; 0 where there is none.
     saved: u64,
     /// Rank 0 serves it: the others may still be reading from it when this rank has joined.
@@ -72,8 +77,10 @@ impl Session {
         runtime::cache_memory();
         let model_config = ModelConfig::load(&config.model.path)?;
         let prompts = PromptSource::load(config, &model_config)?;
+        let mut suites = Vec::new();
         if objective != Objective::Supervised {
             prompts.check_run()?;
+            suites = evaluate::suites(config, &model_config)?;
         }
 
         // Before anything is written: a run that cannot begin leaves no folder.
@@ -90,6 +97,8 @@ impl Session {
         let step = checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.state.step);
         let remembered = checkpoint.as_ref().and_then(|checkpoint| checkpoint.state.entropy);
         let entropy = remembered.unwrap_or_else(|| EntropyControl::new(&config.train));
+        let best = checkpoint.as_ref().and_then(|checkpoint| checkpoint.state.best.clone());
+        let best = best.filter(|_| config.eval.keep_best);
         let received = checkpoint.as_ref().map_or_else(|| Ok(Vec::new()), Checkpoint::received)?;
         let loggers = if world.rank == 0 { Some(loggers(config, &run_dir, step)?) } else { None };
         Ok(Self {
@@ -97,6 +106,7 @@ impl Session {
             world: world.clone(),
             run_dir,
             prompts,
+            suites,
             learner,
             entropy,
             step,
@@ -105,6 +115,7 @@ impl Session {
             started,
             skips: SkipCounter::new(config.train.max_skipped_steps),
             stop: StopWatch::new(stop, config.train.max_wall_clock_seconds, started),
+            best,
             saved: step,
             _store: store,
         })
@@ -146,14 +157,24 @@ impl Session {
         Ok(())
     }
 
-    /// Writes a checkpoint where `train.save_steps` asks for one after `step` steps, and always after the last. `received`
-    /// tells what has come of later steps.
+    /// Takes note of an evaluation: where `eval.keep_best` is on and it is better than all before, the step is saved.
+    pub fn note_evaluation(&mut self, evaluation: &Evaluation) {
+        let eval = &self.config.eval;
+        let Some(value) = evaluation.metric(&eval.metric).filter(|_| eval.keep_best) else { return };
+        if self.best.as_ref().is_none_or(|best| value > best.value) {
+            self.best = Some(Best { step: evaluation.step, metric: eval.metric.clone(), value });
+        }
+    }
+
+    /// Writes a checkpoint where `train.save_steps` asks for one after `step` steps, where the step's evaluation is the best,
+    /// and always after the last. `received` tells what has come of later steps.
     ///
     /// # Errors
     /// If it cannot be written whole; checkpoints before it stay.
     pub fn save_if_due(&mut self, step: u64, received: &dyn Fn() -> Vec<Received>) -> Result<()> {
         let train = &self.config.train;
-        if step.is_multiple_of(train.save_steps) || step == train.max_steps {
+        let is_best = self.best.as_ref().is_some_and(|best| best.step == step);
+        if is_best || step.is_multiple_of(train.save_steps) || step == train.max_steps {
             self.save(step, &received())?;
         }
         Ok(())
@@ -177,7 +198,7 @@ impl Session {
             loggers.sync()?;
         }
         let entropy = self.config.train.use_adaptive_entropy.then_some(self.entropy);
-        let progress = Progress { step, entropy, received };
+        let progress = Progress { step, entropy, best: self.best.as_ref(), received };
         checkpoint::save(&self.run_dir, &self.config, &self.learner, progress)?;
         self.saved = step;
         self.stop.saved_in(started.elapsed());

@@ -113,7 +113,7 @@ struct EvalLoss {
 /// Measures the loss on held-out rows where it is due; all ranks take part.
 fn evaluate_if_due(session: &mut Session, step: u64) -> Result<()> {
     let config = &session.config;
-    if !evaluate::is_due(config, step) {
+    if config.eval.num_prompts == 0 || !evaluate::is_due(config, step) {
         return Ok(());
     }
     let sequences = sequences(session.prompts.held_out_examples(config.eval.num_prompts, &config.sft)?);

@@ -1,7 +1,8 @@
-//! `cargo xtask bench`: builds for speed, then measures; decoding beside transformers, whole steps beside TRL, and whole runs
-//! beside TRL, on the same prompts.
+//! `cargo xtask bench`: builds for speed, then measures; decoding and greedy answers beside transformers, whole steps and
+//! whole runs beside TRL, on the same prompts.
 
 mod curves;
+mod eval;
 mod step;
 
 use std::fs;
@@ -27,6 +28,8 @@ pub(crate) enum Bench {
     Step(step::Step),
     /// Train on Countdown with several losses, with aha and with TRL, and write how the rewards rise to bench/results
     Curves(curves::Curves),
+    /// Answer questions greedily with aha and with transformers, and compare them token by token
+    Eval(eval::Eval),
     /// Anything else goes to `aha bench`, as in `cargo xtask bench shape --help`
     #[command(external_subcommand)]
     Other(Vec<String>),
@@ -66,6 +69,9 @@ pub(crate) fn run(workspace: &Workspace, bench: &Bench) -> anyhow::Result<Status
     if let Bench::Curves(args @ curves::Curves { aha: Some(aha), .. }) = bench {
         return curves::curves(workspace, &std::path::absolute(aha)?, args).map(|()| Status::Success);
     }
+    if let Bench::Eval(args @ eval::Eval { aha: Some(aha), .. }) = bench {
+        return eval::eval(workspace, &std::path::absolute(aha)?, args).map(|()| Status::Success);
+    }
     libtorch::setup(workspace, None, false)?;
     let build = run_stage("build", workspace.cargo().args(["build", "--release", "--package", "aha"]))?;
     if build.status != Status::Success {
@@ -76,6 +82,7 @@ pub(crate) fn run(workspace: &Workspace, bench: &Bench) -> anyhow::Result<Status
         Bench::Decode(args) => decode(workspace, &aha, args).map(|()| Status::Success),
         Bench::Step(args) => step::step(workspace, &aha, args).map(|()| Status::Success),
         Bench::Curves(args) => curves::curves(workspace, &aha, args).map(|()| Status::Success),
+        Bench::Eval(args) => eval::eval(workspace, &aha, args).map(|()| Status::Success),
         Bench::Other(args) => {
             let error = workspace.command(&aha).arg("bench").args(args).exec();
             Err(error).with_context(|| format!("cannot start {}", aha.display()))

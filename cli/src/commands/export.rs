@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use aha_trainer::export::{Export, newest_checkpoint};
+use aha_trainer::export::{Export, best_checkpoint, newest_checkpoint};
 use anyhow::{Result, bail};
 
 use super::DtypeName;
@@ -16,6 +16,9 @@ pub(crate) struct Args {
     /// Folder of a run, whose newest checkpoint is taken
     #[arg(long, value_name = "DIR", required_unless_present = "checkpoint", conflicts_with = "checkpoint")]
     run: Option<PathBuf>,
+    /// Take the run's best checkpoint (eval.keep_best) instead
+    #[arg(long, requires = "run")]
+    best: bool,
     /// A checkpoint, or a PEFT folder
     #[arg(long, value_name = "DIR")]
     checkpoint: Option<PathBuf>,
@@ -36,6 +39,7 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let checkpoint = match (&args.checkpoint, &args.run) {
         (Some(checkpoint), _) => checkpoint.clone(),
+        (None, Some(run)) if args.best => best_checkpoint(run)?,
         (None, Some(run)) => newest_checkpoint(run)?,
         (None, None) => bail!("name --run or --checkpoint"),
     };

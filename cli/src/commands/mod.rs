@@ -11,6 +11,7 @@ use tokio::runtime::Runtime;
 
 pub(crate) mod bench;
 pub(crate) mod doctor;
+pub(crate) mod eval;
 pub(crate) mod export;
 pub(crate) mod generate;
 pub(crate) mod generator;

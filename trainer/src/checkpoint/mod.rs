@@ -4,6 +4,7 @@
 //! A checkpoint is whole or absent. It is written under a hidden name, synced, and renamed by rank 0 once every rank has
 //! written its part; `trainer_state/state.json` has the hash of every file, and one that does not match is not used.
 
+mod best;
 mod folder;
 mod optimizer;
 mod read;
@@ -29,6 +30,7 @@ use crate::rollouts::Received;
 use crate::run_dir::RunDir;
 use crate::torch::learner::Learner;
 use crate::torch::zero::FullState;
+pub use best::Best;
 use write::Snapshot;
 
 /// Folders and files with this in front are being written or removed; nobody reads them.
@@ -66,6 +68,9 @@ pub struct State {
     /// Where `train.use_adaptive_entropy` is on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub entropy: Option<EntropyControl>,
+    /// The best evaluation up to here, where `eval.keep_best` is on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub best: Option<Best>,
     /// Every other file of the folder, by its path within.
     pub files: BTreeMap<String, FileRecord>,
 }
@@ -111,12 +116,14 @@ pub struct Progress<'a> {
     /// Steps done.
     pub step: u64,
     pub entropy: Option<EntropyControl>,
+    /// The best evaluation so far, whose checkpoint is kept.
+    pub best: Option<&'a Best>,
     /// Of later steps, by this rank.
     pub received: &'a [Received],
 }
 
-/// Writes `checkpoints/step-N` after `step` steps, and removes the oldest over `train.save_total_limit`. All ranks call
-/// this together.
+/// Writes `checkpoints/step-N` after `step` steps, and removes the oldest over `train.save_total_limit`, but for the best.
+/// All ranks call this together.
 ///
 /// # Errors
 /// On all ranks alike, naming the path and the reason. Nothing is left of the attempt, and earlier checkpoints stay.
@@ -169,8 +176,18 @@ pub fn newest(checkpoints: &Path) -> Result<Checkpoint, CheckpointError> {
     Ok(Checkpoint { folder: folder::of_step(checkpoints, state.step), state })
 }
 
+/// The checkpoint of a run's best evaluation, for reading alone.
+///
+/// # Errors
+/// If none is marked as such, or it is not whole.
+pub fn best(checkpoints: &Path) -> Result<Checkpoint, CheckpointError> {
+    let (folder, best) = best::read(checkpoints)?;
+    let state = read::verify(&folder, best.step)?;
+    Ok(Checkpoint { folder, state })
+}
+
 /// The newest whole checkpoint of a run, the same on all ranks; `None` where there is no checkpoint at all. Rank 0 reads
-/// every file of it, and removes what an interrupted attempt left behind.
+/// every file of it, removes what an interrupted attempt left behind, and marks the best checkpoint.
 ///
 /// # Errors
 /// If there are checkpoints, but none is whole: starting over silently would overwrite them.

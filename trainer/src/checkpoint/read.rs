@@ -5,7 +5,7 @@ use std::path::{Component, Path};
 use aha_nn::comm::ProcessGroup;
 use aha_nn::lora::peft;
 
-use super::{Checkpoint, CheckpointError, STATE_FILE, State, folder};
+use super::{Checkpoint, CheckpointError, STATE_FILE, State, best, folder};
 use crate::agreement::agree;
 
 /// What a model folder cannot be without.
@@ -23,7 +23,10 @@ pub(super) fn latest(checkpoints: &Path, group: &ProcessGroup) -> Result<Option<
 
 fn find(checkpoints: &Path) -> Result<Option<State>, CheckpointError> {
     folder::remove_partial(checkpoints)?;
-    newest(checkpoints)
+    let Some(mut state) = newest(checkpoints)? else { return Ok(None) };
+    best::forget_if_gone(checkpoints, &mut state);
+    best::mark(checkpoints, state.best.as_ref())?;
+    Ok(Some(state))
 }
 
 pub(super) fn newest(checkpoints: &Path) -> Result<Option<State>, CheckpointError> {

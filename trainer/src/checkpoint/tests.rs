@@ -57,9 +57,19 @@ impl Fixture {
 
     /// One rank's share of a checkpoint of all ranks.
     fn save(&self, step: u64, limit: usize, group: &ProcessGroup) -> Result<PathBuf, CheckpointError> {
+        self.save_with(step, limit, None, group)
+    }
+
+    fn save_with(
+        &self,
+        step: u64,
+        limit: usize,
+        best: Option<&Best>,
+        group: &ProcessGroup,
+    ) -> Result<PathBuf, CheckpointError> {
         let weights = self.weights(step, group.size());
         let snapshot = Snapshot {
-            progress: Progress { step, entropy: Some(ENTROPY), received: &received(step, group.rank()) },
+            progress: Progress { step, entropy: Some(ENTROPY), best, received: &received(step, group.rank()) },
             num_updates: 2 * step,
             seed: 42,
             base_model: &self.base(),
@@ -195,7 +205,7 @@ fn shared_weights_are_written_as_if_one_rank_had_them_whole() {
         let share = |seed| Parameters::of(3.into(), &group, shared.weights(seed, 3));
         let (weights, reference) = (share(7), share(7 + REFERENCE));
         let snapshot = Snapshot {
-            progress: Progress { step: 7, entropy: Some(ENTROPY), received: &received(7, rank) },
+            progress: Progress { step: 7, entropy: Some(ENTROPY), best: None, received: &received(7, rank) },
             num_updates: 14,
             seed: 42,
             base_model: &shared.base(),
@@ -322,6 +332,57 @@ fn the_oldest_go_when_there_are_too_many() {
     assert_eq!(fixture.latest_step(), Some(6));
 }
 
+fn best_of(step: u64) -> Best {
+    Best { step, metric: "held_out".to_owned(), value: step as f64 / 100.0 }
+}
+
+/// A run that evaluates at random, loses its newest checkpoints now and then, and goes on, beside a model of it.
+#[test]
+fn the_best_checkpoint_is_kept_whatever_happens() {
+    let fixture = Fixture::new();
+    let mut random = aha_core::dataset::SplitMix64::new(7);
+    let (mut step, mut known, mut there) = (0, None::<Best>, Vec::<(u64, Option<Best>)>::new());
+    for _ in 0..60 {
+        let limit = random.below(3) as usize + 1;
+        if random.below(4) > 0 || there.is_empty() {
+            step += 1;
+            let value = random.below(100) as f64 / 100.0;
+            if known.as_ref().is_none_or(|best| value > best.value) {
+                known = Some(Best { value, ..best_of(step) });
+            }
+            fixture.save_with(step, limit, known.as_ref(), &solo()).unwrap();
+            there.retain(|(other, _)| *other < step);
+            there.push((step, known.clone()));
+            let best_step = known.as_ref().map(|best| best.step);
+            let first = there.len().saturating_sub(limit);
+            let kept = |index: usize, other: u64| index >= first || Some(other) == best_step;
+            let all = std::mem::take(&mut there).into_iter().enumerate();
+            there = all.filter(|(index, (other, _))| kept(*index, *other)).map(|(_, saved)| saved).collect();
+        } else {
+            let num_lost = random.below(there.len() as u64) as usize;
+            for (step, _) in there.drain(there.len() - num_lost..) {
+                std::fs::write(fixture.checkpoints().join(format!("step-{step}/config.json")), "damaged").unwrap();
+            }
+            let found = fixture.latest().unwrap().unwrap().state;
+            (step, known) = (found.step, found.best);
+            let (expect_step, expect) = there.last().unwrap();
+            let is_there = |best: &Best| there.iter().any(|(step, _)| *step == best.step);
+            assert_eq!((step, &known), (*expect_step, &expect.clone().filter(is_there)));
+        }
+        match &known {
+            Some(known) => assert_eq!(best(&fixture.checkpoints()).unwrap().state.step, known.step),
+            None => assert!(best(&fixture.checkpoints()).unwrap_err().to_string().contains("eval.keep_best")),
+        }
+        let newest = there.last().unwrap().0;
+        for (step, _) in &there {
+            read::verify(&folder::of_step(&fixture.checkpoints(), *step), *step).unwrap();
+        }
+        let found = folder::steps(&fixture.checkpoints()).unwrap();
+        let older: Vec<u64> = found.into_iter().filter(|step| *step <= newest).collect();
+        assert_eq!(older, there.iter().map(|(step, _)| *step).collect::<Vec<_>>());
+    }
+}
+
 /// A file of the base model that fails when it is read.
 #[cfg(target_os = "linux")]
 #[test]
@@ -347,7 +408,7 @@ fn the_newest_whole_checkpoint_loads_after_a_kill_anywhere() {
     let mut steps_found = BTreeSet::new();
     for kill_at in 1.. {
         let fixture = Fixture::new();
-        fixture.save_alone(1, 1).unwrap();
+        fixture.save_with(1, 1, Some(&best_of(1)), &solo()).unwrap();
         let output = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "checkpoint::tests::saving_until_it_is_killed", "--ignored", "--nocapture"])
             .env(KILLED_DIR, fixture.folder.path())
@@ -359,6 +420,8 @@ fn the_newest_whole_checkpoint_loads_after_a_kill_anywhere() {
 
         let checkpoint = fixture.latest().unwrap().unwrap();
         let step = checkpoint.state.step;
+        assert_eq!(checkpoint.state.best, Some(best_of(step)), "killed at {kill_at}");
+        assert_eq!(best(&fixture.checkpoints()).unwrap(), checkpoint, "killed at {kill_at}");
         steps_found.insert((step, finished));
         let weights = load_weights(&checkpoint.folder, &fixture.model, 1, Kind::Float, Device::Cpu).unwrap();
         assert!(weights.embedding().equal(&fixture.weights(step, 1).embedding()), "killed at {kill_at}");
@@ -369,7 +432,7 @@ fn the_newest_whole_checkpoint_loads_after_a_kill_anywhere() {
         assert!(fixture.names().iter().all(|name| !name.starts_with(PARTIAL)), "killed at {kill_at}");
         // A run that goes on can write the next one.
         fixture.save_alone(3, 1).unwrap();
-        assert_eq!(fixture.names(), names(["step-3"]));
+        assert_eq!(fixture.names(), names(["step-3"]), "killed at {kill_at}");
         if finished {
             assert!(kill_at > 30, "only {kill_at} places were reached");
             break;
@@ -385,8 +448,9 @@ fn saving_until_it_is_killed() {
     let scratch = Fixture::new();
     for limit in [2, 1] {
         let weights = scratch.weights(2, 1);
+        let best = best_of(2);
         let snapshot = Snapshot {
-            progress: Progress { step: 2, entropy: Some(ENTROPY), received: &received(2, 0) },
+            progress: Progress { step: 2, entropy: Some(ENTROPY), best: Some(&best), received: &received(2, 0) },
             num_updates: 4,
             seed: 42,
             base_model: &dir.join("base"),
@@ -437,7 +501,7 @@ fn saving_to_a_full_disk() {
     let base = dir.join("base");
     let weights = scratch.weights(2, 1);
     let snapshot = Snapshot {
-        progress: Progress { step: 2, entropy: Some(ENTROPY), received: &received(2, 0) },
+        progress: Progress { step: 2, entropy: Some(ENTROPY), best: None, received: &received(2, 0) },
         num_updates: 4,
         seed: 42,
         base_model: &base,

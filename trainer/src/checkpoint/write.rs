@@ -13,8 +13,8 @@ use aha_nn::unit::{ModelWeights, Walk};
 use tch::Kind;
 
 use super::{
-    CheckpointError, FileRecord, Progress, REFERENCE_DIR, STATE_DIR, STATE_FILE, State, folder, hash_of, optimizer,
-    received,
+    CheckpointError, FileRecord, Progress, REFERENCE_DIR, STATE_DIR, STATE_FILE, State, best, folder, hash_of,
+    optimizer, received,
 };
 use crate::agreement::agree;
 use crate::torch::zero::ShardState;
@@ -58,7 +58,7 @@ pub(super) struct Snapshot<'a> {
 }
 
 impl Snapshot<'_> {
-    /// Writes the checkpoint together with the other ranks, then keeps the newest `limit`, all for 0.
+    /// Writes the checkpoint together with the other ranks, then keeps the best and the newest `limit`, all for 0.
     pub(super) fn save(
         &self,
         checkpoints: &Path,
@@ -75,9 +75,25 @@ impl Snapshot<'_> {
             }
         }
         written?;
-        let pruned = if group.rank() == 0 { prune(checkpoints, self.progress.step, limit) } else { Ok(()) };
+        let pruned = if group.rank() == 0 { self.prune(checkpoints, limit) } else { Ok(()) };
         agree(group, pruned.map(|()| Vec::new()))?;
         Ok(whole)
+    }
+
+    /// Removes the oldest checkpoints over `limit`, never this one, which has just been written, nor the best, which is
+    /// marked before. Those of later steps go first: the run went back to before them, because they were damaged.
+    fn prune(&self, checkpoints: &Path, limit: usize) -> Result<(), CheckpointError> {
+        let Progress { step, best, .. } = self.progress;
+        best::mark(checkpoints, best)?;
+        let (mut earlier, later): (Vec<u64>, Vec<u64>) =
+            folder::steps(checkpoints)?.into_iter().filter(|&other| other != step).partition(|&other| other < step);
+        let num_kept = if limit == 0 { earlier.len() } else { limit - 1 };
+        earlier.truncate(earlier.len().saturating_sub(num_kept));
+        earlier.retain(|&step| best.is_none_or(|best| best.step != step));
+        for step in later.into_iter().chain(earlier) {
+            folder::remove_whole(&folder::of_step(checkpoints, step))?;
+        }
+        Ok(())
     }
 
     fn write(&self, partial: &Path, whole: &Path, group: &ProcessGroup) -> Result<(), CheckpointError> {
@@ -141,6 +157,7 @@ impl Snapshot<'_> {
             seed: self.seed,
             manifest: Some(hash_of(self.weights.manifest())),
             entropy: self.progress.entropy,
+            best: self.progress.best.cloned(),
             files,
         };
         let path = partial.join(STATE_FILE);
@@ -264,17 +281,4 @@ fn put_in_place(partial: &Path, whole: &Path) -> Result<(), CheckpointError> {
     durable::sync(partial).map_err(|error| CheckpointError::unwritable(partial, error))?;
     folder::remove_whole(whole)?;
     durable::rename_dir(partial, whole).map_err(|error| CheckpointError::unwritable(whole, error))
-}
-
-/// Removes the oldest checkpoints over `limit`, never that of `step`, which has just been written. Those of later steps
-/// go first: the run went back to before them, because they were damaged.
-fn prune(checkpoints: &Path, step: u64, limit: usize) -> Result<(), CheckpointError> {
-    let (mut earlier, later): (Vec<u64>, Vec<u64>) =
-        folder::steps(checkpoints)?.into_iter().filter(|&other| other != step).partition(|&other| other < step);
-    let num_kept = if limit == 0 { earlier.len() } else { limit - 1 };
-    earlier.truncate(earlier.len().saturating_sub(num_kept));
-    for step in later.into_iter().chain(earlier) {
-        folder::remove_whole(&folder::of_step(checkpoints, step))?;
-    }
-    Ok(())
 }

@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::time::Duration;
 
+use aha_core::config::HELD_OUT;
 use indicatif::{ProgressBar, ProgressStyle};
 use owo_colors::{OwoColorize, Stream, Style};
 
@@ -12,6 +13,7 @@ use super::completions::CompletionRecord;
 use super::error::{IoContext, LoggerError};
 use super::metrics::{Metrics, names};
 use super::printable::printable;
+use crate::evaluate::{Evaluation, Report};
 
 /// Completions are shown on every so many logged steps, beside the first and the last.
 const SHOW_EVERY: u64 = 10;
@@ -69,9 +71,14 @@ impl Console {
         self.print(&text)
     }
 
-    pub(super) fn evaluation(&mut self, step: u64, accuracy: f64, num_prompts: usize) -> Result<(), LoggerError> {
-        let accuracy = 100.0 * accuracy;
-        self.print(&format!("held-out accuracy after {step} steps: {accuracy:.1} % of {num_prompts} prompts\n"))
+    pub(super) fn evaluation(&mut self, evaluation: &Evaluation) -> Result<(), LoggerError> {
+        let step = evaluation.step;
+        let line = |(name, report): (&String, &Report)| {
+            let name = if name == HELD_OUT { "held-out" } else { name };
+            let (accuracy, prompts) = (100.0 * report.accuracy, report.prompts);
+            format!("{name} accuracy after {step} steps: {accuracy:.1} % of {prompts} prompts\n")
+        };
+        self.print(&evaluation.suites.iter().map(line).collect::<String>())
     }
 
     pub(super) fn eval_loss(&mut self, step: u64, loss: f64, num_examples: usize) -> Result<(), LoggerError> {

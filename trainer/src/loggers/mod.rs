@@ -20,6 +20,7 @@ pub use metrics::{Metrics, names};
 pub use newest::Newest;
 pub use printable::printable;
 
+use crate::evaluate::Evaluation;
 use completions::CompletionFiles;
 use console::Console;
 use error::IoContext;
@@ -97,12 +98,14 @@ impl Loggers {
     }
 
     /// Shows an evaluation on the terminal and in TensorBoard; the run's `evaluations.jsonl` is the evaluation's own.
-    pub fn log_evaluation(&mut self, step: u64, accuracy: f64, num_prompts: usize) -> Result<(), LoggerError> {
-        self.newest.note_evaluation(accuracy);
+    pub fn log_evaluation(&mut self, evaluation: &Evaluation) -> Result<(), LoggerError> {
+        self.newest.note_evaluation(evaluation);
         if let Some(tensorboard) = &mut self.tensorboard {
-            tensorboard.scalars(step, &Metrics::from_iter([("eval_accuracy", accuracy)]))?;
+            let mut metrics = Metrics::from_iter([("eval_accuracy", evaluation.accuracy)]);
+            metrics.extend(evaluation.metrics());
+            tensorboard.scalars(evaluation.step, &metrics)?;
         }
-        self.console.evaluation(step, accuracy, num_prompts)
+        self.console.evaluation(evaluation)
     }
 
     /// Shows the loss on held-out examples, as [`Self::log_evaluation`] does an accuracy.

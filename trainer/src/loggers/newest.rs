@@ -6,6 +6,7 @@ use std::time::SystemTime;
 use aha_proto::metrics::{Exposition, Value};
 
 use super::metrics::{Metrics, names};
+use crate::evaluate::{Evaluation, Report};
 
 const PREFIX: &str = "aha_trainer_";
 
@@ -21,7 +22,7 @@ struct State {
     metrics: Metrics,
     /// When the step ended; none before the first of this process.
     at: Option<SystemTime>,
-    accuracy: Option<f64>,
+    evaluation: Option<Evaluation>,
     /// Since this process began: tokens trained on, and updates that were left out.
     num_tokens: u64,
     num_skipped: u64,
@@ -30,8 +31,8 @@ struct State {
 impl Newest {
     /// Of a run that goes on after `step` steps.
     pub(super) fn new(step: u64, max_steps: u64) -> Self {
-        let (metrics, at, accuracy) = (Metrics::default(), None, None);
-        Self(Arc::new(Mutex::new(State { max_steps, step, metrics, at, accuracy, num_tokens: 0, num_skipped: 0 })))
+        let (metrics, at, evaluation) = (Metrics::default(), None, None);
+        Self(Arc::new(Mutex::new(State { max_steps, step, metrics, at, evaluation, num_tokens: 0, num_skipped: 0 })))
     }
 
     pub(super) fn note_step(&self, step: u64, metrics: &Metrics) {
@@ -42,8 +43,8 @@ impl Newest {
         (state.step, state.metrics, state.at) = (step, metrics.clone(), Some(SystemTime::now()));
     }
 
-    pub(super) fn note_evaluation(&self, accuracy: f64) {
-        self.lock().accuracy = Some(accuracy);
+    pub(super) fn note_evaluation(&self, evaluation: &Evaluation) {
+        self.lock().evaluation = Some(evaluation.clone());
     }
 
     /// The page of metrics of the run called `run`.
@@ -65,8 +66,11 @@ impl Newest {
         if let Some(since) = state.at.and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok()) {
             push("last_step_timestamp_seconds", "When the newest step ended.", Value::Gauge(since.as_secs_f64()));
         }
-        if let Some(accuracy) = state.accuracy {
-            push("accuracy", "Of the newest evaluation on held-out prompts.", Value::Gauge(accuracy));
+        if let Some(evaluation) = &state.evaluation {
+            let of_suite = |(name, report): (&String, &Report)| (name.clone(), report.accuracy);
+            let suites = evaluation.suites.iter().map(of_suite).collect();
+            push("accuracy", "Of the newest evaluation on held-out prompts.", Value::Gauge(evaluation.accuracy));
+            push("eval_accuracy", "Of the newest evaluation, by suite.", Value::Gauges("suite", suites));
         }
         for (name, value) in of_step(&state.metrics) {
             push(&name, "Of the newest step; metrics.jsonl has all of them.", value);
@@ -120,7 +124,7 @@ mod tests {
             metrics.extend([("rewards/format/std", 0.0), ("time/generate", 1.5), ("skipped_updates", 1.0)]);
             newest.note_step(step, &metrics);
         }
-        newest.note_evaluation(0.75);
+        newest.note_evaluation(&Evaluation::example(0.75));
         let page = newest.page("a \"run\"");
         for line in [
             "step{run=\"a \\\"run\\\"\"} 5",
@@ -128,6 +132,7 @@ mod tests {
             "tokens_total{run=\"a \\\"run\\\"\"} 140",
             "skipped_updates_total{run=\"a \\\"run\\\"\"} 2",
             "accuracy{run=\"a \\\"run\\\"\"} 0.75",
+            "eval_accuracy{run=\"a \\\"run\\\"\",suite=\"held_out\"} 0.75",
             "loss{run=\"a \\\"run\\\"\"} NaN",
             "rewards_mean{run=\"a \\\"run\\\"\",function=\"a b\"} 0.25",
             "rewards_mean{run=\"a \\\"run\\\"\",function=\"format\"} 1",

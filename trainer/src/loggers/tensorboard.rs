@@ -35,10 +35,13 @@ impl EventFile {
         Ok(events)
     }
 
-    /// Every metric of a step, under `train/` as the Hugging Face trainer does; `eval_x` becomes `eval/x`.
+    /// Every metric of a step, under `train/` as the Hugging Face trainer does; `eval_x` becomes `eval/x`, and `eval/x` stays.
     pub(super) fn scalars(&mut self, step: u64, metrics: &Metrics) -> Result<(), LoggerError> {
         let value = |(name, value): (&str, f64)| Value {
-            tag: name.strip_prefix("eval_").map_or_else(|| format!("train/{name}"), |name| format!("eval/{name}")),
+            tag: match name.strip_prefix("eval_").or_else(|| name.strip_prefix("eval/")) {
+                Some(name) => format!("eval/{name}"),
+                None => format!("train/{name}"),
+            },
             simple_value: Some(value as f32),
             ..Value::default()
         };
@@ -221,7 +224,7 @@ mod tests {
     fn scalars_and_text_come_back() {
         let dir = tempfile::tempdir().unwrap();
         let mut events = EventFile::create(dir.path(), None).unwrap();
-        let metrics = [("reward", 0.25), ("kl", 0.0), ("eval_accuracy", 0.5), ("loss", f64::NAN)];
+        let metrics = [("reward", 0.25), ("kl", 0.0), ("eval_accuracy", 0.5), ("eval/x/y", 0.5), ("loss", f64::NAN)];
         events.scalars(3, &Metrics::from_iter(metrics)).unwrap();
         events.text(3, "completions", "*text*").unwrap();
         let path = events.path.clone();
@@ -235,7 +238,12 @@ mod tests {
         let scalars: Vec<_> =
             events[1].summary.as_ref().unwrap().value.iter().map(|v| (&*v.tag, v.simple_value)).collect();
         assert_eq!(events[1].step, 3);
-        let expect = [("train/reward", Some(0.25)), ("train/kl", Some(0.0)), ("eval/accuracy", Some(0.5))];
+        let expect = [
+            ("train/reward", Some(0.25)),
+            ("train/kl", Some(0.0)),
+            ("eval/accuracy", Some(0.5)),
+            ("eval/x/y", Some(0.5)),
+        ];
         assert_eq!(scalars[..3], expect);
         assert!(scalars[3].1.unwrap().is_nan());
         let text = &events[2].summary.as_ref().unwrap().value[0];

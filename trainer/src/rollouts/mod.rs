@@ -53,7 +53,8 @@ pub struct RolloutRequest {
 
 impl RolloutRequest {
     /// What a generator is asked for the samples of `prompt` that are missing.
-    pub(crate) fn message(&self, prompt: &Prompt, missing: Vec<u32>, request_id: String) -> v1::GenerateRequest {
+    #[must_use]
+    pub fn message(&self, prompt: &Prompt, missing: Vec<u32>, request_id: String) -> v1::GenerateRequest {
         v1::GenerateRequest {
             request_id,
             prompt_id: prompt.id.0,

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use super::{Credentials, RunConfig, TOKEN_VARIABLE};
+use super::{Credentials, Eval, Generator, RunConfig, TOKEN_VARIABLE};
 
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -27,7 +27,7 @@ pub fn load(
     environment: impl IntoIterator<Item = (String, String)>,
     overrides: &[String],
 ) -> Result<RunConfig, ConfigError> {
-    let (config, problems) = from_value(layered(path, environment, overrides)?);
+    let (config, problems) = from_value(layered(Some(path), environment, overrides)?);
     finish(config, problems, path)
 }
 
@@ -42,11 +42,22 @@ pub fn load_with_credentials(
 ) -> Result<(RunConfig, Credentials), ConfigError> {
     let environment: Vec<_> = environment.into_iter().collect();
     let token = environment.iter().find(|(name, _)| name == TOKEN_VARIABLE).map(|(_, token)| token.clone());
-    let (config, mut problems) = from_value(layered(path, environment, overrides)?);
+    let (config, mut problems) = from_value(layered(Some(path), environment, overrides)?);
     let security = config.as_ref().map(|config| config.security.clone()).unwrap_or_default();
     let credentials = Credentials::load(&security, token.as_deref());
     problems.extend(credentials.as_ref().err().into_iter().flatten().cloned());
     Ok((finish(config, problems, path)?, credentials.unwrap_or_default()))
+}
+
+/// Reads what an evaluation alone needs of a configuration, which may hold no more than that; without one, of `overrides`.
+///
+/// # Errors
+/// As [`load`], of unknown keys, values of a wrong type, and suites that cannot be asked.
+pub fn load_eval(path: Option<&Path>, overrides: &[String]) -> Result<(Eval, Generator), ConfigError> {
+    let (config, mut problems) = read_value(layered(path, [], overrides)?);
+    problems.extend(config.iter().filter_map(|config| config.eval.resolved().err()).flatten());
+    let config = finish(config, problems, path.unwrap_or(Path::new("--set")))?;
+    Ok((config.eval, config.generator))
 }
 
 fn finish(config: Option<RunConfig>, problems: Vec<String>, path: &Path) -> Result<RunConfig, ConfigError> {
@@ -58,15 +69,19 @@ fn finish(config: Option<RunConfig>, problems: Vec<String>, path: &Path) -> Resu
 
 /// All layers in one tree.
 fn layered(
-    path: &Path,
+    path: Option<&Path>,
     environment: impl IntoIterator<Item = (String, String)>,
     overrides: &[String],
 ) -> Result<Value, ConfigError> {
-    let unreadable = |reason: String| ConfigError::Unreadable { path: path.to_owned(), reason };
-    if !path.is_file() {
-        return Err(unreadable("no such file".to_owned()));
+    let origin = path.unwrap_or(Path::new("--set"));
+    let unreadable = |reason: String| ConfigError::Unreadable { path: origin.to_owned(), reason };
+    let mut builder = config::Config::builder();
+    if let Some(path) = path {
+        if !path.is_file() {
+            return Err(unreadable("no such file".to_owned()));
+        }
+        builder = builder.add_source(config::File::from(path).format(config::FileFormat::Yaml));
     }
-    let mut builder = config::Config::builder().add_source(config::File::from(path).format(config::FileFormat::Yaml));
     // A variable is an override under another spelling; later overrides win.
     let variables = environment.into_iter().filter_map(|(name, value)| {
         let key = name.strip_prefix("AHA__")?.replace("__", ".");
@@ -117,7 +132,14 @@ fn to_config_value(value: Value) -> config::Value {
 }
 
 /// Turns a tree of values into a configuration, with all that is wrong with it. None where that cannot be told.
-fn from_value(mut value: Value) -> (Option<RunConfig>, Vec<String>) {
+fn from_value(value: Value) -> (Option<RunConfig>, Vec<String>) {
+    let (config, mut problems) = read_value(value);
+    problems.extend(config.iter().flat_map(RunConfig::problems));
+    (config, problems)
+}
+
+/// As [`from_value`], with keys and types alone checked.
+fn read_value(mut value: Value) -> (Option<RunConfig>, Vec<String>) {
     let mut problems = Vec::new();
     let mut unknown = Vec::new();
     // A value of a wrong type hides the ones after it, so it is reported, taken out, and the rest read again.
@@ -139,7 +161,6 @@ fn from_value(mut value: Value) -> (Option<RunConfig>, Vec<String>) {
     };
     let known = known_keys();
     problems.extend(unknown.iter().map(|key| unknown_key(key, &known)));
-    problems.extend(config.problems());
     (Some(config), problems)
 }
 

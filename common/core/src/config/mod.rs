@@ -2,6 +2,7 @@
 //!
 //! Keys that TRL's `GRPOConfig` has keep its names and meanings. Defaults that differ from TRL's say so.
 
+mod eval;
 mod load;
 mod lora;
 mod security;
@@ -14,7 +15,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-pub use load::{ConfigError, load, load_with_credentials, parse_override};
+pub use eval::{AVERAGE, Eval, HELD_OUT, Questions, Suite, SuiteOptions, Suites, built_in_suites};
+pub use load::{ConfigError, load, load_eval, load_with_credentials, parse_override};
 pub use lora::{ALL_LINEAR, BaseQuantization, InitLoraWeights, Lora, TargetModule};
 pub use security::{Credentials, Identity, Secret, Security, TOKEN_VARIABLE};
 pub use train::Train;
@@ -210,20 +212,6 @@ pub struct Sft {
     pub max_length: usize,
 }
 
-/// Accuracy on held-out rows, through the generators; in supervised fine-tuning, the loss on them.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Eval {
-    /// Held-out prompts that are asked; 0 switches evaluation off.
-    pub num_prompts: usize,
-    /// Steps between evaluations; 0 evaluates before the first and after the last step only.
-    pub eval_steps: u64,
-    /// 0 is greedy.
-    pub temperature: f32,
-    /// A completion counts as right when the reward of this name scores 1.
-    pub reward: String,
-}
-
 /// The rollout engine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -411,12 +399,6 @@ impl Rollout {
 impl Default for Sft {
     fn default() -> Self {
         Self { batch_size: 32, completion: String::new(), messages: None, max_length: 1024 }
-    }
-}
-
-impl Default for Eval {
-    fn default() -> Self {
-        Self { num_prompts: 0, eval_steps: 0, temperature: 0.0, reward: "equation".to_owned() }
     }
 }
 

@@ -12,6 +12,7 @@ impl RunConfig {
         self.check_run(&mut problems);
         self.check_data(&mut problems);
         self.check_rewards(&mut problems);
+        self.eval.check(&mut problems);
         self.check_rollout(&mut problems);
         self.check_train(&mut problems);
         self.check_lora(&mut problems);
