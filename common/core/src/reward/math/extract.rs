@@ -18,8 +18,8 @@ const ANCHORS: &[&str] = &["answer is", "answer:"];
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Extract {
-    /// The last `\boxed{..}` with those that answer together with it; else in `<answer>..</answer>`; else behind the
-    /// last `answer is` or `answer:`; else the last formula or number.
+    /// The last `\boxed{..}` with those that answer together with it, unless a `final answer is` follows; else in
+    /// `<answer>..</answer>`; else behind the last `answer is` or `answer:`; else the last formula or number.
     #[default]
     Auto,
     /// The last `\boxed{..}`, else the last `\fbox{..}`.
@@ -61,7 +61,10 @@ fn answer_tag(text: &str) -> Option<String> {
 fn anywhere(completion: &str, with_numbers: bool) -> Vec<String> {
     let text = tail(completion);
     if let Some((content, end)) = boxed::last_together(text) {
-        return vec![content + plain::percent_after(&text[end..])];
+        // A final answer that is said behind the box replaces it.
+        let said = text[end..].rsplit_once("inal answer is").map(|(_, after)| anchored(after, with_numbers));
+        let boxed = content + plain::percent_after(&text[end..]);
+        return said.into_iter().flatten().chain([boxed]).collect();
     }
     if let Some(tagged) = text.rfind("</answer>").and_then(|end| text[..end].rsplit_once("<answer>")) {
         // Behind the tag, the whole is the answer, unless it is said in words.
