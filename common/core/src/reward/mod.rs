@@ -91,14 +91,13 @@ pub enum ColumnError {
 type Make = fn(Map<String, Value>) -> Result<Arc<dyn Judge>, String>;
 
 /// Every function by its name in configurations.
-const FUNCTIONS: &[(&str, Make)] =
-    &[
-        ("format", options::none::<format::Format>),
-        ("equation", options::none::<equation::Equation>),
-        ("math_accuracy", options::parsed::<math::MathAccuracy>),
-        ("gsm8k_answer", options::parsed::<math::Gsm8kAnswer>),
-        ("multiple_choice", options::parsed::<math::MultipleChoice>),
-    ];
+const FUNCTIONS: &[(&str, Make)] = &[
+    ("format", options::none::<format::Format>),
+    ("equation", options::none::<equation::Equation>),
+    ("math_accuracy", options::parsed::<math::MathAccuracy>),
+    ("gsm8k_answer", options::parsed::<math::Gsm8kAnswer>),
+    ("multiple_choice", options::parsed::<math::MultipleChoice>),
+];
 
 /// The names of all functions.
 #[must_use]

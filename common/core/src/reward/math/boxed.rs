@@ -32,7 +32,8 @@ pub(super) fn last_together(text: &str) -> Option<(String, usize)> {
     let mut next = last;
     for found in boxes {
         let Some(between) = text.get(found.end..next.start) else { break };
-        let is_near = between.len() < 10 || between.len() < 70 && has_separator(between) && found.content != next.content;
+        let is_near =
+            between.len() < 10 || between.len() < 70 && has_separator(between) && found.content != next.content;
         if !is_near || contents.len() == MAX_BOXES {
             break;
         }

@@ -88,9 +88,12 @@ fn last_in_parentheses(text: &str) -> Option<char> {
 fn leading(text: &str) -> Option<char> {
     let markup = ["\\text", "\\textbf", "\\mathrm", "\\mathbf"];
     let mut text = text.trim_start();
-    while let Some(rest) = markup.iter().rev().find_map(|command| text.strip_prefix(command)).or_else(|| {
-        text.strip_prefix(['(', '{', '*', '$', '[', ' ', '"'])
-    }) {
+    while let Some(rest) = markup
+        .iter()
+        .rev()
+        .find_map(|command| text.strip_prefix(command))
+        .or_else(|| text.strip_prefix(['(', '{', '*', '$', '[', ' ', '"']))
+    {
         text = rest;
     }
     let mut letters = text.chars();

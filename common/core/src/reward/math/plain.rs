@@ -68,7 +68,8 @@ fn begins(c: char) -> bool {
 
 /// The bytes of digits, points and operators from the start.
 fn run(text: &str) -> usize {
-    text.find(|c: char| !(c.is_ascii_digit() || matches!(c, '.' | ',' | '/' | '*' | '+' | '-' | '^'))).unwrap_or(text.len())
+    text.find(|c: char| !(c.is_ascii_digit() || matches!(c, '.' | ',' | '/' | '*' | '+' | '-' | '^')))
+        .unwrap_or(text.len())
 }
 
 /// That the text begins with; it stops counting at 4.

@@ -262,7 +262,8 @@ fn gsm8k_compares_the_number_at_the_end() {
 #[test]
 fn the_chosen_letter_is_found() {
     let options = json!(["red", "green", "blue"]);
-    let columns = |gold| [("answer".to_owned(), json!(gold)), ("options".to_owned(), options.clone())].into_iter().collect();
+    let columns =
+        |gold| [("answer".to_owned(), json!(gold)), ("options".to_owned(), options.clone())].into_iter().collect();
     let right = Outcome::Score(1.0);
     let cases = [
         ("\\boxed{B}", right),
