@@ -10,7 +10,7 @@ fuzz_target!(|bytes: &[u8]| {
     let Some((&length, rest)) = bytes.split_first() else { return };
     let (columns, completion) = rest.split_at(usize::from(length).min(rest.len()));
     let columns: Map<String, Value> = serde_json::from_slice(columns)
-        .unwrap_or_else(|_| json!({"target": 36, "nums": [3, 7, 12]}).as_object().expect("an object").clone());
+        .unwrap_or_else(|_| json!({"target": 36, "nums": [3, 7, 12], "answer": "12"}).as_object().expect("an object").clone());
     let completion = String::from_utf8_lossy(completion);
     for name in reward::names() {
         // Some have an option without which they are nothing.

@@ -8,16 +8,20 @@
 mod accuracy;
 mod boxed;
 mod choice;
+mod command;
 mod environment;
 mod equal;
 mod extract;
 mod function;
 mod gold;
 mod gsm8k;
+mod names;
 mod parser;
 mod plain;
 mod quantity;
 mod reading;
+mod residue;
+mod statement;
 mod token;
 mod value;
 

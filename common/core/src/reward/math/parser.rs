@@ -1,6 +1,5 @@
 //! Formulas: tokens in, a [`Quantity`] out, by recursive descent of bounded depth.
 
-use super::function::{self, Function};
 use super::quantity::Quantity;
 use super::token::Token;
 
@@ -12,9 +11,6 @@ const MAX_FACTORIAL_WORK: u32 = 2_500;
 /// Functions by their usual letters; what else stands before a parenthesis is multiplied.
 const FUNCTION_LETTERS: &[char] = &['f', 'g', 'h', 'F', 'G', 'H'];
 
-/// Letters and commands that stand over all of a term.
-const OPERATORS: &[&str] = &["sum", "prod", "int", "lim", "oint", "iint", "max", "min", "gcd", "lcm", "operatorname"];
-
 /// What the formula is, if all tokens are one.
 pub(super) fn quantity(tokens: &[Token]) -> Option<Quantity> {
     let mut parser = Parser { tokens, at: 0, taken: 0, depth: 0, in_bars: false, work: MAX_FACTORIAL_WORK };
@@ -22,9 +18,9 @@ pub(super) fn quantity(tokens: &[Token]) -> Option<Quantity> {
     (parser.at == tokens.len()).then_some(quantity)
 }
 
-struct Parser<'t> {
-    tokens: &'t [Token],
-    at: usize,
+pub(super) struct Parser<'t> {
+    pub(super) tokens: &'t [Token],
+    pub(super) at: usize,
     /// Digits of the next token that are an argument already: `\frac13` is a third.
     taken: usize,
     depth: usize,
@@ -34,54 +30,54 @@ struct Parser<'t> {
 }
 
 impl<'t> Parser<'t> {
-    fn peek(&self) -> Option<&'t Token> {
+    pub(super) fn peek(&self) -> Option<&'t Token> {
         self.tokens.get(self.at)
     }
 
-    fn is_sign(&self, sign: char) -> bool {
+    pub(super) fn is_sign(&self, sign: char) -> bool {
         self.peek() == Some(&Token::Sign(sign))
     }
 
-    fn takes(&mut self, sign: char) -> bool {
+    pub(super) fn takes(&mut self, sign: char) -> bool {
         let is_next = self.is_sign(sign);
         self.at += usize::from(is_next);
         is_next
     }
 
-    fn is_command(&self, name: &str) -> bool {
+    pub(super) fn is_command(&self, name: &str) -> bool {
         matches!(self.peek(), Some(Token::Command(command)) if command == name)
     }
 
-    fn takes_command(&mut self, name: &str) -> bool {
+    pub(super) fn takes_command(&mut self, name: &str) -> bool {
         let is_next = self.is_command(name);
         self.at += usize::from(is_next);
         is_next
     }
 
-    fn sum(&mut self) -> Option<Quantity> {
+    /// What `parse` gives one level deeper.
+    pub(super) fn deeper(&mut self, parse: impl FnOnce(&mut Self) -> Option<Quantity>) -> Option<Quantity> {
         self.depth += 1;
-        if self.depth > MAX_DEPTH {
-            return None;
-        }
-        let mut sum = self.term()?;
-        loop {
-            sum = match self.peek() {
-                Some(Token::Sign('+')) => {
-                    self.at += 1;
-                    sum.plus(&self.term()?)
-                }
-                Some(Token::Sign('-')) => {
-                    self.at += 1;
-                    sum.minus(&self.term()?)
-                }
-                _ => break,
-            };
-        }
+        let parsed = if self.depth > MAX_DEPTH { None } else { parse(self) };
         self.depth -= 1;
-        Some(sum)
+        parsed
     }
 
-    fn term(&mut self) -> Option<Quantity> {
+    pub(super) fn sum(&mut self) -> Option<Quantity> {
+        self.deeper(|parser| {
+            let mut sum = parser.term()?;
+            loop {
+                if parser.takes('+') {
+                    sum = sum.plus(&parser.term()?);
+                } else if parser.takes('-') {
+                    sum = sum.minus(&parser.term()?);
+                } else {
+                    return Some(sum);
+                }
+            }
+        })
+    }
+
+    pub(super) fn term(&mut self) -> Option<Quantity> {
         let mut is_number = matches!(self.peek(), Some(Token::Number { .. }));
         let mut product = self.signed()?;
         loop {
@@ -139,7 +135,7 @@ impl<'t> Parser<'t> {
         Some(if is_negative { power.negated() } else { power })
     }
 
-    fn begins_factor(&self) -> bool {
+    pub(super) fn begins_factor(&self) -> bool {
         match self.peek() {
             Some(Token::Sign(sign)) => matches!(sign, '(' | '[' | '{') || (*sign == '|' && !self.in_bars),
             Some(Token::Command(name)) => !matches!(name.as_str(), "}" | "rfloor" | "rceil" | "\\" | "begin" | "end"),
@@ -149,7 +145,7 @@ impl<'t> Parser<'t> {
     }
 
     /// An atom with its factorials and its exponent.
-    fn power(&mut self) -> Option<Quantity> {
+    pub(super) fn power(&mut self) -> Option<Quantity> {
         let mut base = self.atom()?;
         loop {
             if self.takes('!') {
@@ -165,21 +161,15 @@ impl<'t> Parser<'t> {
         }
     }
 
-    fn exponent(&mut self) -> Option<Quantity> {
+    pub(super) fn exponent(&mut self) -> Option<Quantity> {
         self.at += 1;
-        self.depth += 1;
-        if self.depth > MAX_DEPTH {
-            return None;
-        }
         let is_negative = self.takes('-');
-        // Without braces, an exponent is right-associative.
-        let exponent = if self.is_sign('{') { self.group('{')? } else { self.power()? };
-        let exponent = if self.is_sign('^') { exponent.to_the(&self.exponent()?) } else { exponent };
-        self.depth -= 1;
+        // Without braces, `2^3^2` is two to the ninth.
+        let exponent = self.deeper(|parser| if parser.is_sign('{') { parser.group('{') } else { parser.power() })?;
         Some(if is_negative { exponent.negated() } else { exponent })
     }
 
-    fn factorial(&mut self, of: &Quantity) -> Quantity {
+    pub(super) fn factorial(&mut self, of: &Quantity) -> Quantity {
         let Some(count) = of.as_integer().and_then(|count| u32::try_from(count).ok()).filter(|n| *n <= self.work)
         else {
             return Quantity::opaque("!", of);
@@ -244,7 +234,7 @@ impl<'t> Parser<'t> {
     }
 
     /// A name with what stands below and behind it, which is read as text.
-    fn subscripted(&mut self, name: &str) -> Option<Quantity> {
+    pub(super) fn subscripted(&mut self, name: &str) -> Option<Quantity> {
         let mut name = name.to_owned();
         loop {
             if self.takes('\'') || self.takes_command("prime") {
@@ -259,13 +249,13 @@ impl<'t> Parser<'t> {
         }
     }
 
-    fn one(&mut self) -> Option<&'t [Token]> {
+    pub(super) fn one(&mut self) -> Option<&'t [Token]> {
         self.at += 1;
         self.tokens.get(self.at - 1..self.at)
     }
 
     /// The tokens of a group in braces.
-    fn braced(&mut self) -> Option<&'t [Token]> {
+    pub(super) fn braced(&mut self) -> Option<&'t [Token]> {
         let start = self.at + 1;
         let mut depth = 0_usize;
         for (at, token) in self.tokens.iter().enumerate().skip(self.at) {
@@ -282,7 +272,7 @@ impl<'t> Parser<'t> {
         None
     }
 
-    fn group(&mut self, open: char) -> Option<Quantity> {
+    pub(super) fn group(&mut self, open: char) -> Option<Quantity> {
         self.at += 1;
         let in_bars = std::mem::replace(&mut self.in_bars, false);
         let inner = self.sum()?;
@@ -304,7 +294,7 @@ impl<'t> Parser<'t> {
     }
 
     /// What a command takes: a group, or a single digit or symbol.
-    fn argument(&mut self) -> Option<Quantity> {
+    pub(super) fn argument(&mut self) -> Option<Quantity> {
         let Some(Token::Number { digits, exponent: 0, is_decimal: false }) = self.peek() else {
             return self.atom_within();
         };
@@ -316,124 +306,8 @@ impl<'t> Parser<'t> {
         Some(digit)
     }
 
-    fn atom_within(&mut self) -> Option<Quantity> {
-        self.depth += 1;
-        if self.depth > MAX_DEPTH {
-            return None;
-        }
-        let atom = self.atom();
-        self.depth -= 1;
-        atom
-    }
-
-    fn command(&mut self, name: &str) -> Option<Quantity> {
-        if let Some(function) = function::named(name) {
-            return self.call(function);
-        }
-        match name {
-            "frac" => self.fraction(),
-            "binom" => {
-                let (n, k) = (self.argument()?, self.argument()?);
-                let below = self.factorial(&k).times(&self.factorial(&n.minus(&k)));
-                Some(self.factorial(&n).over(&below))
-            }
-            "sqrt" => {
-                let degree = if self.is_sign('[') { self.group('[')? } else { Quantity::integer(2) };
-                Some(self.atom_within()?.root(&degree))
-            }
-            "lfloor" => self.rounded("rfloor", f64::floor),
-            "lceil" => self.rounded("rceil", f64::ceil),
-            "{" => {
-                let inner = self.sum()?;
-                self.takes_command("}").then_some(inner)
-            }
-            "pi" if !self.is_sign('_') => Some(Quantity::transcendental("pi", std::f64::consts::PI)),
-            "overline" | "bar" | "hat" | "dot" | "ddot" | "tilde" | "underline" => {
-                let inner = self.atom_within()?;
-                Some(Quantity::opaque(name, &inner))
-            }
-            _ if OPERATORS.contains(&name) => self.operator(name),
-            _ if name.bytes().all(|byte| byte.is_ascii_alphabetic()) => self.subscripted(&format!("\\{name}")),
-            _ => None,
-        }
-    }
-
-    fn fraction(&mut self) -> Option<Quantity> {
-        let start = self.at;
-        let is_differential = |parser: &Self| {
-            let is_d = |token: Option<&Token>| match token {
-                Some(Token::Letter('d')) => true,
-                Some(Token::Word(word)) => word.starts_with('d'),
-                Some(Token::Command(name)) => name == "partial",
-                _ => false,
-            };
-            parser.is_sign('{') && is_d(parser.tokens.get(parser.at + 1))
-        };
-        let numerator_is = is_differential(self);
-        let numerator = self.argument()?;
-        let denominator_is = is_differential(self);
-        let denominator = self.argument()?;
-        if numerator_is && denominator_is {
-            // A derivative, and no quotient.
-            let name: String = self.tokens[start..self.at].iter().map(spelled).collect();
-            return Some(Quantity::symbol(&name));
-        }
-        Some(numerator.over(&denominator))
-    }
-
-    fn rounded(&mut self, close: &str, round: fn(f64) -> f64) -> Option<Quantity> {
-        let inner = self.sum()?;
-        self.takes_command(close).then(|| inner.rounded(close, round))
-    }
-
-    /// A sum, an integral or a limit of the rest of the term.
-    fn operator(&mut self, name: &str) -> Option<Quantity> {
-        let mut name = name.to_owned();
-        while self.is_sign('_') || self.is_sign('^') {
-            self.at += 1;
-            let inner = if self.is_sign('{') { self.braced()? } else { self.one()? };
-            name.push('_');
-            let limits: String = inner.iter().map(spelled).collect();
-            name.push_str(&limits);
-        }
-        self.depth += 1;
-        let body = if self.depth > MAX_DEPTH { None } else { self.term() };
-        self.depth -= 1;
-        Some(Quantity::opaque(&name, &body?))
-    }
-
-    fn call(&mut self, function: Function) -> Option<Quantity> {
-        self.depth += 1;
-        if self.depth > MAX_DEPTH {
-            return None;
-        }
-        let base = if function == Function::Log && self.takes('_') { Some(self.argument()?) } else { None };
-        let exponent = if self.is_sign('^') { Some(self.exponent()?) } else { None };
-        let argument = self.call_argument()?;
-        self.depth -= 1;
-        let is_inverse = exponent.is_some_and(|exponent| exponent.as_integer() == Some(-1));
-        match (exponent, function.inverse()) {
-            (Some(_), Some(inverse)) if is_inverse => Some(inverse.of(&argument, None)),
-            (Some(exponent), _) => Some(function.of(&argument, base).to_the(&exponent)),
-            (None, _) => Some(function.of(&argument, base)),
-        }
-    }
-
-    /// A group, or the factors up to the next function.
-    fn call_argument(&mut self) -> Option<Quantity> {
-        if let Some(Token::Sign(open @ ('(' | '{'))) = self.peek() {
-            let open = *open;
-            return self.group(open);
-        }
-        let mut product = self.power()?;
-        while self.begins_factor() && !self.begins_function() && !self.is_sign('(') {
-            product = product.times(&self.power()?);
-        }
-        Some(product)
-    }
-
-    fn begins_function(&self) -> bool {
-        matches!(self.peek(), Some(Token::Command(name)) if function::named(name).is_some())
+    pub(super) fn atom_within(&mut self) -> Option<Quantity> {
+        self.deeper(Self::atom)
     }
 }
 

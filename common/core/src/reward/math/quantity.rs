@@ -6,13 +6,11 @@
 //! which is exact as nothing but themselves equals them, and `i` is a root of -1. What also has roots, logarithms or
 //! sines is known by its values in doubles, where each symbol is some number.
 
-/// The two largest primes below 2^61 that have a root of -1.
-const PRIMES: [u64; 2] = [2_305_843_009_213_693_921, 2_305_843_009_213_693_693];
-/// Roots of -1 modulo [`PRIMES`].
-const IMAGINARY_UNITS: [u64; 2] = [583_529_827_753_931_384, 966_685_122_347_009_555];
-/// Points a prime; equations need two.
-const POINTS: usize = 2;
-const RESIDUES: usize = 2 * POINTS;
+use super::residue::{
+    POINTS, RESIDUES, Residues, add, each_prime, imaginary_unit, inverse, multiply, power, prime_of, try_each,
+};
+use crate::dataset::SplitMix64;
+
 const REALS: usize = 4;
 
 /// How far two values may be apart that differ by rounding alone.
@@ -20,8 +18,6 @@ const RELATIVE: f64 = 1e-9;
 /// How far a decimal may be from what it approximates: it must be right in 6 places and in 6 digits.
 const DECIMAL_ABSOLUTE: f64 = 5e-7;
 const DECIMAL_RELATIVE: f64 = 2e-6;
-
-type Residues = [u64; RESIDUES];
 
 /// A scalar, which may depend on symbols.
 #[derive(Debug, Clone, Copy)]
@@ -63,8 +59,8 @@ impl Quantity {
 
     /// What differs from every other name.
     pub(super) fn symbol(name: &str) -> Self {
-        let mut random = crate::dataset::SplitMix64::new(hash(name));
-        let exact = std::array::from_fn(|point| random.below(PRIMES[point / POINTS]));
+        let mut random = SplitMix64::new(hash(name));
+        let exact = std::array::from_fn(|point| random.below(prime_of(point)));
         let size: [f64; REALS] =
             std::array::from_fn(|_| 0.6 + 1.7 * random.below(1 << 40) as f64 / (1_u64 << 40) as f64);
         // Logarithms and roots are real where all symbols are positive; signs and absolute values need others.
@@ -78,8 +74,7 @@ impl Quantity {
     }
 
     pub(super) fn imaginary_unit() -> Self {
-        let exact = Some(std::array::from_fn(|point| IMAGINARY_UNITS[point / POINTS]));
-        Self { exact, is_constant: false, ..Self::symbol("i") }
+        Self { exact: Some(imaginary_unit()), is_constant: false, ..Self::symbol("i") }
     }
 
     /// `name` of `argument`, a function of which nothing is known but that equal arguments give equal values.
@@ -239,56 +234,6 @@ impl Quantity {
     }
 }
 
-fn prime_of(point: usize) -> u64 {
-    PRIMES[point / POINTS]
-}
-
-fn each_prime(residue: impl Fn(u64) -> u64) -> Residues {
-    let residues = PRIMES.map(residue);
-    std::array::from_fn(|point| residues[point / POINTS])
-}
-
-fn try_each(residue: impl Fn(usize) -> Option<u64>) -> Option<Residues> {
-    let mut residues = [0; RESIDUES];
-    for (point, place) in residues.iter_mut().enumerate() {
-        *place = residue(point)?;
-    }
-    Some(residues)
-}
-
-/// Both are at most the prime.
-fn add(a: u64, b: u64, prime: u64) -> u64 {
-    (a + b) % prime
-}
-
-fn multiply(a: u64, b: u64, prime: u64) -> u64 {
-    (u128::from(a) * u128::from(b) % u128::from(prime)) as u64
-}
-
-fn power(mut base: u64, mut exponent: u64, prime: u64) -> u64 {
-    let mut result = 1;
-    while exponent > 0 {
-        if exponent % 2 == 1 {
-            result = multiply(result, base, prime);
-        }
-        base = multiply(base, base, prime);
-        exponent /= 2;
-    }
-    result
-}
-
-/// Of what is not 0, by Euclid's algorithm. Its numbers never exceed the prime.
-fn inverse(value: u64, prime: u64) -> u64 {
-    let (mut remainder, mut next) = (prime as i64, value as i64);
-    let (mut factor, mut next_factor) = (0_i64, 1_i64);
-    while next != 0 {
-        let quotient = remainder / next;
-        (remainder, next) = (next, remainder - quotient * next);
-        (factor, next_factor) = (next_factor, factor - quotient * next_factor);
-    }
-    factor.rem_euclid(prime as i64) as u64
-}
-
 /// FNV-1a.
 fn hash(name: &str) -> u64 {
     name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
@@ -300,15 +245,6 @@ mod tests {
 
     fn number(value: u32) -> Quantity {
         Quantity::integer(value)
-    }
-
-    #[test]
-    fn the_constants_are_what_they_are_said_to_be() {
-        for (prime, root) in PRIMES.into_iter().zip(IMAGINARY_UNITS) {
-            assert_eq!(multiply(root, root, prime), prime - 1);
-            // Fermat's test for a few bases.
-            assert!((2..40).all(|base| power(base, prime - 1, prime) == 1));
-        }
     }
 
     #[test]

@@ -2,6 +2,8 @@
 //!
 //! Two answers of the same tokens are equal, whatever they mean.
 
+use super::names;
+
 /// Longest answer that is read.
 pub(super) const MAX_BYTES: usize = 1 << 12;
 const MAX_TOKENS: usize = 512;
@@ -26,143 +28,6 @@ pub(super) enum Token {
     /// One character; relations and operators of several have a character of their own.
     Sign(char),
 }
-
-/// Commands that are a sign.
-const SIGNS: &[(&str, char)] = &[
-    ("cdot", '*'),
-    ("times", '*'),
-    ("ast", '*'),
-    ("div", '/'),
-    ("colon", ':'),
-    ("pm", '±'),
-    ("mp", '±'),
-    ("le", '≤'),
-    ("leq", '≤'),
-    ("leqslant", '≤'),
-    ("ge", '≥'),
-    ("geq", '≥'),
-    ("geqslant", '≥'),
-    ("lt", '<'),
-    ("gt", '>'),
-    ("ne", '≠'),
-    ("neq", '≠'),
-    ("in", '∈'),
-    ("cup", '∪'),
-    ("approx", '≈'),
-    ("simeq", '≈'),
-    ("lvert", '|'),
-    ("rvert", '|'),
-    ("vert", '|'),
-    ("mid", '|'),
-    ("|", '|'),
-    ("langle", '('),
-    ("rangle", ')'),
-    ("lbrack", '['),
-    ("rbrack", ']'),
-    ("%", '%'),
-];
-
-/// Characters that are a sign or a command of another name.
-const CHARACTERS: &[(char, &str)] = &[
-    ('×', "*"),
-    ('·', "*"),
-    ('⋅', "*"),
-    ('÷', "/"),
-    ('−', "-"),
-    ('–', "-"),
-    ('²', "^2"),
-    ('³', "^3"),
-    ('√', "\\sqrt "),
-    ('π', "\\pi "),
-    ('θ', "\\theta "),
-    ('∞', "\\infty "),
-    ('≤', "≤"),
-    ('≥', "≥"),
-    ('≠', "≠"),
-    ('≈', "≈"),
-    ('±', "±"),
-    ('∪', "∪"),
-    ('∈', "∈"),
-];
-
-/// Commands that say how something looks, or that are a space.
-const SKIPPED: &[&str] = &[
-    "left",
-    "right",
-    "big",
-    "Big",
-    "bigg",
-    "Bigg",
-    "bigl",
-    "bigr",
-    "Bigl",
-    "Bigr",
-    "displaystyle",
-    "textstyle",
-    "limits",
-    "mathbf",
-    "boldsymbol",
-    "mathit",
-    "mathbb",
-    "mathcal",
-    "vec",
-    "boxed",
-    "fbox",
-    "!",
-    ",",
-    ";",
-    ":",
-    " ",
-    "(",
-    ")",
-    "[",
-    "]",
-    "$",
-    "#",
-    "_",
-    "&",
-    "degree",
-    "circ",
-];
-
-/// Commands whose group is words.
-const TEXTS: &[&str] = &[
-    "text",
-    "textbf",
-    "textit",
-    "textrm",
-    "textnormal",
-    "textup",
-    "textsf",
-    "mbox",
-    "hbox",
-    "mathrm",
-    "mathsf",
-    "rm",
-    "operatorname",
-];
-
-/// Other names of commands and words.
-const ALIASES: &[(&str, &str)] = &[
-    ("dfrac", "frac"),
-    ("tfrac", "frac"),
-    ("cfrac", "frac"),
-    ("dbinom", "binom"),
-    ("tbinom", "binom"),
-    ("lbrace", "{"),
-    ("rbrace", "}"),
-    ("infinity", "infty"),
-    ("inf", "infty"),
-    ("oo", "infty"),
-];
-
-/// Words that are commands without their backslash.
-const WORDS: &[&str] = &[
-    "sqrt", "pi", "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "ln",
-    "log", "exp", "infty",
-];
-
-const PERCENT: &[&str] = &["percent", "percentage", "pct"];
 
 /// The tokens of `text`, if it is short enough and all of it is tokens.
 pub(super) fn tokens(text: &str) -> Option<Vec<Token>> {
@@ -220,13 +85,13 @@ impl<'a> Lexer<'a> {
             ('$' | '"' | '~' | '`' | '°' | '€' | '£' | '¥' | '₹' | '₽', _) => {}
             _ if first.is_whitespace() => {}
             _ if first.is_ascii_punctuation() => self.tokens.push(Token::Sign(first)),
-            _ => match CHARACTERS.iter().find(|(character, _)| *character == first) {
-                Some((_, "^2")) => self.superscript("2"),
-                Some((_, "^3")) => self.superscript("3"),
-                Some((_, name)) if name.starts_with('\\') => self.push_command(name.trim_matches(['\\', ' '])),
-                Some((_, sign)) => self.tokens.extend(sign.chars().map(Token::Sign)),
-                None if first.is_alphabetic() => self.tokens.push(Token::Letter(first)),
-                None => return None,
+            ('²', _) => self.superscript("2"),
+            ('³', _) => self.superscript("3"),
+            _ => match (names::sign_of_character(first), names::command_of_character(first)) {
+                (Some(sign), _) => self.tokens.push(Token::Sign(sign)),
+                (None, Some(command)) => self.push_command(command),
+                (None, None) if first.is_alphabetic() => self.tokens.push(Token::Letter(first)),
+                (None, None) => return None,
             },
         }
         Some(())
@@ -280,11 +145,11 @@ impl<'a> Lexer<'a> {
     fn word(&mut self, word: &str) -> Option<()> {
         match word {
             "and" | "or" => self.comma(),
-            _ if PERCENT.contains(&word) => self.tokens.push(Token::Sign('%')),
+            _ if names::is_percent(word) => self.tokens.push(Token::Sign('%')),
             _ if word.len() == 1 => self.tokens.push(Token::Letter(char::from(word.as_bytes()[0]))),
             _ => {
-                let name = ALIASES.iter().find(|(alias, _)| *alias == word).map_or(word, |(_, name)| name);
-                match WORDS.contains(&name) {
+                let name = names::canonical(word);
+                match names::is_command_word(name) {
                     true => self.push_command(name),
                     false => self.tokens.push(Token::Word(word.to_owned())),
                 }
@@ -316,15 +181,15 @@ impl<'a> Lexer<'a> {
             self.rest = &before[space.len()..];
             return Some(());
         }
-        let name = ALIASES.iter().find(|(alias, _)| *alias == name).map_or(name, |(_, name)| name);
+        let name = names::canonical(name);
         match name {
-            _ if name.trim().is_empty() || SKIPPED.contains(&name) => self.skip_delimiter(name),
-            _ if TEXTS.contains(&name) => return self.text(),
+            _ if name.trim().is_empty() || names::is_skipped(name) => self.skip_delimiter(name),
+            _ if names::is_text(name) => return self.text(),
             "begin" | "end" => return self.environment(name),
-            _ => match SIGNS.iter().find(|(command, _)| *command == name) {
-                Some((_, '(')) => self.open('('),
-                Some((_, ')')) => self.close(')'),
-                Some((_, sign)) => self.tokens.push(Token::Sign(*sign)),
+            _ => match names::sign_of_command(name) {
+                Some('(') => self.open('('),
+                Some(')') => self.close(')'),
+                Some(sign) => self.tokens.push(Token::Sign(sign)),
                 None => self.push_command(name),
             },
         }
@@ -364,8 +229,8 @@ impl<'a> Lexer<'a> {
             (None, _) => {}
             (Some(letter), None) if letter.is_alphabetic() => self.tokens.push(Token::Letter(letter)),
             _ if content == "and" || content == "or" => self.comma(),
-            _ if PERCENT.contains(&content) => self.tokens.push(Token::Sign('%')),
-            _ if WORDS.contains(&content) => self.push_command(content),
+            _ if names::is_percent(content) => self.tokens.push(Token::Sign('%')),
+            _ if names::is_command_word(content) => self.push_command(content),
             _ if content.chars().any(char::is_alphabetic) => {
                 let words: Vec<String> = bare.split_whitespace().map(str::to_lowercase).collect();
                 self.tokens.push(Token::Text(words.join(" ")));

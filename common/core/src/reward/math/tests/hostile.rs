@@ -12,193 +12,22 @@ const NUM_TEXTS: usize = if cfg!(debug_assertions) { 20_000 } else { 100_000 };
 /// A millisecond is what a text takes; without optimisation, and beside other work, more.
 const LIMIT: Duration = Duration::from_millis(if cfg!(debug_assertions) { 200 } else { 5 });
 
-const PIECES: &[&str] = &[
-    "{",
-    "}",
-    "{{{{{{{{",
-    "}}}}}}}}",
-    "(",
-    ")",
-    "((((((((",
-    "[",
-    "]",
-    "|",
-    "||",
-    "\\frac",
-    "\\frac{",
-    "\\frac{1}{",
-    "\\frac12",
-    "\\sqrt",
-    "\\sqrt[",
-    "\\sqrt{",
-    "\\sqrt[3]{",
-    "\\boxed",
-    "\\boxed{",
-    "\\fbox{",
-    "\\left(",
-    "\\right)",
-    "\\begin{pmatrix}",
-    "\\end{pmatrix}",
-    "\\\\",
-    "&",
-    "\\text{",
-    "\\text{ and }",
-    "\\mathrm{e}",
-    "\\pm",
-    "\\cup",
-    "\\in",
-    "\\le",
-    "<",
-    ">",
-    "=",
-    "\\ne",
-    ",",
-    ";",
-    ":",
-    ".",
-    "..",
-    "-",
-    "--------",
-    "+",
-    "*",
-    "**",
-    "/",
-    "1/",
-    "!",
-    "!!!!",
-    "^",
-    "^9",
-    "9^9^9^9",
-    "^{9^{9^{9^{",
-    "_",
-    "_{",
-    "999999999999999999999",
-    "1000!",
-    "2500!",
-    "1e9999",
-    "1e-9999",
-    "0.0000000001",
-    "1,000",
-    "1 000",
-    "{,}",
-    "\\!",
-    "%",
-    "\\%",
-    "percent",
-    "$",
-    "$$",
-    "\\(",
-    "\\)",
-    "\\[",
-    "\\]",
-    "<answer>",
-    "</answer>",
-    "</think> <answer>",
-    "####",
-    "answer is",
-    "answer:",
-    "The final answer is ",
-    "\n",
-    " ",
-    "\t",
-    "\u{202e}",
-    "\u{200d}",
-    "é",
-    "数",
-    "π",
-    "²",
-    "∞",
-    "√",
-    "\0",
-    "\\",
-    "\\\\\\",
-    "x",
-    "f(",
-    "f(x)",
-    "e",
-    "i",
-    "\\pi",
-    "\\sin",
-    "\\log_",
-    "\\binom",
-    "\\lfloor",
-    "\\rfloor",
-    "\\sum_{k=1}^{n}",
-    "\\infty",
-    "and",
-    "or",
-    "\\overline{",
-    "'",
-    "\\prime",
-    "\\circ",
-    "A",
-    "(B)",
-    "\\,",
-];
+/// Parted by `¦`.
+const PIECES: &str = "\
+    ¦{¦}¦{{{{{{{{¦}}}}}}}}¦(¦)¦((((((((¦[¦]¦|¦||¦\\frac¦\\frac{¦\\frac{1}{¦\\frac12¦\\sqrt¦\\sqrt[¦\\sqrt{\
+    ¦\\sqrt[3]{¦\\boxed¦\\boxed{¦\\fbox{¦\\left(¦\\right)¦\\begin{pmatrix}¦\\end{pmatrix}¦\\\\¦&¦\\text{\
+    ¦\\text{ and }¦\\mathrm{e}¦\\pm¦\\cup¦\\in¦\\le¦<¦>¦=¦\\ne¦,¦;¦:¦.¦..¦-¦--------¦+¦*¦**¦/¦1/¦!¦!!!!¦^¦^9\
+    ¦9^9^9^9¦^{9^{9^{9^{¦_¦_{¦999999999999999999999¦1000!¦2500!¦1e9999¦1e-9999¦0.0000000001¦1,000¦1 000¦{,}¦\\!\
+    ¦%¦\\%¦percent¦$¦$$¦\\(¦\\)¦\\[¦\\]¦<answer>¦</answer>¦</think> <answer>¦####¦answer is¦answer:\
+    ¦The final answer is ¦\n¦ ¦\t¦\u{202e}¦\u{200d}¦é¦数¦π¦²¦∞¦√¦\0¦\\¦\\\\\\¦x¦f(¦f(x)¦e¦i¦\\pi¦\\sin¦\\log_\
+    ¦\\binom¦\\lfloor¦\\rfloor¦\\sum_{k=1}^{n}¦\\infty¦and¦or¦\\overline{¦'¦\\prime¦\\circ¦A¦(B)¦\\,";
 
-/// Each has a part that repeats, to whatever length.
-const REPEATED: &[&str] = &[
-    "\\boxed{",
-    "\\boxed{1}",
-    "\\boxed{1} and ",
-    "\\boxed    ",
-    "\\frac{",
-    "\\frac{1}{",
-    "\\frac1",
-    "{",
-    "(",
-    "[",
-    "|",
-    "$",
-    "$ ",
-    "\\(",
-    "\\[",
-    "$1$, ",
-    "9",
-    "1 ",
-    "1 000 ",
-    "1,000,",
-    "1/",
-    "9^",
-    "^{",
-    "-",
-    "!",
-    "x",
-    "x+",
-    "\\sin ",
-    "\\sqrt",
-    "\\sqrt{",
-    "<answer>",
-    "</answer>",
-    "answer is ",
-    "answer is 1 ",
-    "####",
-    "#### 1\n",
-    "(A)",
-    "((",
-    "\n",
-    " ",
-    "π",
-    "数",
-    "\u{202e}",
-    "\\pm 1,",
-    "1,",
-    "(1,2),",
-    "{1,",
-    "\\begin{pmatrix}",
-    "1&",
-    "1\\\\",
-    "a_{",
-    "f(",
-    "2500!+",
-    "\\frac{1}{7}+",
-    "1=",
-    "1<",
-    "\\text{",
-    "nswer",
-    "-1 ",
-    "1-",
-];
+/// Each repeats, to whatever length.
+const REPEATED: &str = "\
+    ¦\\boxed{¦\\boxed{1}¦\\boxed{1} and ¦\\boxed    ¦\\frac{¦\\frac{1}{¦\\frac1¦{¦(¦[¦|¦$¦$ ¦\\(¦\\[¦$1$, ¦9¦1 \
+    ¦1 000 ¦1,000,¦1/¦9^¦^{¦-¦!¦x¦x+¦\\sin ¦\\sqrt¦\\sqrt{¦<answer>¦</answer>¦answer is ¦answer is 1 ¦####\
+    ¦#### 1\n¦(A)¦((¦\n¦ ¦π¦数¦\u{202e}¦\\pm 1,¦1,¦(1,2),¦{1,¦\\begin{pmatrix}¦1&¦1\\\\¦a_{¦f(¦2500!+\
+    ¦\\frac{1}{7}+¦1=¦1<¦\\text{¦nswer¦-1 ¦1-";
 
 fn functions() -> Vec<RewardFunction> {
     let with = |name: &str, options: serde_json::Value| {
@@ -216,8 +45,11 @@ fn functions() -> Vec<RewardFunction> {
 
 /// Texts of which many are one answer of up to 4 KB, and some a completion of 1 MB.
 fn text(at: usize, mutable: &[String], random: &mut SplitMix64) -> String {
-    let pick = |random: &mut SplitMix64, from: &[&str]| from[random.below(from.len() as u64) as usize].to_owned();
-    let length = match at % 500 {
+    let pick = |random: &mut SplitMix64, from: &str| {
+        let at = random.below(from.split('¦').count() as u64) as usize;
+        from.split('¦').nth(at).unwrap().to_owned()
+    };
+    let length = match at % 499 {
         0 => 1_000_000,
         _ => 1 << random.below(13),
     };
@@ -274,10 +106,10 @@ fn hostile_texts_are_answered_at_once() {
                 assert!((0.0..=1.0).contains(&score));
                 start.elapsed()
             };
-            // Another process may have had the core for a while: a slow one may try again.
+            // Another process may have had the core for a while: what seems slow is timed again.
             let mut elapsed = time();
             for _ in 0..4 {
-                if elapsed > LIMIT / 4 {
+                if elapsed > slowest.0 {
                     elapsed = elapsed.min(time());
                 }
             }
