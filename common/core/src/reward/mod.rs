@@ -3,12 +3,21 @@
 //! Model output is hostile input. Every function here runs in time linear in the completion, with bounded depth and
 //! bounded numbers, and never executes anything.
 
+mod cosine_length;
 mod equation;
+mod exact_match;
 mod expression;
 mod format;
+mod language_consistency;
 mod options;
 mod overlong;
+mod pattern;
+mod reasoning_steps;
+mod repetition_penalty;
 mod spec;
+mod tag_count;
+mod think_answer_format;
+mod think_format;
 
 use std::fmt;
 use std::sync::Arc;
@@ -35,11 +44,13 @@ pub struct Answer<'a> {
 
 /// What makes a reward function: a pure function of a completion and its row's columns.
 pub trait Judge: fmt::Debug + Send + Sync {
-    /// Whether `columns` are what [`Judge::judge`] needs.
+    /// Whether `columns` are what [`Judge::judge`] needs, by default none.
     ///
     /// # Errors
     /// The first column that is missing or of the wrong type.
-    fn check_columns(&self, columns: &Row) -> Result<(), ColumnError>;
+    fn check_columns(&self, _columns: &Row) -> Result<(), ColumnError> {
+        Ok(())
+    }
 
     /// What `answer` is worth. Columns that [`Judge::check_columns`] refuses are a crash.
     fn judge(&self, answer: &Answer<'_>, columns: &Row) -> Outcome;
@@ -90,8 +101,20 @@ pub enum ColumnError {
 type Make = fn(Map<String, Value>) -> Result<Arc<dyn Judge>, String>;
 
 /// Every function by its name in configurations.
-const FUNCTIONS: &[(&str, Make)] =
-    &[("format", options::none::<format::Format>), ("equation", options::none::<equation::Equation>)];
+const FUNCTIONS: &[(&str, Make)] = &[
+    ("format", options::none::<format::Format>),
+    ("equation", options::none::<equation::Equation>),
+    ("think_format", options::parsed::<think_format::ThinkFormat>),
+    ("think_answer_format", options::parsed::<think_answer_format::ThinkAnswerFormat>),
+    ("tag_count", options::none::<tag_count::TagCount>),
+    ("reasoning_steps", options::none::<reasoning_steps::ReasoningSteps>),
+    ("cosine_length", cosine_length::make),
+    ("soft_overlong", overlong::make),
+    ("repetition_penalty", repetition_penalty::make),
+    ("language_consistency", options::parsed::<language_consistency::LanguageConsistency>),
+    ("regex", pattern::make),
+    ("exact_match", options::parsed::<exact_match::ExactMatch>),
+];
 
 /// The names of all functions.
 #[must_use]
@@ -155,6 +178,11 @@ impl ColumnError {
 }
 
 impl Outcome {
+    /// 1, or wrong.
+    fn verdict(is_right: bool) -> Self {
+        if is_right { Self::Score(1.0) } else { Self::Wrong }
+    }
+
     /// What the completion is worth: 0 for everything but a score.
     #[must_use]
     pub fn score(self) -> f32 {

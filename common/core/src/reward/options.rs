@@ -18,7 +18,6 @@ pub(super) fn none<J: Judge + Default + 'static>(options: Map<String, Value>) ->
 }
 
 /// A judge that is its own options, each with a default.
-#[expect(dead_code, reason = "for functions with options")]
 pub(super) fn parsed<J>(options: Map<String, Value>) -> Result<Arc<dyn Judge>, String>
 where
     J: Judge + Default + Serialize + DeserializeOwned + 'static,
