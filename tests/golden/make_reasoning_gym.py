@@ -42,7 +42,7 @@ def mutated(rng, solution, nums):
     tokens = solution.replace("(", "( ").replace(")", " )").split(" ")
     numbers = [at for at, token in enumerate(tokens) if token.isdigit()]
     operations = [at for at, token in enumerate(tokens) if token in "+-*/"]
-    kind = rng.randrange(9)
+    kind = rng.randrange(10)
     if kind == 0:
         tokens[rng.choice(numbers)] = str(rng.choice(nums))
     elif kind == 1:
@@ -61,8 +61,12 @@ def mutated(rng, solution, nums):
         tokens = tokens[:rng.choice(operations)]
     elif kind == 7:
         tokens += rng.choice([["=", "7"], ["+", "0"], ["*", "1"], ["+", "0.001"], [" "]])
-    else:
+    elif kind == 8:
         tokens = ["("] + tokens + [")"]
+    else:
+        # Often the same value of other numbers.
+        one, other = rng.sample(numbers, 2)
+        tokens[one], tokens[other] = str(int(tokens[one]) + 1), str(int(tokens[other]) - 1)
     return rng.choice(["", " "]).join(tokens)
 
 
@@ -86,9 +90,11 @@ def scored(dataset, lines):
         nums, target, solution = puzzle["nums"], puzzle["target"], puzzle["solution"]
         answers = [solution, mutated(rng, solution, nums), mutated(rng, solution, nums)]
         # What comes close: the tolerances meet here.
-        if rng.random() < 0.05:
-            target, answers = target * 1000 + rng.choice([0, 1]), [f"({solution})*1000"]
-            nums = nums + [1000]
+        near = rng.random()
+        if near < 0.04:
+            target, answers, nums = target * 1000 + rng.choice([0, 1]), [f"({solution})*1000"], nums + [1000]
+        elif near < 0.05:
+            target += 0.0005
         row = {"target": target, "nums": nums, "answers": []}
         for answer in answers:
             score = dataset.score_answer(answer, {"metadata": {"numbers": nums, "target": target}})
