@@ -13,9 +13,22 @@ fuzz_target!(|bytes: &[u8]| {
         .unwrap_or_else(|_| json!({"target": 36, "nums": [3, 7, 12], "answer": "12"}).as_object().expect("an object").clone());
     let completion = String::from_utf8_lossy(completion);
     for name in reward::names() {
-        // Some have an option without which they are nothing.
-        let Ok(function) = RewardFunction::new(&RewardSpec::of(name)) else { continue };
-        let score = function.score(&Answer::of(&completion), &columns).score();
+        let spec = RewardSpec { options: options(name), ..RewardSpec::of(name) };
+        let Ok(function) = RewardFunction::new(&spec) else { continue };
+        let answer = Answer { num_tokens: completion.len(), ..Answer::of(&completion) };
+        let score = function.score(&answer, &columns).score();
         assert!((-1.0..=1.0).contains(&score), "{name} scores {score}");
     }
 });
+
+/// What some functions are nothing without.
+fn options(name: &str) -> Map<String, Value> {
+    let options = match name {
+        "cosine_length" => json!({"correct": {"function": "equation"}}),
+        "soft_overlong" => json!({"max_completion_length": 100, "cache": 20}),
+        "regex" => json!({"pattern": r"(\w+\s*)*=\s*[0-9]+(</answer>)?$"}),
+        "exact_match" => json!({"column": "target", "extract": "last_line"}),
+        _ => json!({}),
+    };
+    options.as_object().expect("an object").clone()
+}

@@ -2,7 +2,8 @@
 
 use aha_core::advantage::{mean, standard_deviation};
 use aha_core::config::RunConfig;
-use aha_core::rollout::{FinishReason, Group};
+use aha_core::reflection::Reflection;
+use aha_core::rollout::{Completion, FinishReason, Group};
 use aha_nn::comm::{CommError, ProcessGroup, ReduceOp};
 use tch::Tensor;
 
@@ -46,7 +47,17 @@ pub fn rollout_metrics(groups: &[Group], batch: &TrainingBatch, config: &RunConf
     }
     let clipped = 1.0 - terminated.len() as f64 / lengths.len().max(1) as f64;
     metrics.set("completions/clipped_ratio", clipped);
+    reflection_metrics(completions(), &mut metrics);
     metrics
+}
+
+/// How often completions show signs of reflection, and of correcting themselves.
+fn reflection_metrics<'a>(completions: impl Iterator<Item = &'a Completion> + Clone, metrics: &mut Metrics) {
+    let found: Reflection = completions.clone().map(|completion| Reflection::of(&completion.text)).sum();
+    let num_tokens: usize = completions.map(|completion| completion.token_ids.len()).sum();
+    let per_1000_tokens = |count: usize| 1000.0 * count as f64 / num_tokens.max(1) as f64;
+    metrics.set("completions/reflections_per_1000_tokens", per_1000_tokens(found.num_reflections));
+    metrics.set("completions/self_corrections_per_1000_tokens", per_1000_tokens(found.num_self_corrections));
 }
 
 /// How many versions the tokens are older than the policy that trains on them in `step`, counted from 0.
@@ -138,4 +149,37 @@ pub fn step_metrics(
         metrics.set("sampling/importance_sampling_ratio/max", max.double_value(&[1]));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use aha_core::ids::PromptId;
+
+    use super::*;
+
+    fn completion(text: &str, num_tokens: usize) -> Completion {
+        Completion {
+            prompt_id: PromptId(0),
+            sample_index: 0,
+            token_ids: vec![0; num_tokens],
+            logprobs: Vec::new(),
+            spans: Vec::new(),
+            finish_reason: FinishReason::Stop,
+            text: text.to_owned(),
+            rewards: Vec::new(),
+            raw_logprobs: Vec::new(),
+            prompt_logprobs: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn reflections_are_counted_by_tokens_and_not_by_completion() {
+        let completions = [completion("= 1. Wait, = 2. Let me check: = 2", 30), completion("= 3", 470)];
+        let mut metrics = Metrics::default();
+        reflection_metrics(completions.iter(), &mut metrics);
+        assert_eq!(metrics.get("completions/reflections_per_1000_tokens"), Some(4.0));
+        assert_eq!(metrics.get("completions/self_corrections_per_1000_tokens"), Some(2.0));
+        reflection_metrics([].iter(), &mut metrics);
+        assert_eq!(metrics.get("completions/reflections_per_1000_tokens"), Some(0.0));
+    }
 }

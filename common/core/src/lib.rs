@@ -17,6 +17,7 @@ pub mod packing;
 pub mod partition;
 pub mod prompt;
 pub mod random;
+pub mod reflection;
 pub mod reward;
 pub mod rollout;
 pub mod schedule;

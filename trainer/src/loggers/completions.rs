@@ -1,4 +1,5 @@
-//! What the policy wrote: every completion of every step, and the sample files of the R1 Countdown recipe.
+//! What the policy wrote: every completion of every step, the sample files of the R1 Countdown recipe, and one of completions
+//! that reflect.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -6,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use aha_core::ids::{PolicyVersion, PromptId};
 use aha_core::random::derive_seed;
+use aha_core::reflection::Reflection;
 use aha_core::rollout::{Completion, FinishReason, Prompt, Reward};
 use serde::{Serialize, Serializer};
 
@@ -68,6 +70,7 @@ pub(super) struct CompletionFiles {
     prefix: String,
     samples: SampleFile,
     successes: SampleFile,
+    reflections: SampleFile,
 }
 
 impl CompletionFiles {
@@ -91,6 +94,7 @@ impl CompletionFiles {
             prefix: options.sample_prefix.clone(),
             samples: open("completion_samples.txt")?,
             successes: open("success_completion_samples.txt")?,
+            reflections: open("reflection_samples.txt")?,
         })
     }
 
@@ -101,17 +105,23 @@ impl CompletionFiles {
         for record in records {
             serde_json::to_writer(&mut lines, &Line { step, record }).map_err(Into::into).at(&path, "encode")?;
             lines.push(b'\n');
-            let sample = || format!("\n\n==============\n{}{}", self.prefix, record.completion);
             if is_sampled(self.seed, step, record, SAMPLES) {
-                samples += &sample();
+                samples += &self.sample(record);
             }
             if record.correct && is_sampled(self.seed, step, record, SUCCESSES) {
-                successes += &sample();
+                successes += &self.sample(record);
             }
         }
         replace(&path, &lines)?;
         self.samples.append(&samples)?;
-        self.successes.append(&successes)
+        self.successes.append(&successes)?;
+        let reflections: String =
+            reflecting(self.seed, step, records).iter().map(|record| self.sample(record)).collect();
+        self.reflections.append(&reflections)
+    }
+
+    fn sample(&self, record: &CompletionRecord) -> String {
+        format!("\n\n==============\n{}{}", self.prefix, record.completion)
     }
 }
 
@@ -131,15 +141,29 @@ pub(super) fn markdown(records: &[&CompletionRecord]) -> String {
     text
 }
 
-/// Share of the completions in either sample file.
+/// Share of the completions, and of the right ones, in their sample files.
 const SAMPLED: f64 = 0.1;
-/// Which of the two choices a hash is for.
+/// Most completions of a step among those that reflect: none is lost while they are rare.
+const REFLECTING: usize = 4;
+/// Which of the choices a hash is for.
 const SAMPLES: u64 = 0;
 const SUCCESSES: u64 = 1;
+const REFLECTIONS: u64 = 2;
 
 fn is_sampled(seed: u64, step: u64, record: &CompletionRecord, file: u64) -> bool {
-    let hash = derive_seed(seed, &[step, record.prompt_id.0, u64::from(record.sample_index), file]);
-    (hash as f64) < SAMPLED * 2_f64.powi(64)
+    (hash(seed, step, record, file) as f64) < SAMPLED * 2_f64.powi(64)
+}
+
+/// Completions that reflect, those first that correct themselves.
+fn reflecting(seed: u64, step: u64, records: &[CompletionRecord]) -> Vec<&CompletionRecord> {
+    let found = records.iter().map(|record| (Reflection::of(&record.completion), record));
+    let mut found: Vec<_> = found.filter(|(found, _)| found.num_reflections > 0).collect();
+    found.sort_by_key(|(found, record)| (found.num_self_corrections == 0, hash(seed, step, record, REFLECTIONS)));
+    found.into_iter().take(REFLECTING).map(|(_, record)| record).collect()
+}
+
+fn hash(seed: u64, step: u64, record: &CompletionRecord, file: u64) -> u64 {
+    derive_seed(seed, &[step, record.prompt_id.0, u64::from(record.sample_index), file])
 }
 
 #[derive(Serialize)]
@@ -253,6 +277,26 @@ mod tests {
         assert!(indices.iter().all(|index| index.is_multiple_of(2)));
         let both = indices.iter().filter(|index| samples.contains(&format!("{separator}{index}\n"))).count();
         assert!((15..90).contains(&both), "the two choices are independent, {both} in both");
+    }
+
+    #[test]
+    fn completions_that_reflect_are_kept_and_corrections_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut files = CompletionFiles::open(dir.path(), &options(None)).unwrap();
+        let record = |(index, text): (u32, &str)| CompletionRecord {
+            sample_index: index,
+            ..CompletionRecord::example(text, false)
+        };
+        let texts = ["hmm 0", "= 1", "= 1 wait = 2", "hmm 3", "hmm 4", "hmm 5", "= 6 aha = 7"];
+        let records: Vec<_> = (0..).zip(texts).map(record).collect();
+        files.write(1, &records).unwrap();
+        files.write(2, &records[1..3]).unwrap();
+        let text = fs::read_to_string(dir.path().join("completion_samples/reflection_samples.txt")).unwrap();
+        let kept: Vec<_> = text.split("\n\n==============\n<think>").skip(1).collect();
+        assert_eq!(kept.len(), 5, "{text}");
+        assert!(kept[..2].contains(&"= 1 wait = 2") && kept[..2].contains(&"= 6 aha = 7"), "{text}");
+        assert!(kept[2..4].iter().all(|kept| kept.starts_with("hmm ")), "{text}");
+        assert_eq!(kept[4], "= 1 wait = 2");
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! `re.search(r"^<think>([^<]*(?:<(?!/?think>)[^<]*)*)<\/think>\n<answer>([\s\S]*?)<\/answer>$", c, re.DOTALL)`.
 //! The expression looks ahead, which linear-time engines do not, so it is matched by hand.
 
-use super::{Answer, ColumnError, Judge, Outcome};
+use super::{Answer, Judge, Outcome};
 use crate::dataset::Row;
 
 /// 1 where the completion is `...</think>\n<answer>...</answer>`, the opening `<think>` being in the prompt.
@@ -12,12 +12,8 @@ use crate::dataset::Row;
 pub(super) struct Format;
 
 impl Judge for Format {
-    fn check_columns(&self, _: &Row) -> Result<(), ColumnError> {
-        Ok(())
-    }
-
     fn judge(&self, answer: &Answer<'_>, _: &Row) -> Outcome {
-        if is_well_formed(answer.text) { Outcome::Score(1.0) } else { Outcome::Wrong }
+        Outcome::verdict(is_well_formed(answer.text))
     }
 }
 

@@ -3,13 +3,22 @@
 //! Model output is hostile input. Every function here runs in time linear in the completion, with bounded depth and
 //! bounded numbers, and never executes anything.
 
+mod cosine_length;
 mod equation;
+mod exact_match;
 mod expression;
 mod format;
+mod language_consistency;
 mod math;
 mod options;
 mod overlong;
+mod pattern;
+mod reasoning_steps;
+mod repetition_penalty;
 mod spec;
+mod tag_count;
+mod think_answer_format;
+mod think_format;
 
 use std::fmt;
 use std::sync::Arc;
@@ -36,11 +45,13 @@ pub struct Answer<'a> {
 
 /// What makes a reward function: a pure function of a completion and its row's columns.
 pub trait Judge: fmt::Debug + Send + Sync {
-    /// Whether `columns` are what [`Judge::judge`] needs.
+    /// Whether `columns` are what [`Judge::judge`] needs, by default none.
     ///
     /// # Errors
     /// The first column that is missing or of the wrong type.
-    fn check_columns(&self, columns: &Row) -> Result<(), ColumnError>;
+    fn check_columns(&self, _columns: &Row) -> Result<(), ColumnError> {
+        Ok(())
+    }
 
     /// What `answer` is worth. Columns that [`Judge::check_columns`] refuses are a crash.
     fn judge(&self, answer: &Answer<'_>, columns: &Row) -> Outcome;
@@ -97,6 +108,16 @@ const FUNCTIONS: &[(&str, Make)] = &[
     ("math_accuracy", options::parsed::<math::MathAccuracy>),
     ("gsm8k_answer", options::parsed::<math::Gsm8kAnswer>),
     ("multiple_choice", options::parsed::<math::MultipleChoice>),
+    ("think_format", options::parsed::<think_format::ThinkFormat>),
+    ("think_answer_format", options::parsed::<think_answer_format::ThinkAnswerFormat>),
+    ("tag_count", options::none::<tag_count::TagCount>),
+    ("reasoning_steps", options::none::<reasoning_steps::ReasoningSteps>),
+    ("cosine_length", cosine_length::make),
+    ("soft_overlong", overlong::make),
+    ("repetition_penalty", repetition_penalty::make),
+    ("language_consistency", options::parsed::<language_consistency::LanguageConsistency>),
+    ("regex", pattern::make),
+    ("exact_match", options::parsed::<exact_match::ExactMatch>),
 ];
 
 /// The names of all functions.
@@ -161,6 +182,11 @@ impl ColumnError {
 }
 
 impl Outcome {
+    /// 1, or wrong.
+    fn verdict(is_right: bool) -> Self {
+        if is_right { Self::Score(1.0) } else { Self::Wrong }
+    }
+
     /// What the completion is worth: 0 for everything but a score.
     #[must_use]
     pub fn score(self) -> f32 {

@@ -6,6 +6,10 @@ use serde_json::{Value, json};
 
 use super::*;
 
+mod documentation;
+mod reasoning_gym;
+mod recipes;
+
 /// Slowest answer that is allowed to a test build on a busy machine: enough to tell linear from quadratic time in a
 /// megabyte. A release build takes about a millisecond for that.
 const HOSTILE_LIMIT: Duration = Duration::from_secs(2);
@@ -21,6 +25,18 @@ fn function(name: &str) -> RewardFunction {
 /// Those of the mini-R1 recipe.
 fn mini_r1() -> [RewardFunction; 2] {
     ["format", "equation"].map(function)
+}
+
+/// Every function, with the options that some have no default for.
+fn all() -> Vec<RewardFunction> {
+    let spec = |name: &str| match name {
+        "cosine_length" => json!({"function": name, "correct": {"function": "equation"}}),
+        "soft_overlong" => json!({"function": name, "max_completion_length": 100, "cache": 20}),
+        "regex" => json!({"function": name, "pattern": r"(\w+\s*)*=\s*[0-9]+(</answer>)?$"}),
+        "exact_match" => json!({"function": name, "column": "target", "extract": "answer_tag", "ignore_case": true}),
+        _ => json!({"function": name}),
+    };
+    names().into_iter().map(|name| RewardFunction::new(&serde_json::from_value(spec(name)).unwrap()).unwrap()).collect()
 }
 
 #[track_caller]
@@ -142,12 +158,23 @@ fn hostile_completions_are_answered_at_once() {
         answer("\0".repeat(megabyte)),
         answer("\u{202e}\u{200d}\x1b[31m".repeat(1000)),
         answer(" ".repeat(megabyte)),
+        "<think></think>".to_owned() + &" ".repeat(megabyte) + "</answer>",
+        "<think>\n".repeat(100_000),
+        "<think>\n".to_owned() + &"\n</think>\n<answer>\n".repeat(50_000) + "</answer>",
+        "\n</answer>x".repeat(90_000),
+        "Step 1".to_owned() + &"1".repeat(megabyte),
+        "\n-First,".repeat(100_000),
+        "a ".repeat(megabyte / 2),
+        (0..150_000).map(|word| format!("{word} ")).collect(),
+        "\u{130}\u{3a3}".repeat(megabyte / 4),
+        "\u{1d11e}\u{4e00}=".repeat(megabyte / 8),
+        "a = 1</answer>".repeat(70_000) + " ",
         answer("1 ".repeat(8_000)),
     ];
     for (case, completion) in hostile.iter().enumerate() {
         for nums in [json!([9, 9, 9, 9]), json!(vec![9; 5_001]), json!(vec![1; 8_001])] {
             let columns = row(json!(1), nums);
-            for function in mini_r1() {
+            for function in &all() {
                 let start = Instant::now();
                 let outcome = function.score(&Answer::of(completion), &columns);
                 let elapsed = start.elapsed();
@@ -160,11 +187,13 @@ fn hostile_completions_are_answered_at_once() {
 
 #[test]
 fn noise_never_panics() {
-    let alphabet: Vec<&str> = "0 1 7 19 55 + - * / ( ) . ** // \n \r \t <answer> </answer> <think> </think> é \0 ٣ e"
-        .split(' ')
-        .chain([" "])
-        .collect();
+    let alphabet: Vec<&str> =
+        "0 1 7 19 55 + - * / ( ) . ** // = \n \r \t Step First, <answer> </answer> <think> </think> é \0 ٣ e"
+            .split(' ')
+            .chain([" "])
+            .collect();
     let columns = row(json!(65), json!([19, 55, 7]));
+    let functions = all();
     let mut random = crate::dataset::SplitMix64::new(7);
     for _ in 0..20_000 {
         let mut completion = String::from("</think>\n<answer>");
@@ -172,8 +201,10 @@ fn noise_never_panics() {
             completion.push_str(alphabet[random.below(alphabet.len() as u64) as usize]);
         }
         completion.push_str("</answer>");
-        for function in mini_r1() {
-            assert!((0.0..=1.0).contains(&function.score(&Answer::of(&completion), &columns).score()));
+        let answer = Answer { num_tokens: random.below(200) as usize, ..Answer::of(&completion) };
+        for function in &functions {
+            let score = function.score(&answer, &columns).score();
+            assert!((-1.0..=1.0).contains(&score), "{} scores {score}", function.name());
         }
     }
 }

@@ -75,9 +75,18 @@ impl Ratio {
         })
     }
 
+    /// The nearest double, for denominators below 2^72.
     #[must_use]
     pub(in crate::reward) fn to_f64(self) -> f64 {
-        self.numerator as f64 / self.denominator as f64
+        let (magnitude, denominator) = (self.numerator.unsigned_abs(), self.denominator.unsigned_abs());
+        if denominator >> 72 != 0 {
+            return self.numerator as f64 / self.denominator as f64;
+        }
+        // 56 bits or more of the quotient, the last of which also stands for the rest, are rounded once.
+        let shift = magnitude.leading_zeros().min(127);
+        let (quotient, rest) = ((magnitude << shift) / denominator, (magnitude << shift) % denominator);
+        let nearest = (quotient | u128::from(rest != 0)) as f64 / 2_f64.powi(shift as i32);
+        if self.numerator < 0 { -nearest } else { nearest }
     }
 
     /// `None` for zero.
@@ -133,6 +142,26 @@ mod tests {
                 let floor = quotient.map(|q| ratio((q.to_f64() + 1e-9).floor() as i128, 1));
                 assert_eq!(left.checked_floor_div(right), floor);
             }
+        }
+    }
+
+    #[test]
+    fn the_nearest_double_is_python_s_fraction_s() {
+        for (numerator, denominator, expect) in [
+            (0, 1, 0.0),
+            (-1, 3, -1.0 / 3.0),
+            (6_500_001, 100_000, 65.00001),
+            ((1 << 53) + 1, 1, 9_007_199_254_740_992.0),
+            (2 * ((1 << 53) + 1) + 1, 2, 9_007_199_254_740_994.0),
+            (-3 * ((1 << 53) + 1) - 1, 3, -9_007_199_254_740_994.0),
+            // So close above the middle of two doubles that no bit of the quotient shows it.
+            (((1 << 53) + 1) * ((1 << 71) + 1) + 1, (1 << 71) + 1, 9_007_199_254_740_994.0),
+            // float(Fraction(5**18 + 71 + Fraction(98**9, 6)))
+            (416_885_325_156_872_032, 3, 138_961_775_052_290_672.0),
+            (i128::MAX, 1, 2_f64.powi(127)),
+            (1, i128::MAX, 2_f64.powi(-127)),
+        ] {
+            assert_eq!(ratio(numerator, denominator).to_f64(), expect, "{numerator}/{denominator}");
         }
     }
 
