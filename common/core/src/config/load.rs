@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use super::{Credentials, RunConfig, TOKEN_VARIABLE};
+use super::{Credentials, RunConfig, Source, TOKEN_VARIABLE};
 
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -185,13 +185,19 @@ fn known_keys() -> Vec<String> {
             let path = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
             match value {
                 Value::Object(map) if !map.is_empty() => walk(&path, map, keys),
+                Value::Array(items) => {
+                    let items = items.iter().enumerate().filter_map(|(index, item)| Some((index, item.as_object()?)));
+                    items.for_each(|(index, item)| walk(&format!("{path}.{index}"), item, keys));
+                }
                 _ => keys.push(path.clone()),
             }
             keys.push(path);
         }
     }
     let mut keys = Vec::new();
-    if let Ok(Value::Object(map)) = serde_json::to_value(RunConfig::default()) {
+    let mut defaults = RunConfig::default();
+    defaults.data.sources = vec![Source { prompt: Some(defaults.data.prompt.clone()), ..Source::default() }];
+    if let Ok(Value::Object(map)) = serde_json::to_value(defaults) {
         walk("", &map, &mut keys);
     }
     keys
