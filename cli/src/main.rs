@@ -12,7 +12,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use telemetry::Telemetry;
 
-use commands::{bench, doctor, export, generate, generator, plan, reward, score, sft, status, trainer};
+use commands::{bench, data, doctor, export, generate, generator, plan, reward, score, sft, status, trainer};
 
 /// Makes language models reason by reinforcement learning: trainer ranks, generators, and the tools around them.
 #[derive(Debug, Parser)]
@@ -31,6 +31,7 @@ enum Command {
     Export(export::Args),
     Generate(generate::Args),
     Score(score::Args),
+    Data(data::Args),
     Plan(plan::Args),
     Doctor(doctor::Args),
     Status(status::Args),
@@ -65,6 +66,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Export(args) => export::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Score(args) => score::run(&args),
+        Command::Data(args) => data::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Status(args) => status::run(&args),

@@ -1,5 +1,7 @@
 //! The numbers of a step, under TRL's names where it has them.
 
+use std::collections::BTreeMap;
+
 use aha_core::advantage::{mean, standard_deviation};
 use aha_core::config::RunConfig;
 use aha_core::rollout::{FinishReason, Group};
@@ -21,6 +23,9 @@ pub fn rollout_metrics(groups: &[Group], batch: &TrainingBatch, config: &RunConf
             .filter(|reward| reward.function == spec.name())
             .map(|reward| reward.score)
             .collect();
+        if scores.is_empty() {
+            continue; // it is of sources that this step has no prompts of
+        }
         metrics.set(format!("rewards/{}/mean", spec.name()), f64::from(mean(&scores)));
         metrics.set(format!("rewards/{}/std", spec.name()), f64::from(standard_deviation(&scores)));
     }
@@ -31,6 +36,9 @@ pub fn rollout_metrics(groups: &[Group], batch: &TrainingBatch, config: &RunConf
     let group_stds: Vec<f32> = batch.rewards.chunks(config.rollout.num_generations).map(standard_deviation).collect();
     let without_signal = group_stds.iter().filter(|&&std| std == 0.0).count();
     metrics.set("reward", f64::from(mean(&batch.rewards)));
+    for (source, rewards) in rewards_by_source(groups, &batch.rewards, config.rollout.num_generations) {
+        metrics.set(format!("reward/{source}/mean"), f64::from(mean(&rewards)));
+    }
     metrics.set("reward_std", f64::from(mean(&group_stds)));
     metrics.set("frac_reward_zero_std", without_signal as f64 / group_stds.len().max(1) as f64);
 
@@ -47,6 +55,16 @@ pub fn rollout_metrics(groups: &[Group], batch: &TrainingBatch, config: &RunConf
     let clipped = 1.0 - terminated.len() as f64 / lengths.len().max(1) as f64;
     metrics.set("completions/clipped_ratio", clipped);
     metrics
+}
+
+/// The rewards of every named source's completions.
+fn rewards_by_source<'a>(groups: &'a [Group], rewards: &[f32], group_size: usize) -> BTreeMap<&'a str, Vec<f32>> {
+    let mut by_source: BTreeMap<&str, Vec<f32>> = BTreeMap::new();
+    for (group, rewards) in groups.iter().zip(rewards.chunks(group_size)) {
+        by_source.entry(&group.prompt.origin.source).or_default().extend(rewards);
+    }
+    by_source.remove("");
+    by_source
 }
 
 /// How many versions the tokens are older than the policy that trains on them in `step`, counted from 0.

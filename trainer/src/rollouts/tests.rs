@@ -7,7 +7,7 @@ use aha_core::config::{Credentials, RunConfig};
 use aha_core::ids::{PolicyVersion, PromptId};
 use aha_core::random::derive_seed;
 use aha_core::reward::RewardSpec;
-use aha_core::rollout::{Completion, Group, Prompt, Sampling};
+use aha_core::rollout::{Completion, Group, Origin, Prompt, Sampling};
 use aha_proto::v1;
 use tokio::runtime::{Builder, Runtime};
 use tonic::Status;
@@ -26,6 +26,7 @@ fn request(prompt_ids: impl IntoIterator<Item = u64>) -> RolloutRequest {
         text: String::new(),
         token_ids: vec![1, 2, 3],
         columns: [("target".to_owned(), serde_json::json!(id))].into_iter().collect(),
+        origin: Origin::default(),
     };
     RolloutRequest {
         prompts: prompt_ids.into_iter().map(prompt).collect(),

@@ -4,6 +4,8 @@
 //! So after any number of prompts each source has had its share but for a few, and where a step begins can be computed
 //! without those before it.
 
+use super::SplitMix64;
+
 /// Sources by their weights, which are over 0 and finite.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Mixture {
@@ -44,6 +46,23 @@ impl Mixture {
         times.reduce(|first, other| if other.0 < first.0 { other } else { first }).map_or(0, |(_, source)| source)
     }
 
+    /// One of `sources` at random, by their weights; `None` where there are none.
+    #[must_use]
+    pub fn draw(&self, sources: &[usize], random: &mut SplitMix64) -> Option<usize> {
+        if sources.len() > 1 {
+            let total: f64 = sources.iter().map(|&source| self.weights[source]).sum();
+            let mut position = (random.next_u64() >> 11) as f64 / (1_u64 << 53) as f64 * total;
+            for &source in sources {
+                if position < self.weights[source] {
+                    return Some(source);
+                }
+                position -= self.weights[source];
+            }
+        }
+        // What rounding left over.
+        sources.last().copied()
+    }
+
     fn due(&self, source: usize, index: u64) -> f64 {
         (index as f64 + 0.5) / self.weights[source]
     }
@@ -64,7 +83,6 @@ impl Mixture {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dataset::SplitMix64;
 
     /// From the start, prompt by prompt.
     fn walk(mixture: &Mixture, len: u64) -> Vec<Vec<u64>> {
@@ -111,5 +129,17 @@ mod tests {
         }
         assert_eq!(Mixture::new(&[3.0]).before(u64::MAX), [u64::MAX]);
         assert_eq!(Mixture::new(&[3.0, 1.0]).before(40), [30, 10]);
+    }
+
+    #[test]
+    fn sources_are_drawn_by_their_weights() {
+        let mixture = Mixture::new(&[1.0, 2.0, 5.0]);
+        let mut random = SplitMix64::new(3);
+        let mut counts = [0_usize; 3];
+        for _ in 0..6000 {
+            counts[mixture.draw(&[0, 2], &mut random).unwrap()] += 1;
+        }
+        assert!((900..1100).contains(&counts[0]) && counts[1] == 0, "{counts:?}");
+        assert_eq!((mixture.draw(&[1], &mut random), mixture.draw(&[], &mut random)), (Some(1), None));
     }
 }

@@ -253,4 +253,41 @@ mod tests {
         std::fs::write(folder.path().join("torn.parquet"), "PAR1").unwrap();
         assert!(message("torn.parquet").contains("torn.parquet"));
     }
+
+    #[test]
+    fn what_save_to_disk_writes_is_read_by_split() {
+        let folder = tempfile::tempdir().unwrap();
+        let batch = record_batch::tests::batch();
+        for split in ["train", "test"] {
+            let split_folder = folder.path().join(split);
+            std::fs::create_dir(&split_folder).unwrap();
+            let state = json!({"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_split": split});
+            std::fs::write(split_folder.join("state.json"), state.to_string()).unwrap();
+            let file = std::fs::File::create(split_folder.join("data-00000-of-00001.arrow")).unwrap();
+            let mut writer = arrow::ipc::writer::StreamWriter::try_new(file, &batch.schema()).unwrap();
+            writer.write(&if split == "train" { batch.clone() } else { batch.slice(1, 1) }).unwrap();
+            writer.finish().unwrap();
+        }
+        std::fs::write(folder.path().join("dataset_dict.json"), r#"{"splits": ["train", "test"]}"#).unwrap();
+        let targets = |split: Option<&str>| {
+            let dataset = Dataset::load(folder.path(), Part { split, subset: None }, &ColumnMap::new()).unwrap();
+            dataset.rows().iter().map(|row| row["target"].as_u64().unwrap()).collect::<Vec<_>>()
+        };
+        assert_eq!((targets(None), targets(Some("test"))), (vec![98, 64], vec![64]));
+    }
+
+    #[test]
+    fn formats_are_told_by_their_names() {
+        let folder = tempfile::tempdir().unwrap();
+        let rows = |name: &str, text: &str| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            json!(Dataset::load(&path, Part::default(), &ColumnMap::new()).unwrap().rows())
+        };
+        let expect = json!([{"target": 3, "nums": [1, 2]}]);
+        assert_eq!(rows("a.jsonl", "{\"target\": 3, \"nums\": [1, 2]}\n"), expect);
+        assert_eq!(rows("a.json", "[{\"target\": 3,\n\"nums\": [1, 2]}]"), expect);
+        assert_eq!(rows("a.csv", "target,nums\n3,\"[1, 2]\"\n"), expect);
+        assert_eq!(rows("a.tsv", "target\tnums\n3\t[1, 2]\n"), expect);
+    }
 }
