@@ -157,3 +157,54 @@ pub fn step_metrics(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use aha_core::config::RewardSpec;
+    use aha_core::ids::PromptId;
+    use aha_core::rollout::{Completion, Origin, Prompt, Reward};
+
+    use super::*;
+
+    /// A group of one completion with these scores.
+    fn group(id: u64, source: &str, scores: &[(&str, f32)]) -> Group {
+        let reward = |&(function, score): &(&str, f32)| {
+            let (function, outcome) = (function.to_owned(), "score".to_owned());
+            Reward { function, score, outcome }
+        };
+        let completion = Completion {
+            prompt_id: PromptId(id),
+            sample_index: 0,
+            token_ids: vec![1],
+            logprobs: vec![-0.5],
+            spans: Vec::new(),
+            finish_reason: FinishReason::Stop,
+            text: String::new(),
+            rewards: scores.iter().map(reward).collect(),
+            raw_logprobs: Vec::new(),
+            prompt_logprobs: Vec::new(),
+        };
+        let origin = Origin { source: source.to_owned(), rewards: None };
+        let (text, columns) = (String::new(), serde_json::Map::new());
+        let prompt = Prompt { id: PromptId(id), text, token_ids: vec![1], columns, origin };
+        Group { prompt, completions: vec![completion] }
+    }
+
+    #[test]
+    fn rewards_are_means_over_what_has_them_and_over_sources() {
+        let mut config = RunConfig::default();
+        config.rollout.num_generations = 1;
+        config.rewards = ["format", "equation", "length"].map(RewardSpec::of).to_vec();
+        let groups = [
+            group(0, "puzzles", &[("format", 1.0), ("equation", 1.0)]),
+            group(1, "puzzles", &[("format", 0.0), ("equation", 0.0)]),
+            group(2, "chat", &[("format", 1.0)]),
+            group(3, "chat", &[("format", 1.0)]),
+        ];
+        let metrics = rollout_metrics(&groups, &TrainingBatch::new(&groups, &config, 0), &config);
+        assert_eq!((metrics.get("rewards/format/mean"), metrics.get("rewards/equation/mean")), (Some(0.75), Some(0.5)));
+        assert_eq!(metrics.get("rewards/length/mean"), None);
+        assert_eq!((metrics.get("reward/puzzles/mean"), metrics.get("reward/chat/mean")), (Some(1.0), Some(1.0)));
+        assert_eq!(metrics.get("reward"), Some(1.0));
+    }
+}

@@ -130,6 +130,19 @@ fn groups_are_complete_and_in_order_and_spread_over_the_generators() {
 }
 
 #[test]
+fn a_prompt_s_source_decides_which_rewards_are_asked() {
+    let generator = TestGenerator::start([]);
+    let mut request = request([5, 6]);
+    request.prompts[1].origin =
+        Origin { source: "math".to_owned(), rewards: Some(vec!["equation".to_owned(), "other".to_owned()]) };
+    let groups = roll_out(&[&generator], request).unwrap();
+    let names = |group: &Group| -> Vec<String> {
+        group.completions[0].rewards.iter().map(|reward| reward.function.clone()).collect()
+    };
+    assert_eq!(groups.iter().map(names).collect::<Vec<_>>(), [vec!["format", "equation"], vec!["equation"]]);
+}
+
+#[test]
 fn only_what_is_missing_is_asked_for_again() {
     let all = vec![0, 1, 2, 3];
     assert_eq!(check_recovers([Generate::Fail(2, Status::unavailable("going down"))]), [all.clone(), vec![2, 3]]);

@@ -1,5 +1,6 @@
 //! Where prompts come from, and how rows become prompts.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -203,11 +204,15 @@ impl TryFrom<WrittenPrompt> for PromptTemplate {
 /// A template's text. Editors end a file with a line break that nobody means.
 fn read_text(path: &Path) -> Result<String, String> {
     let bad = |reason: String| format!("cannot read the file {}: {reason}", path.display());
-    let size = std::fs::metadata(path).map_err(|error| bad(error.to_string()))?.len();
-    if size > MAX_FILE_BYTES {
-        return Err(bad(format!("it has {size} bytes, over {MAX_FILE_BYTES}")));
+    if !path.is_file() {
+        return Err(bad("there is no such file".to_owned()));
     }
-    let text = std::fs::read_to_string(path).map_err(|error| bad(error.to_string()))?;
+    let mut text = String::new();
+    let file = std::fs::File::open(path).map_err(|error| bad(error.to_string()))?;
+    file.take(MAX_FILE_BYTES + 1).read_to_string(&mut text).map_err(|error| bad(error.to_string()))?;
+    if text.len() as u64 > MAX_FILE_BYTES {
+        return Err(bad(format!("it has over {MAX_FILE_BYTES} bytes")));
+    }
     Ok(text.strip_suffix('\n').map(|text| text.strip_suffix('\r').unwrap_or(text)).unwrap_or(&text).to_owned())
 }
 

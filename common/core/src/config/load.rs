@@ -323,7 +323,7 @@ rewards: [{function: equation}]
         );
         check_data_problems(
             "{prompt: {file: gone.jinja}}",
-            &["data.prompt: cannot read the file gone.jinja: No such file"],
+            &["data.prompt: cannot read the file gone.jinja: there is no such file"],
         );
         check_data_problems(
             "{prompt: {tempalte: r1}}",
