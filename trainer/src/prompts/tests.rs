@@ -176,7 +176,7 @@ fn rows_that_cannot_be_asked_are_named_before_the_run() {
 fn missing_columns_are_named_with_their_row_and_reward() {
     let rows = "{\"target\": 1, \"nums\": [1]}\n{\"target\": 2, \"numbers\": [2]}\n";
     let message = Fixture::with_rows(rows).refusal();
-    for expect in ["row 1 (from 0)", "reward equation needs the column \"nums\"", "\"numbers\"", "data.columns"] {
+    for expect in ["row 1 (from 0)", "reward equation: needs the column \"nums\"", "\"numbers\"", "data.columns"] {
         assert!(message.contains(expect), "no {expect:?} in: {message}");
     }
 }

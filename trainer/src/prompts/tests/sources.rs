@@ -83,7 +83,7 @@ fn a_source_has_its_own_prompt_rewards_and_held_out_share() {
     other.prompt = Some(PromptTemplate { chat: false, user: "{{ q }}!".to_owned(), ..PromptTemplate::default() });
     other.held_out = Some(0.0);
     let message = fixture.refusal();
-    assert!(message.starts_with("source \"b\": row 0 (from 0) of the data set: reward equation needs"), "{message}");
+    assert!(message.starts_with("source \"b\": row 0 (from 0) of the data set: reward equation: needs"), "{message}");
 
     fixture.config.data.sources[1].rewards = Some(vec!["format".to_owned()]);
     let prompts = fixture.load().unwrap();
