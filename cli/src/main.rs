@@ -12,7 +12,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use telemetry::Telemetry;
 
-use commands::{bench, doctor, eval, export, generate, generator, plan, reward, score, sft, status, trainer};
+use commands::{bench, data, doctor, eval, export, generate, generator, plan, reward, score, sft, status, trainer};
 
 /// Makes language models reason by reinforcement learning: trainer ranks, generators, and the tools around them.
 #[derive(Debug, Parser)]
@@ -32,6 +32,7 @@ enum Command {
     Export(export::Args),
     Generate(generate::Args),
     Score(score::Args),
+    Data(data::Args),
     Plan(plan::Args),
     Doctor(doctor::Args),
     Status(status::Args),
@@ -67,6 +68,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Export(args) => export::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Score(args) => score::run(&args),
+        Command::Data(args) => data::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Status(args) => status::run(&args),

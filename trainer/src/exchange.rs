@@ -79,14 +79,19 @@ fn decode(mut bytes: &[u8]) -> Result<Vec<Completion>, String> {
 #[cfg(test)]
 mod tests {
     use aha_core::ids::{PolicyVersion, PromptId};
-    use aha_core::rollout::{FinishReason, Span};
+    use aha_core::rollout::{FinishReason, Origin, Span};
     use tch::Device;
 
     use super::*;
 
     fn group(id: u64, num_completions: u32) -> Group {
-        let prompt =
-            Prompt { id: PromptId(id), text: String::new(), token_ids: vec![1], columns: serde_json::Map::new() };
+        let prompt = Prompt {
+            id: PromptId(id),
+            text: String::new(),
+            token_ids: vec![1],
+            columns: serde_json::Map::new(),
+            origin: Origin::default(),
+        };
         let completions = (0..num_completions)
             .map(|sample_index| Completion {
                 prompt_id: PromptId(id),

@@ -1,43 +1,52 @@
-//! Prompts: rows of the data set, in an order that only configuration and step decide.
+//! Prompts: rows of the data sets, in an order that only configuration and step decide.
 
+mod limits;
+mod report;
+mod rows;
 mod supervised;
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use aha_core::chat_template::{ChatTemplate, ChatTemplateError};
-use aha_core::config::{DataSource, RunConfig};
-use aha_core::dataset::{CountdownError, CountdownSource, Dataset, DatasetError, SplitMix64, is_held_out, question_id};
+use aha_core::config::{PromptTooLong, RunConfig};
+use aha_core::dataset::{CountdownError, DatasetError, Mixture, SelectError, SplitMix64};
 use aha_core::ids::{PromptId, TokenId};
-use aha_core::prompt::{PromptBuilder, PromptError};
+use aha_core::prompt::PromptError;
 use aha_core::random::derive_seed;
-use aha_core::reward::{RewardError, RewardFunction};
+use aha_core::reward::RewardError;
 use aha_core::rollout::Prompt;
-use aha_core::tokenizer::{Tokenizer, TokenizerError};
+use aha_core::tokenizer::{SpecialTokens, Tokenizer, TokenizerError};
 use aha_nn::model_config::ModelConfig;
 
+pub use report::{ColumnStats, Lengths, PromptPreview, SourceStats};
 pub use supervised::Example;
 
-/// Names the shuffle among the purposes that the run's seed is used for.
-const SHUFFLE: u64 = 0x5348_5546;
+use limits::Limits;
+use rows::Rows;
 
-/// The same for the prompts that replace others.
+/// Names the choice of prompts that replace others among the purposes that the run's seed is used for.
 const REPLACE: u64 = 0x5245_504c;
+
+/// More prompts than any run asks for, and few enough to be counted exactly in floating point.
+const MANY: u64 = 1 << 40;
 
 /// The prompts of a run.
 #[derive(Debug)]
 pub struct PromptSource {
-    dataset: Dataset,
-    /// Positions in the data set.
-    train: Vec<usize>,
-    held_out: Vec<usize>,
-    builder: PromptBuilder,
+    sources: Vec<Rows>,
+    mixture: Mixture,
     /// Where prompts or conversations go through it.
     chat_template: Option<ChatTemplate>,
     tokenizer: Tokenizer,
     /// Ends a completion that the model is shown.
     eos_token_id: Option<TokenId>,
     limits: Limits,
+    too_long: PromptTooLong,
+    /// The names of all rewards.
+    rewards: Vec<String>,
+    /// The reward that evaluation counts.
+    eval_reward: String,
     seed: u64,
     prompts_per_step: usize,
     max_steps: u64,
@@ -46,22 +55,23 @@ pub struct PromptSource {
     dynamic_sampling: bool,
 }
 
-/// What a sequence may be made of.
-#[derive(Debug, Clone, Copy)]
-struct Limits {
-    max_prompt_length: usize,
-    max_completion_length: usize,
-    /// Longest sequence of model and generator.
-    context: usize,
-    vocab_size: usize,
+/// A row of a source, by positions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct At {
+    source: usize,
+    row: usize,
 }
 
 #[derive(Debug, thiserror::Error)]
 pub enum PromptsError {
+    #[error("source {name:?}: {error}")]
+    Source { name: String, error: Box<PromptsError> },
     #[error(transparent)]
     Dataset(#[from] DatasetError),
     #[error("data.countdown: {0}")]
     Countdown(#[from] CountdownError),
+    #[error(transparent)]
+    Select(#[from] SelectError),
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
     #[error("{0}; or set data.prompt.chat to false")]
@@ -74,10 +84,14 @@ pub enum PromptsError {
     NoPath,
     #[error("no rows to train on: data.held_out {held_out} holds out all {num_rows}")]
     NoTrainRows { held_out: f64, num_rows: usize },
+    #[error("no rows to train on: {too_long} of {num_rows} prompts are over data.max_prompt_length {max}, and dropped")]
+    AllTooLong { too_long: usize, num_rows: usize, max: usize },
     #[error(
         "eval.num_prompts asks for {wanted} held-out rows, and there are {there}: lower it, or raise data.held_out"
     )]
     TooFewHeldOut { wanted: usize, there: usize },
+    #[error("there is no source {name:?}{hint}; there are {there:?}")]
+    UnknownSource { name: String, there: Vec<String>, hint: String },
     #[error("row {row} (from 0) of the data set: {source}; map the data set's names in data.columns")]
     Columns { row: usize, source: RewardError },
     #[error("row {row} (from 0) of the data set: {reason}")]
@@ -89,51 +103,47 @@ pub enum PromptsError {
 }
 
 impl PromptSource {
-    /// Reads the data set, and tokenizer and chat template of `model.path`, whose configuration is `model`.
+    /// Reads the data sets, and tokenizer and chat template of `model.path`, whose configuration is `model`.
     ///
     /// # Errors
-    /// Whatever cannot be read, a row that lacks a column that a reward function needs, and a data set with nothing to
+    /// Whatever cannot be read, a row that lacks a column that a reward function needs, and a source with nothing to
     /// train on.
     pub fn load(config: &RunConfig, model: &ModelConfig) -> Result<Self, PromptsError> {
         let folder = &config.model.path;
         let tokenizer = Tokenizer::load(folder)?;
         let eos_token_id = eos_token_id(folder, &tokenizer)?;
-        let is_chat = config.data.prompt.chat || config.sft.messages.is_some();
+        let specs = config.data.all_sources();
+        let is_chat = config.sft.messages.is_some()
+            || specs.iter().any(|spec| spec.prompt.as_ref().is_some_and(|prompt| prompt.chat));
         let chat_template = if is_chat { Some(ChatTemplate::load(folder)?) } else { None };
-        let builder = PromptBuilder::new(&config.data.prompt, chat_template.clone())?;
-        let dataset = dataset(config)?;
-        check_columns(&dataset, config)?;
-        let (mut held_out, train): (Vec<_>, Vec<_>) =
-            (0..dataset.len()).partition(|&row| is_held_out(&dataset.rows()[row], config.data.held_out));
-        // A question that comes up twice would count twice.
-        let mut asked = HashSet::new();
-        held_out.retain(|&row| asked.insert(question_id(&dataset.rows()[row])));
-        if train.is_empty() {
-            return Err(PromptsError::NoTrainRows { held_out: config.data.held_out, num_rows: dataset.len() });
+        let mut sources: Vec<Rows> = Vec::new();
+        for spec in &specs {
+            let first_id = sources.last().map_or(0, Rows::next_id);
+            let rows = Rows::load(config, spec, (sources.len(), first_id), chat_template.clone());
+            sources.push(rows.map_err(|error| in_source(&spec.name, error))?);
         }
-        let max_model_len = config.generator.max_model_len;
-        let context = if max_model_len == 0 { usize::MAX } else { max_model_len }.min(model.max_position_embeddings);
-        let limits = Limits {
-            max_prompt_length: config.data.max_prompt_length,
-            max_completion_length: config.rollout.max_completion_length as usize,
-            context,
-            vocab_size: model.vocab_size,
-        };
-        Ok(Self {
-            dataset,
-            train,
-            held_out,
-            builder,
+        let weights: Vec<f64> = specs.iter().map(|spec| spec.weight).collect();
+        let mut prompts = Self {
+            sources,
+            mixture: Mixture::new(&weights),
             chat_template,
             tokenizer,
             eos_token_id,
-            limits,
+            limits: Limits::new(config, model),
+            too_long: config.data.prompt_too_long,
+            rewards: config.rewards.iter().map(|spec| spec.name().to_owned()).collect(),
+            eval_reward: config.eval.reward.clone(),
             seed: config.run.seed,
             prompts_per_step: config.rollout.prompts_per_step(),
             max_steps: config.train.max_steps,
             num_eval_prompts: config.eval.num_prompts,
             dynamic_sampling: config.train.dynamic_sampling,
-        })
+        };
+        if prompts.too_long == PromptTooLong::Drop {
+            prompts.drop_too_long()?;
+        }
+        prompts.sources.iter().for_each(Rows::log);
+        Ok(prompts)
     }
 
     /// Makes every prompt that the run will ask for once, so that a bad row ends it before it has begun.
@@ -141,26 +151,28 @@ impl PromptSource {
     /// # Errors
     /// The first row whose prompt cannot be made or is too long.
     pub fn check_run(&self) -> Result<(), PromptsError> {
-        let num_asked = usize::try_from(self.max_steps).unwrap_or(usize::MAX).saturating_mul(self.prompts_per_step);
-        let num_asked = if self.dynamic_sampling { usize::MAX } else { num_asked };
-        let asked = self.positions(0, num_asked.min(self.train.len()));
-        for row in asked {
-            self.prompt(row)?;
+        let num_asked = self.max_steps.saturating_mul(self.prompts_per_step as u64).min(MANY);
+        let by_source = self.mixture.before(if self.dynamic_sampling { MANY } else { num_asked });
+        for (source, (rows, num_asked)) in self.sources.iter().zip(by_source).enumerate() {
+            let count = usize::try_from(num_asked).unwrap_or(usize::MAX).min(rows.train.len());
+            for row in rows.stream(self.seed, 0, count) {
+                self.prompt(At { source, row })?;
+            }
         }
         self.held_out(self.num_eval_prompts).map(drop)
     }
 
-    /// The prompts of `step`, counted from 0: its part of the training rows, shuffled anew for every epoch, one epoch
-    /// after the other. A function of configuration and step, so resuming needs no state.
+    /// The prompts of `step`, counted from 0: of each source its share, the next of its training rows, which are shuffled
+    /// anew for every epoch, one epoch after the other. A function of configuration and step, so resuming needs no state.
     ///
     /// # Errors
     /// A prompt that cannot be made or is too long, by row.
     pub fn step_prompts(&self, step: u64) -> Result<Vec<Prompt>, PromptsError> {
-        self.positions(step, self.prompts_per_step).into_iter().map(|row| self.prompt(row)).collect()
+        self.positions(step, self.prompts_per_step).into_iter().map(|at| self.prompt(at)).collect()
     }
 
-    /// Up to `count` training prompts that are not among `seen`, drawn at random for a step and a round of it; fewer where
-    /// there are no more. A function of configuration and arguments.
+    /// Up to `count` training prompts that are not among `seen`, drawn at random for a step and a round of it, of sources
+    /// by their weights; fewer where there are no more. A function of configuration and arguments.
     ///
     /// # Errors
     /// A prompt that cannot be made or is too long, by row.
@@ -170,137 +182,128 @@ impl PromptSource {
         count: usize,
         seen: &BTreeSet<PromptId>,
     ) -> Result<Vec<Prompt>, PromptsError> {
-        let mut rows: Vec<usize> =
-            self.train.iter().copied().filter(|&row| !seen.contains(&PromptId(row as u64))).collect();
-        let count = count.min(rows.len());
+        let unseen = |rows: &Rows| rows.train.iter().copied().filter(|&row| !seen.contains(&rows.id(row))).collect();
+        let mut left: Vec<Vec<usize>> = self.sources.iter().map(unseen).collect();
+        let mut num_taken = vec![0; left.len()];
         let mut random = SplitMix64::new(derive_seed(self.seed, &[REPLACE, step, u64::from(round)]));
-        for index in 0..count {
-            let rest = (rows.len() - index) as u64;
-            rows.swap(index, index + random.below(rest) as usize);
+        let mut drawn = Vec::new();
+        while drawn.len() < count {
+            let there: Vec<usize> = (0..left.len()).filter(|&source| num_taken[source] < left[source].len()).collect();
+            let Some(source) = self.mixture.draw(&there, &mut random) else { break };
+            let (rows, taken) = (&mut left[source], &mut num_taken[source]);
+            let rest = (rows.len() - *taken) as u64;
+            rows.swap(*taken, *taken + random.below(rest) as usize);
+            drawn.push(At { source, row: rows[*taken] });
+            *taken += 1;
         }
-        rows[..count].iter().map(|&row| self.prompt(row)).collect()
+        drawn.into_iter().map(|at| self.prompt(at)).collect()
     }
 
-    /// The first `num_prompts` of the rows that are never trained on, in the order of the data set.
+    /// The first `num_prompts` of the rows that are never trained on, in the order of the data set. Sources that the reward
+    /// of evaluation is of take turns.
     ///
     /// # Errors
     /// If there are fewer, or a prompt cannot be made or is too long.
     pub fn held_out(&self, num_prompts: usize) -> Result<Vec<Prompt>, PromptsError> {
-        let there = self.held_out.len();
+        let there = self.held_out_rows(|rows| rows.origin.asks_for(&self.eval_reward));
         let rows =
-            self.held_out.get(..num_prompts).ok_or(PromptsError::TooFewHeldOut { wanted: num_prompts, there })?;
-        rows.iter().map(|&row| self.prompt(row)).collect()
+            there.get(..num_prompts).ok_or(PromptsError::TooFewHeldOut { wanted: num_prompts, there: there.len() })?;
+        rows.iter().map(|&at| self.prompt(at)).collect()
     }
 
-    /// The rows at `step * count ..` of the endless shuffled stream, `count` of them.
-    fn positions(&self, step: u64, count: usize) -> Vec<usize> {
-        let epoch_len = self.train.len();
-        let mut positions = Vec::with_capacity(count);
-        // Wide enough for any step.
-        let start = u128::from(step) * count as u128;
-        let (mut epoch, mut from) = ((start / epoch_len as u128) as u64, (start % epoch_len as u128) as usize);
-        while positions.len() < count {
-            let until = epoch_len.min(from + count - positions.len());
-            positions.extend_from_slice(&self.epoch(epoch)[from..until]);
-            (epoch, from) = (epoch + 1, 0);
+    /// The held-out rows of those sources, which take turns.
+    fn held_out_rows(&self, is_asked: impl Fn(&Rows) -> bool) -> Vec<At> {
+        let asked = || self.sources.iter().enumerate().filter(|(_, rows)| is_asked(rows));
+        let longest = asked().map(|(_, rows)| rows.held_out.len()).max().unwrap_or(0);
+        let turn = |index: usize| {
+            asked().filter_map(move |(source, rows)| Some(At { source, row: *rows.held_out.get(index)? }))
+        };
+        (0..longest).flat_map(turn).collect()
+    }
+
+    /// The rows at `step * count ..` of the endless stream of the sources, `count` of them.
+    fn positions(&self, step: u64, count: usize) -> Vec<At> {
+        let firsts = self.mixture.before(step.saturating_mul(count as u64));
+        let mut counts = firsts.clone();
+        let mut order = Vec::with_capacity(count);
+        for _ in 0..count {
+            let source = self.mixture.next(&counts);
+            counts[source] += 1;
+            order.push(source);
         }
-        positions
+        let stream = |(rows, (&first, &end)): (&Rows, (&u64, &u64))| {
+            rows.stream(self.seed, first, (end - first) as usize).into_iter()
+        };
+        let mut streams: Vec<_> = self.sources.iter().zip(firsts.iter().zip(&counts)).map(stream).collect();
+        order.into_iter().filter_map(|source| Some(At { source, row: streams[source].next()? })).collect()
     }
 
-    /// The training rows in the order of one epoch (Fisher and Yates).
-    fn epoch(&self, epoch: u64) -> Vec<usize> {
-        let mut rows = self.train.clone();
-        let mut random = SplitMix64::new(derive_seed(self.seed, &[SHUFFLE, epoch]));
-        for last in (1..rows.len()).rev() {
-            rows.swap(last, random.below(last as u64 + 1) as usize);
+    fn prompt(&self, at: At) -> Result<Prompt, PromptsError> {
+        let rows = &self.sources[at.source];
+        let made = self.render(at).and_then(|(text, token_ids)| {
+            let row = rows.number(at.row);
+            self.limits.check(token_ids.len()).map_err(|reason| PromptsError::Row { row, reason })?;
+            let (columns, origin) = (rows.row(at.row).clone(), rows.origin.clone());
+            Ok(Prompt { id: rows.id(at.row), text, token_ids, columns, origin })
+        });
+        made.map_err(|error| in_source(&rows.origin.source, error))
+    }
+
+    /// A row's prompt, which is cut where that is asked for.
+    fn render(&self, at: At) -> Result<(String, Vec<TokenId>), PromptsError> {
+        let (text, mut token_ids) = self.render_whole(at)?;
+        let num_over = token_ids.len().saturating_sub(self.limits.max_prompt_length);
+        if num_over == 0 || self.too_long != PromptTooLong::KeepLast {
+            return Ok((text, token_ids));
         }
-        rows
+        token_ids.drain(..num_over);
+        Ok((self.tokenizer.decode(&token_ids, SpecialTokens::Keep)?, token_ids))
     }
 
-    fn prompt(&self, row: usize) -> Result<Prompt, PromptsError> {
-        let (text, token_ids) = self.render(row)?;
-        self.limits.check(token_ids.len()).map_err(|reason| PromptsError::Row { row, reason })?;
-        Ok(Prompt { id: PromptId(row as u64), text, token_ids, columns: self.dataset.rows()[row].clone() })
-    }
-
-    fn render(&self, row: usize) -> Result<(String, Vec<TokenId>), PromptsError> {
-        let text = self.builder.render(&self.dataset.rows()[row])?;
-        let token_ids = self.encode(row, &text)?;
+    fn render_whole(&self, at: At) -> Result<(String, Vec<TokenId>), PromptsError> {
+        let rows = &self.sources[at.source];
+        let text = rows.builder.render(rows.row(at.row))?;
+        let token_ids = self.encode(at, &text)?;
         if token_ids.is_empty() {
-            return Err(PromptsError::Row { row, reason: "the prompt is empty".to_owned() });
+            let reason = "the prompt is empty".to_owned();
+            return Err(PromptsError::Row { row: rows.number(at.row), reason });
         }
         Ok((text, token_ids))
     }
 
-    fn encode(&self, row: usize, text: &str) -> Result<Vec<TokenId>, PromptsError> {
+    fn encode(&self, at: At, text: &str) -> Result<Vec<TokenId>, PromptsError> {
         let token_ids = self.tokenizer.encode(text)?;
-        let vocab_size = self.limits.vocab_size;
-        match token_ids.iter().find(|&&token| token as usize >= vocab_size) {
-            Some(token) => {
-                let reason = format!(
-                    "its tokens go up to {token}, and the model's vocabulary has {vocab_size}: the tokenizer in \
-                     model.path belongs to another model"
-                );
-                Err(PromptsError::Row { row, reason })
-            }
-            None => Ok(token_ids),
-        }
+        let row = self.sources[at.source].number(at.row);
+        self.limits.check_vocabulary(&token_ids).map_err(|reason| PromptsError::Row { row, reason })?;
+        Ok(token_ids)
     }
-}
 
-impl Limits {
-    fn check(&self, num_tokens: usize) -> Result<(), String> {
-        let Self { max_prompt_length, max_completion_length, context, .. } = *self;
-        if num_tokens > max_prompt_length {
-            return Err(format!(
-                "the prompt has {num_tokens} tokens, over data.max_prompt_length {max_prompt_length}: raise it, or leave \
-                 the row out"
-            ));
-        }
-        if num_tokens + max_completion_length > context {
-            return Err(format!(
-                "the prompt has {num_tokens} tokens, and with rollout.max_completion_length {max_completion_length} is \
-                 longer than the {context} that model and generator allow"
-            ));
+    /// Leaves out the rows whose prompts are over the limit, and counts them.
+    fn drop_too_long(&mut self) -> Result<(), PromptsError> {
+        for source in 0..self.sources.len() {
+            let mut too_long = BTreeSet::new();
+            for row in self.sources[source].all() {
+                let rendered = self.render_whole(At { source, row });
+                let named = rendered.map_err(|error| in_source(&self.sources[source].origin.source, error));
+                if named?.1.len() > self.limits.max_prompt_length {
+                    too_long.insert(row);
+                }
+            }
+            let rows = &mut self.sources[source];
+            rows.drop(&too_long);
+            if rows.train.is_empty() {
+                let (too_long, num_rows) = (too_long.len(), rows.len());
+                let error = PromptsError::AllTooLong { too_long, num_rows, max: self.limits.max_prompt_length };
+                return Err(in_source(&rows.origin.source, error));
+            }
         }
         Ok(())
     }
 }
 
-fn dataset(config: &RunConfig) -> Result<Dataset, PromptsError> {
-    let data = &config.data;
-    match data.source {
-        DataSource::Countdown => {
-            let puzzles = &data.countdown;
-            let source = CountdownSource {
-                size: puzzles.size,
-                numbers: puzzles.numbers,
-                min_number: puzzles.min_number,
-                max_number: puzzles.max_number,
-                max_target: puzzles.max_target,
-                operations: puzzles.operations.clone(),
-                seed: config.run.seed,
-            };
-            Ok(source.generate()?)
-        }
-        DataSource::File => {
-            let path = data.path.as_deref().ok_or(PromptsError::NoPath)?;
-            Ok(Dataset::load(path, &data.columns)?)
-        }
-    }
-}
-
-/// Every row must have what the run's reward functions read.
-fn check_columns(dataset: &Dataset, config: &RunConfig) -> Result<(), PromptsError> {
-    let functions = config.rewards.iter().map(RewardFunction::new);
-    let functions =
-        functions.collect::<Result<Vec<_>, _>>().map_err(|source| PromptsError::Columns { row: 0, source })?;
-    for (row, columns) in dataset.rows().iter().enumerate() {
-        for function in &functions {
-            function.check_columns(columns).map_err(|source| PromptsError::Columns { row, source })?;
-        }
-    }
-    Ok(())
+/// An error with the name of its source, where it has one.
+fn in_source(name: &str, error: PromptsError) -> PromptsError {
+    if name.is_empty() { error } else { PromptsError::Source { name: name.to_owned(), error: Box::new(error) } }
 }
 
 /// The token that `tokenizer_config.json` names as the end, which is the end of a turn in chat models, or else the first

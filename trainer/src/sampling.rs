@@ -139,7 +139,7 @@ fn has_signal(group: &Group, config: &RunConfig) -> bool {
 #[cfg(test)]
 mod tests {
     use aha_core::config::RewardSpec;
-    use aha_core::rollout::{Completion, FinishReason, Reward, Span};
+    use aha_core::rollout::{Completion, FinishReason, Origin, Reward, Span};
     use tch::Device;
 
     use super::*;
@@ -185,7 +185,13 @@ mod tests {
     }
 
     fn prompt(id: u64) -> Prompt {
-        Prompt { id: PromptId(id), text: String::new(), token_ids: vec![1], columns: serde_json::Map::new() }
+        Prompt {
+            id: PromptId(id),
+            text: String::new(),
+            token_ids: vec![1],
+            columns: serde_json::Map::new(),
+            origin: Origin::default(),
+        }
     }
 
     /// What one rank gets from prompts 0..4, with prompts from 5 as replacements, up to `last`.

@@ -1,5 +1,7 @@
 //! The numbers of a step, under TRL's names where it has them.
 
+use std::collections::BTreeMap;
+
 use aha_core::advantage::{mean, standard_deviation};
 use aha_core::config::RunConfig;
 use aha_core::reflection::Reflection;
@@ -22,6 +24,9 @@ pub fn rollout_metrics(groups: &[Group], batch: &TrainingBatch, config: &RunConf
             .filter(|reward| reward.function == spec.name())
             .map(|reward| reward.score)
             .collect();
+        if scores.is_empty() {
+            continue; // it is of sources that this step has no prompts of
+        }
         metrics.set(format!("rewards/{}/mean", spec.name()), f64::from(mean(&scores)));
         metrics.set(format!("rewards/{}/std", spec.name()), f64::from(standard_deviation(&scores)));
     }
@@ -32,6 +37,9 @@ pub fn rollout_metrics(groups: &[Group], batch: &TrainingBatch, config: &RunConf
     let group_stds: Vec<f32> = batch.rewards.chunks(config.rollout.num_generations).map(standard_deviation).collect();
     let without_signal = group_stds.iter().filter(|&&std| std == 0.0).count();
     metrics.set("reward", f64::from(mean(&batch.rewards)));
+    for (source, rewards) in rewards_by_source(groups, &batch.rewards, config.rollout.num_generations) {
+        metrics.set(format!("reward/{source}/mean"), f64::from(mean(&rewards)));
+    }
     metrics.set("reward_std", f64::from(mean(&group_stds)));
     metrics.set("frac_reward_zero_std", without_signal as f64 / group_stds.len().max(1) as f64);
 
@@ -58,6 +66,16 @@ fn reflection_metrics<'a>(completions: impl Iterator<Item = &'a Completion> + Cl
     let per_1000_tokens = |count: usize| 1000.0 * count as f64 / num_tokens.max(1) as f64;
     metrics.set("completions/reflections_per_1000_tokens", per_1000_tokens(found.num_reflections));
     metrics.set("completions/self_corrections_per_1000_tokens", per_1000_tokens(found.num_self_corrections));
+}
+
+/// The rewards of every named source's completions.
+fn rewards_by_source<'a>(groups: &'a [Group], rewards: &[f32], group_size: usize) -> BTreeMap<&'a str, Vec<f32>> {
+    let mut by_source: BTreeMap<&str, Vec<f32>> = BTreeMap::new();
+    for (group, rewards) in groups.iter().zip(rewards.chunks(group_size)) {
+        by_source.entry(&group.prompt.origin.source).or_default().extend(rewards);
+    }
+    by_source.remove("");
+    by_source
 }
 
 /// How many versions the tokens are older than the policy that trains on them in `step`, counted from 0.
@@ -153,7 +171,9 @@ pub fn step_metrics(
 
 #[cfg(test)]
 mod tests {
+    use aha_core::config::RewardSpec;
     use aha_core::ids::PromptId;
+    use aha_core::rollout::{Origin, Prompt, Reward};
 
     use super::*;
 
@@ -170,6 +190,38 @@ mod tests {
             raw_logprobs: Vec::new(),
             prompt_logprobs: Vec::new(),
         }
+    }
+
+    /// A group of one completion with these scores.
+    fn group(id: u64, source: &str, scores: &[(&str, f32)]) -> Group {
+        let reward = |&(function, score): &(&str, f32)| {
+            let (function, outcome) = (function.to_owned(), "score".to_owned());
+            Reward { function, score, outcome }
+        };
+        let scored =
+            Completion { prompt_id: PromptId(id), rewards: scores.iter().map(reward).collect(), ..completion("", 1) };
+        let origin = Origin { source: source.to_owned(), rewards: None };
+        let (text, columns) = (String::new(), serde_json::Map::new());
+        let prompt = Prompt { id: PromptId(id), text, token_ids: vec![1], columns, origin };
+        Group { prompt, completions: vec![scored] }
+    }
+
+    #[test]
+    fn rewards_are_means_over_what_has_them_and_over_sources() {
+        let mut config = RunConfig::default();
+        config.rollout.num_generations = 1;
+        config.rewards = ["format", "equation", "length"].map(RewardSpec::of).to_vec();
+        let groups = [
+            group(0, "puzzles", &[("format", 1.0), ("equation", 1.0)]),
+            group(1, "puzzles", &[("format", 0.0), ("equation", 0.0)]),
+            group(2, "chat", &[("format", 1.0)]),
+            group(3, "chat", &[("format", 1.0)]),
+        ];
+        let metrics = rollout_metrics(&groups, &TrainingBatch::new(&groups, &config, 0), &config);
+        assert_eq!((metrics.get("rewards/format/mean"), metrics.get("rewards/equation/mean")), (Some(0.75), Some(0.5)));
+        assert_eq!(metrics.get("rewards/length/mean"), None);
+        assert_eq!((metrics.get("reward/puzzles/mean"), metrics.get("reward/chat/mean")), (Some(1.0), Some(1.0)));
+        assert_eq!(metrics.get("reward"), Some(1.0));
     }
 
     #[test]

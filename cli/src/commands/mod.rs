@@ -10,6 +10,7 @@ use tch::{Device, Kind};
 use tokio::runtime::Runtime;
 
 pub(crate) mod bench;
+pub(crate) mod data;
 pub(crate) mod doctor;
 pub(crate) mod eval;
 pub(crate) mod export;

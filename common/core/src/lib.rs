@@ -10,7 +10,7 @@ pub mod dataset;
 pub mod ids;
 mod jinja;
 pub mod manifest;
-mod nearest;
+pub mod nearest;
 pub mod objective;
 pub mod optimizer;
 pub mod packing;

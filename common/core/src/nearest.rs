@@ -20,7 +20,8 @@ pub(crate) fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a s
 }
 
 /// The end of a message: `; did you mean "x"?`, or nothing where no candidate is near.
-pub(crate) fn hint<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) -> String {
+#[must_use]
+pub fn hint<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) -> String {
     nearest(name, candidates).map(|nearest| format!("; did you mean {nearest:?}?")).unwrap_or_default()
 }
 

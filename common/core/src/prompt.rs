@@ -1,8 +1,12 @@
 //! Rows to prompts: templates over a row's columns, put into the model's chat template or joined as they are.
 
+pub(crate) mod templates;
+
 use minijinja::value::Serde;
 use minijinja::{Environment, ErrorKind};
 use serde_json::Map;
+
+pub use templates::names as template_names;
 
 use crate::chat_template::{ChatTemplate, ChatTemplateError, Ending, Message};
 use crate::config::PromptTemplate;
@@ -108,22 +112,8 @@ mod tests {
 
     use super::*;
 
-    /// The recipe of mini-R1: philschmid/deep-learning-pytorch-huggingface, training/scripts/run_r1_grpo.py.
     fn mini_r1() -> PromptTemplate {
-        PromptTemplate {
-            chat: true,
-            system: Some(
-                "You are a helpful assistant. You first thinks about the reasoning process in the mind and then provides \
-                 the user with the answer."
-                    .to_owned(),
-            ),
-            user: "Using the numbers {{ nums }}, create an equation that equals {{ target }}. You can use basic \
-                   arithmetic operations (+, -, *, /) one or multiple times but each number can only be used once. Show \
-                   your work in <think> </think> tags. And return the final equation in <answer> </answer> tags, for \
-                   example <answer> (1 + 2) / 3 </answer>. Think step by step inside <think> tags."
-                .to_owned(),
-            assistant_prefill: Some("Let me solve this step by step.\n<think>".to_owned()),
-        }
+        templates::find("mini_r1").unwrap().prompt()
     }
 
     const MINI_R1_TEXT: &str = "<|im_start|>system\nYou are a helpful assistant. You first thinks about the reasoning \
@@ -173,6 +163,7 @@ mod tests {
             system: Some("Solve.\n".to_owned()),
             user: "User: {{ nums | join(' ') }} -> {{ target }}\n".to_owned(),
             assistant_prefill: Some("Assistant: <think>".to_owned()),
+            ..PromptTemplate::default()
         };
         check(&template, Ok("Solve.\nUser: 19 36 55 7 -> 65\nAssistant: <think>"));
         let user_only = PromptTemplate { chat: false, user: "{{ target }}\n".to_owned(), ..PromptTemplate::default() };
@@ -197,7 +188,7 @@ mod tests {
     impl PromptTemplate {
         /// The user's text alone, without the chat form.
         fn clone_plain(&self) -> Self {
-            Self { chat: false, system: None, assistant_prefill: None, user: self.user.clone() }
+            Self { chat: false, user: self.user.clone(), ..Self::default() }
         }
     }
 

@@ -15,6 +15,24 @@ pub struct Prompt {
     pub token_ids: Vec<TokenId>,
     /// What reward functions may read: the data set's columns.
     pub columns: serde_json::Map<String, serde_json::Value>,
+    pub origin: Origin,
+}
+
+/// Which of several sources a prompt is from.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Origin {
+    /// Empty where there is one source only.
+    pub source: String,
+    /// Names of the rewards that score its completions; `None` is all.
+    pub rewards: Option<Vec<String>>,
+}
+
+impl Origin {
+    /// Whether the reward of this name scores its completions.
+    #[must_use]
+    pub fn asks_for(&self, reward: &str) -> bool {
+        self.rewards.as_ref().is_none_or(|names| names.iter().any(|name| name == reward))
+    }
 }
 
 /// How tokens are chosen.

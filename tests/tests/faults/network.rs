@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use aha_core::config::{Credentials, RunConfig};
 use aha_core::ids::{PolicyVersion, PromptId};
 use aha_core::reward::RewardSpec;
-use aha_core::rollout::{Group, Prompt, Sampling};
+use aha_core::rollout::{Group, Origin, Prompt, Sampling};
 use aha_nn::comm::ProcessGroup;
 use aha_nn::model_config::ModelConfig;
 use aha_nn::unit::ModelWeights;
@@ -71,6 +71,7 @@ impl Trainer {
             text: String::new(),
             token_ids: vec![5, 6, 7, 8 + id as u32],
             columns: json!({"nums": [1, 2], "target": 3}).as_object().unwrap().clone(),
+            origin: Origin::default(),
         };
         let request = RolloutRequest {
             prompts: (0..6).map(prompt).collect(),

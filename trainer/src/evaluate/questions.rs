@@ -4,11 +4,11 @@ use std::path::{Path, PathBuf};
 
 use aha_core::chat_template::{ChatTemplate, ChatTemplateError};
 use aha_core::config::{Questions, Suite};
-use aha_core::dataset::{CountdownError, CountdownSource, Dataset, DatasetError};
+use aha_core::dataset::{CountdownError, Dataset, DatasetError, Part};
 use aha_core::ids::{PolicyVersion, PromptId};
 use aha_core::prompt::{PromptBuilder, PromptError};
 use aha_core::reward::{RewardError, RewardFunction};
-use aha_core::rollout::Prompt;
+use aha_core::rollout::{Origin, Prompt};
 use aha_core::tokenizer::{Tokenizer, TokenizerError};
 
 use crate::rollouts::RolloutRequest;
@@ -93,7 +93,8 @@ impl Asked {
                 let max_model_len = model.max_model_len;
                 return Err(SuiteError::TooLong { name: name(), row, num_tokens, max_tokens, max_model_len });
             }
-            prompts.push(Prompt { id: PromptId(row as u64), text, token_ids, columns: columns.clone() });
+            let (id, columns) = (PromptId(row as u64), columns.clone());
+            prompts.push(Prompt { id, text, token_ids, columns, origin: Origin::default() });
         }
         Ok(Self { suite, prompts })
     }
@@ -116,15 +117,7 @@ fn dataset(suite: &Suite, data_dir: &Path) -> Result<Dataset, SuiteError> {
     let name = suite.name.clone();
     match &suite.questions {
         Questions::Countdown(puzzles) => {
-            let source = CountdownSource {
-                size: puzzles.size,
-                numbers: puzzles.numbers,
-                min_number: puzzles.min_number,
-                max_number: puzzles.max_number,
-                max_target: puzzles.max_target,
-                operations: puzzles.operations.clone(),
-                seed: PUZZLE_SEED,
-            };
+            let source = puzzles.with_seed(PUZZLE_SEED);
             source.generate().map_err(|source| SuiteError::Countdown { name, source })
         }
         Questions::File(path) => {
@@ -134,7 +127,7 @@ fn dataset(suite: &Suite, data_dir: &Path) -> Result<Dataset, SuiteError> {
                 let where_from = format!("{known}put it there, or name its folder by eval.data_dir or --data-dir");
                 return Err(SuiteError::NoData { name, path, where_from });
             }
-            Dataset::load(&path, &suite.columns).map_err(|source| SuiteError::Data { name, source })
+            Dataset::load(&path, Part::default(), &suite.columns).map_err(|source| SuiteError::Data { name, source })
         }
     }
 }

@@ -162,7 +162,7 @@ pub fn write_items(path: &Path, groups: &[Group]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use aha_core::ids::PromptId;
-    use aha_core::rollout::Prompt;
+    use aha_core::rollout::{Origin, Prompt};
     use serde_json::{Value, json};
 
     use super::*;
@@ -187,8 +187,13 @@ mod tests {
 
     fn groups() -> Vec<Group> {
         let columns = json!({"target": 5}).as_object().unwrap().clone();
-        let prompt =
-            |id| Prompt { id: PromptId(id), text: "q".to_owned(), token_ids: vec![1], columns: columns.clone() };
+        let prompt = |id| Prompt {
+            id: PromptId(id),
+            text: "q".to_owned(),
+            token_ids: vec![1],
+            columns: columns.clone(),
+            origin: Origin::default(),
+        };
         let (stop, length) = (FinishReason::Stop, FinishReason::Length);
         vec![
             Group {

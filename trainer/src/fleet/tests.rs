@@ -2,7 +2,7 @@
 //! this process.
 
 use aha_core::ids::PromptId;
-use aha_core::rollout::{Prompt, Sampling};
+use aha_core::rollout::{Origin, Prompt, Sampling};
 use aha_nn::model_config::ModelConfig;
 use aha_nn::weights::Weights;
 use tch::{Device, Kind};
@@ -145,6 +145,7 @@ fn request(rank: usize) -> RolloutRequest {
         text: String::new(),
         token_ids: vec![1, 2, 3],
         columns: serde_json::Map::new(),
+        origin: Origin::default(),
     };
     RolloutRequest {
         prompts: (0..3).map(|index| prompt(10 * rank as u64 + index)).collect(),

@@ -6,7 +6,7 @@ use std::time::Instant;
 use aha_core::config::RunConfig;
 use aha_core::ids::{PolicyVersion, PromptId, TokenId};
 use aha_core::random::{derive_seed, sampling_uniform};
-use aha_core::rollout::{Group, Prompt, Sampling};
+use aha_core::rollout::{Group, Origin, Prompt, Sampling};
 use aha_nn::model_config::ModelConfig;
 use aha_nn::runtime;
 use anyhow::{Context, Result};
@@ -150,6 +150,7 @@ impl RandomPrompts {
             text: String::new(),
             token_ids: (0..self.tokens as u64).map(|position| token(&[step, index, position])).collect(),
             columns: serde_json::Map::new(),
+            origin: Origin::default(),
         };
         RolloutRequest {
             prompts: (0..self.count as u64).map(prompt).collect(),

@@ -6,7 +6,7 @@ use aha_core::config::{RewardSpec, RunConfig};
 use aha_core::ids::{PolicyVersion, PromptId};
 use aha_core::objective::{ImportanceSamplingLevel, KlEstimator, RolloutImportanceSamplingMode};
 use aha_core::random::derive_seed;
-use aha_core::rollout::{Completion, FinishReason, Group, Prompt, Reward, Span};
+use aha_core::rollout::{Completion, FinishReason, Group, Origin, Prompt, Reward, Span};
 use aha_nn::comm::ProcessGroup;
 use aha_nn::model_config::ModelConfig;
 use aha_nn::weights::Weights;
@@ -158,6 +158,7 @@ fn groups(draw: Draw, config: &RunConfig) -> Vec<Group> {
                 text: String::new(),
                 token_ids: (0..1 + draw.below(&format!("prompt {prompt}"), 6) as u32).collect(),
                 columns: serde_json::Map::new(),
+                origin: Origin::default(),
             },
             completions: (0..GROUP_SIZE).map(|sample| completion(prompt, sample)).collect(),
         })

@@ -6,7 +6,7 @@ use aha_core::ids::TokenId;
 use aha_core::prompt::PromptBuilder;
 use serde_json::{Map, Value};
 
-use super::{PromptSource, PromptsError};
+use super::{At, PromptSource, PromptsError, in_source};
 
 /// What the model is shown, with the tokens that it is to learn.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,17 +32,19 @@ impl PromptSource {
     /// # Errors
     /// As for [`Self::supervised`].
     pub fn held_out_examples(&self, count: usize, sft: &Sft) -> Result<Vec<Example>, PromptsError> {
-        self.examples(&self.held_out[..count.min(self.held_out.len())], sft)
+        let mut rows = self.held_out_rows(|_| true);
+        rows.truncate(count);
+        self.examples(&rows, sft)
     }
 
-    fn examples(&self, rows: &[usize], sft: &Sft) -> Result<Vec<Example>, PromptsError> {
+    fn examples(&self, rows: &[At], sft: &Sft) -> Result<Vec<Example>, PromptsError> {
         let plain = PromptTemplate { chat: false, user: sft.completion.clone(), ..PromptTemplate::default() };
         let answers = PromptBuilder::new(&plain, None).map_err(PromptsError::Completion)?;
         let max_length = sft.max_length.min(self.limits.context);
-        let example = |&row: &usize| {
+        let example = |&at: &At| {
             let example = match &sft.messages {
-                Some(column) => self.conversation(row, column)?,
-                None => self.answered(row, &answers)?,
+                Some(column) => self.conversation(at, column)?,
+                None => self.answered(at, &answers)?,
             };
             let (num_prompt, num_completion) = (example.prompt.len(), example.completion.len());
             if num_prompt + num_completion > max_length {
@@ -50,34 +52,37 @@ impl PromptSource {
                     "prompt and completion of {num_prompt} + {num_completion} tokens are longer than {max_length}, \
                      sft.max_length or the model's context"
                 );
-                return Err(PromptsError::Row { row, reason });
+                return Err(PromptsError::Row { row: self.sources[at.source].number(at.row), reason });
             }
             Ok(example)
         };
-        rows.iter().map(example).collect()
+        let named = |at: &At| example(at).map_err(|error| in_source(&self.sources[at.source].origin.source, error));
+        rows.iter().map(named).collect()
     }
 
     /// The row's prompt, and what `answers` makes of it.
-    fn answered(&self, row: usize, answers: &PromptBuilder) -> Result<Example, PromptsError> {
-        let (_, prompt) = self.render(row)?;
-        let text = answers.render(&self.dataset.rows()[row]).map_err(PromptsError::Completion)?;
-        let mut completion = self.encode(row, &text)?;
+    fn answered(&self, at: At, answers: &PromptBuilder) -> Result<Example, PromptsError> {
+        let (_, prompt) = self.render(at)?;
+        let text = answers.render(self.sources[at.source].row(at.row)).map_err(PromptsError::Completion)?;
+        let mut completion = self.encode(at, &text)?;
         completion.extend(self.eos_token_id);
         Ok(Example { prompt, is_target: vec![true; completion.len()], completion })
     }
 
     /// The messages in `column`, through the model's chat template. Each turn of the assistant is what the template adds
     /// to the head of such a turn, with what ends it. Pieces are tokenised one by one, as they are when the model answers.
-    fn conversation(&self, row: usize, column: &str) -> Result<Example, PromptsError> {
-        let bad = |reason: &str| PromptsError::Messages { row, column: column.to_owned(), reason: reason.to_owned() };
-        let messages = messages(self.dataset.rows()[row].get(column))
+    fn conversation(&self, at: At, column: &str) -> Result<Example, PromptsError> {
+        let (rows, column) = (&self.sources[at.source], column.to_owned());
+        let row = rows.number(at.row);
+        let bad = |reason: &str| PromptsError::Messages { row, column: column.clone(), reason: reason.to_owned() };
+        let messages = messages(rows.row(at.row).get(&column))
             .ok_or_else(|| bad("must be a list of objects with role and content"))?;
         let template = self.chat_template.as_ref().ok_or_else(|| bad("needs the model's chat template"))?;
         let pieces = pieces(template, &messages)?
             .ok_or_else(|| bad("is not rendered turn by turn: the chat template changes what was said before"))?;
         let mut example = Example { prompt: Vec::new(), completion: Vec::new(), is_target: Vec::new() };
         for (text, is_target) in pieces {
-            let tokens = self.encode(row, &text)?;
+            let tokens = self.encode(at, &text)?;
             if !is_target && example.completion.is_empty() {
                 example.prompt.extend(tokens);
             } else {

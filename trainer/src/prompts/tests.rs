@@ -1,8 +1,12 @@
 //! Order, limits and refusals of prompts, with a tokenizer of one token a character.
 
+mod lengths;
+mod sources;
+
 use std::collections::BTreeSet;
 
-use aha_core::config::{RewardSpec, Sft};
+use aha_core::config::{DataSource, RewardSpec, Sft};
+use aha_core::dataset::question_id;
 use serde_json::json;
 
 use super::*;
@@ -87,7 +91,7 @@ fn check_refused(change: impl FnOnce(&mut Fixture), expect: &[&str]) {
 #[test]
 fn a_prompt_is_its_row_rendered_and_tokenised() {
     let source = Fixture::new().load().unwrap();
-    let prompt = source.prompt(7).unwrap();
+    let prompt = source.prompt(At { source: 0, row: 7 }).unwrap();
     assert_eq!((prompt.id, prompt.text.as_str()), (PromptId(7), "[7, 1] = 7?"));
     assert_eq!(prompt.token_ids.len(), prompt.text.len());
     assert_eq!(prompt.columns["target"], 7);
@@ -96,12 +100,12 @@ fn a_prompt_is_its_row_rendered_and_tokenised() {
 #[test]
 fn an_epoch_asks_every_training_row_once_and_the_next_in_another_order() {
     let source = Fixture::new().load().unwrap();
-    let num_train = source.train.len();
+    let num_train = source.sources[0].train.len();
     let stream: Vec<u64> = (0..30).flat_map(|step| ids(&source.step_prompts(step).unwrap())).collect();
     let epochs: Vec<&[u64]> = stream.chunks_exact(num_train).collect();
     for epoch in &epochs {
         let rows: BTreeSet<_> = epoch.iter().map(|&row| row as usize).collect();
-        assert_eq!(rows, source.train.iter().copied().collect());
+        assert_eq!(rows, source.sources[0].train.iter().copied().collect());
     }
     assert_ne!(epochs[0], epochs[1]);
 }
@@ -123,8 +127,8 @@ fn a_step_is_a_function_of_seed_and_step() {
 #[test]
 fn held_out_rows_are_never_trained_on_and_keep_their_order() {
     let source = Fixture::new().load().unwrap();
-    let there = source.held_out.len();
-    assert!(there > 1 && there + source.train.len() == 20);
+    let there = source.sources[0].held_out.len();
+    assert!(there > 1 && there + source.sources[0].train.len() == 20);
     let held_out = ids(&source.held_out(there).unwrap());
     assert!(held_out.is_sorted());
     let trained: BTreeSet<_> = (0..20).flat_map(|step| ids(&source.step_prompts(step).unwrap())).collect();
@@ -138,8 +142,8 @@ fn examples_end_with_the_end_of_sequence_token() {
     let source = fixture.load().unwrap();
     let examples = source.supervised(3, &fixture.config.sft).unwrap();
     assert_eq!(examples.len(), 5);
-    for (example, row) in examples.iter().zip(source.positions(3, 5)) {
-        assert_eq!(example.prompt, source.prompt(row).unwrap().token_ids);
+    for (example, at) in examples.iter().zip(source.positions(3, 5)) {
+        assert_eq!(example.prompt, source.prompt(at).unwrap().token_ids);
         assert_eq!(example.completion, [0, EOS]);
     }
     let short = Sft { max_length: 8, ..fixture.config.sft.clone() };
@@ -235,14 +239,15 @@ fn countdown_puzzles_are_a_source_of_their_own() {
     fixture.config.data.countdown.size = 40;
     let source = fixture.load().unwrap();
     source.check_run().unwrap();
-    assert_eq!(source.train.len() + source.held_out.len(), 40);
+    assert_eq!(source.sources[0].train.len() + source.sources[0].held_out.len(), 40);
     // Every held-out puzzle is asked once, in one order of its numbers.
     fixture.config.data.countdown.size = 2000;
     fixture.config.data.countdown.numbers = 2;
     fixture.config.data.countdown.max_number = 5;
     let source = fixture.load().unwrap();
-    let puzzles: BTreeSet<_> = source.held_out.iter().map(|&row| question_id(&source.dataset.rows()[row])).collect();
-    assert_eq!(source.held_out.len(), puzzles.len());
+    let rows = &source.sources[0];
+    let puzzles: BTreeSet<_> = rows.held_out.iter().map(|&row| question_id(rows.row(row))).collect();
+    assert_eq!(rows.held_out.len(), puzzles.len());
     assert!((1..50).contains(&puzzles.len()), "{}", puzzles.len());
     fixture.config.data.countdown.max_target = 0;
     assert!(fixture.refusal().starts_with("data.countdown: found no puzzle"));
@@ -251,7 +256,7 @@ fn countdown_puzzles_are_a_source_of_their_own() {
 #[test]
 fn replacements_are_new_training_rows_and_the_same_every_time() {
     let source = Fixture::new().load().unwrap();
-    let train: BTreeSet<u64> = source.train.iter().map(|&row| row as u64).collect();
+    let train: BTreeSet<u64> = source.sources[0].train.iter().map(|&row| row as u64).collect();
     let seen: BTreeSet<PromptId> = source.step_prompts(0).unwrap().iter().map(|prompt| prompt.id).collect();
     let drawn = |step, round, count| ids(&source.replacements((step, round), count, &seen).unwrap());
     let all = drawn(3, 1, 1000);

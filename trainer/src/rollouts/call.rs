@@ -139,7 +139,7 @@ impl Call {
             let versions = self.versions();
             let taken = Completion::try_from(completion)
                 .map_err(|error: BadMessage| Refusal::Malformed(error.to_string()))
-                .and_then(|completion| receipt.take(completion, prompt.id, &self.ledger.request, &versions))
+                .and_then(|completion| receipt.take(completion, prompt, &self.ledger.request, &versions))
                 .map_err(|refusal| refused(refusal, client, prompt, versions))?;
             if taken == Taken::New {
                 debt.pay();

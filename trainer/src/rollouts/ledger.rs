@@ -70,7 +70,7 @@ impl Ledger {
             let mut places = self.places().filter(|(prompt, _)| prompt.id == completion.prompt_id);
             // A prompt may be there twice.
             places.find(|(prompt, receipt)| {
-                let taken = receipt.take(completion.clone(), prompt.id, &self.request, &versions);
+                let taken = receipt.take(completion.clone(), prompt, &self.request, &versions);
                 !matches!(taken, Ok(Taken::Ignored))
             });
         }

@@ -45,13 +45,18 @@ pub struct RolloutRequest {
     pub sampling: Sampling,
     /// Seed of the step. A completion depends on it, its prompt's id, its sample index and the weights alone.
     pub seed: u64,
-    /// Reward functions to score with.
+    /// Reward functions to score with, those of them that are of a prompt's source.
     pub rewards: Vec<RewardSpec>,
     /// The oldest policy that may have sampled a token; the newest is the one that was published last.
     pub min_version: PolicyVersion,
 }
 
 impl RolloutRequest {
+    /// The reward functions that score a prompt's completions.
+    pub(crate) fn rewards_of<'a>(&'a self, prompt: &'a Prompt) -> impl Iterator<Item = &'a RewardSpec> {
+        self.rewards.iter().filter(|spec| prompt.origin.asks_for(spec.name()))
+    }
+
     /// What a generator is asked for the samples of `prompt` that are missing.
     #[must_use]
     pub fn message(&self, prompt: &Prompt, missing: Vec<u32>, request_id: String) -> v1::GenerateRequest {
@@ -62,7 +67,7 @@ impl RolloutRequest {
             sample_indices: missing,
             sampling: Some((&self.sampling).into()),
             seed: derive_seed(self.seed, &[prompt.id.0]),
-            rewards: self.rewards.iter().map(Into::into).collect(),
+            rewards: self.rewards_of(prompt).map(Into::into).collect(),
             columns: serde_json::Value::Object(prompt.columns.clone()).to_string(),
         }
     }

@@ -3,9 +3,9 @@
 use std::ops::RangeInclusive;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use aha_core::ids::{PolicyVersion, PromptId};
+use aha_core::ids::PolicyVersion;
 use aha_core::reward::RewardSpec;
-use aha_core::rollout::{Completion, FinishReason, Reward};
+use aha_core::rollout::{Completion, FinishReason, Prompt, Reward};
 
 use super::RolloutRequest;
 
@@ -46,11 +46,11 @@ impl Receipt {
     pub(super) fn take(
         &self,
         completion: Completion,
-        prompt: PromptId,
+        prompt: &Prompt,
         request: &RolloutRequest,
         versions: &Versions,
     ) -> Result<Taken, Refusal> {
-        if completion.prompt_id != prompt {
+        if completion.prompt_id != prompt.id {
             return Err(Refusal::Malformed(format!("it answers {}", completion.prompt_id)));
         }
         let mut completions = self.completions();
@@ -60,7 +60,7 @@ impl Receipt {
         if place.is_some() || completion.finish_reason == FinishReason::Aborted {
             return Ok(Taken::Ignored);
         }
-        check(&completion, request, versions)?;
+        check(&completion, prompt, request, versions)?;
         *place = Some(completion);
         Ok(Taken::New)
     }
@@ -72,7 +72,12 @@ impl Receipt {
     }
 }
 
-fn check(completion: &Completion, request: &RolloutRequest, versions: &Versions) -> Result<(), Refusal> {
+fn check(
+    completion: &Completion,
+    prompt: &Prompt,
+    request: &RolloutRequest,
+    versions: &Versions,
+) -> Result<(), Refusal> {
     let sample = completion.sample_index;
     let malformed = |problem: &str| Err(Refusal::Malformed(format!("sample {sample} {problem}")));
     if let Some(span) = completion.spans.iter().find(|span| !versions.contains(&span.version)) {
@@ -89,7 +94,7 @@ fn check(completion: &Completion, request: &RolloutRequest, versions: &Versions)
         return malformed(&format!("has a token with log-prob {logprob}"));
     }
     let names = |rewards: &[Reward]| rewards.iter().map(|reward| reward.function.clone()).collect::<Vec<_>>();
-    let asked: Vec<&str> = request.rewards.iter().map(RewardSpec::name).collect();
+    let asked: Vec<&str> = request.rewards_of(prompt).map(RewardSpec::name).collect();
     if names(&completion.rewards) != asked {
         let names = names(&completion.rewards);
         return malformed(&format!("has rewards {names:?} where {asked:?} were asked for"));

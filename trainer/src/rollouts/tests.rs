@@ -7,7 +7,7 @@ use aha_core::config::{Credentials, RunConfig};
 use aha_core::ids::{PolicyVersion, PromptId};
 use aha_core::random::derive_seed;
 use aha_core::reward::RewardSpec;
-use aha_core::rollout::{Completion, Group, Prompt, Sampling};
+use aha_core::rollout::{Completion, Group, Origin, Prompt, Sampling};
 use aha_proto::v1;
 use tokio::runtime::{Builder, Runtime};
 use tonic::Status;
@@ -26,6 +26,7 @@ fn request(prompt_ids: impl IntoIterator<Item = u64>) -> RolloutRequest {
         text: String::new(),
         token_ids: vec![1, 2, 3],
         columns: [("target".to_owned(), serde_json::json!(id))].into_iter().collect(),
+        origin: Origin::default(),
     };
     RolloutRequest {
         prompts: prompt_ids.into_iter().map(prompt).collect(),
@@ -126,6 +127,19 @@ fn groups_are_complete_and_in_order_and_spread_over_the_generators() {
     assert_eq!(sent.token_ids, [1, 2, 3]);
     assert_eq!(sent.columns, format!("{{\"target\":{}}}", sent.prompt_id));
     assert_eq!(sent.sampling.unwrap().max_tokens, 8);
+}
+
+#[test]
+fn a_prompt_s_source_decides_which_rewards_are_asked() {
+    let generator = TestGenerator::start([]);
+    let mut request = request([5, 6]);
+    request.prompts[1].origin =
+        Origin { source: "math".to_owned(), rewards: Some(vec!["equation".to_owned(), "other".to_owned()]) };
+    let groups = roll_out(&[&generator], request).unwrap();
+    let names = |group: &Group| -> Vec<String> {
+        group.completions[0].rewards.iter().map(|reward| reward.function.clone()).collect()
+    };
+    assert_eq!(groups.iter().map(names).collect::<Vec<_>>(), [vec!["format", "equation"], vec!["equation"]]);
 }
 
 #[test]

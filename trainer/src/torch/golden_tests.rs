@@ -2,7 +2,7 @@
 
 use aha_core::config::{RewardSpec, RunConfig, Train};
 use aha_core::ids::{PolicyVersion, PromptId};
-use aha_core::rollout::{Completion, FinishReason, Group, Prompt, Reward, Span};
+use aha_core::rollout::{Completion, FinishReason, Group, Origin, Prompt, Reward, Span};
 use aha_nn::autograd::grad;
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
@@ -101,6 +101,7 @@ impl Batch {
                 text: String::new(),
                 token_ids: vec![0],
                 columns: serde_json::Map::new(),
+                origin: Origin::default(),
             },
             completions: (first..first + self.num_generations).map(completion).collect(),
         };

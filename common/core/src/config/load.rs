@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use super::{Credentials, Eval, Generator, RunConfig, TOKEN_VARIABLE};
+use super::{Credentials, Eval, Generator, RunConfig, Source, TOKEN_VARIABLE};
 
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -206,13 +206,19 @@ fn known_keys() -> Vec<String> {
             let path = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
             match value {
                 Value::Object(map) if !map.is_empty() => walk(&path, map, keys),
+                Value::Array(items) => {
+                    let items = items.iter().enumerate().filter_map(|(index, item)| Some((index, item.as_object()?)));
+                    items.for_each(|(index, item)| walk(&format!("{path}.{index}"), item, keys));
+                }
                 _ => keys.push(path.clone()),
             }
             keys.push(path);
         }
     }
     let mut keys = Vec::new();
-    if let Ok(Value::Object(map)) = serde_json::to_value(RunConfig::default()) {
+    let mut defaults = RunConfig::default();
+    defaults.data.sources = vec![Source { prompt: Some(defaults.data.prompt.clone()), ..Source::default() }];
+    if let Ok(Value::Object(map)) = serde_json::to_value(defaults) {
         walk("", &map, &mut keys);
     }
     keys
@@ -295,9 +301,105 @@ rewards: [{function: equation}]
 
     #[test]
     fn the_resolved_configuration_reads_back_equal() {
-        let config = load_text(MINIMAL, &[], &[]).unwrap();
-        let text = serde_saphyr::to_string(&config).unwrap();
-        assert_eq!(load_text(&text, &[], &[]).unwrap(), config);
+        let several = "run: {name: test}\nmodel: {path: x}\nrewards: [{function: equation}]\ndata:\n  prompt: {template: r1}\n  \
+            sources: [{name: a, path: a.csv, prompt: {template: no, chat: true}}, {name: b, weight: 2, source: countdown}]\n";
+        for text in [MINIMAL, several] {
+            let config = load_text(text, &[], &[]).unwrap();
+            let text = serde_saphyr::to_string(&config).unwrap();
+            assert_eq!(load_text(&text, &[], &[]).unwrap(), config);
+        }
+    }
+
+    fn with_data(data: &str) -> Result<RunConfig, ConfigError> {
+        load_text(
+            &format!("run: {{name: test}}\nmodel: {{path: x}}\nrewards: [{{function: equation}}]\ndata: {data}\n"),
+            &[],
+            &[],
+        )
+    }
+
+    #[track_caller]
+    fn check_data_problems(data: &str, expect: &[&str]) {
+        let error = with_data(data).unwrap_err().to_string();
+        for expect in expect {
+            assert!(error.contains(expect), "no {expect:?} in: {error}");
+        }
+    }
+
+    #[test]
+    fn a_prompt_s_name_and_file_fill_what_is_not_written() {
+        let prompt = with_data("{prompt: {template: mini-r1, assistant_prefill: '<think>'}}").unwrap().data.prompt;
+        assert!(prompt.chat && prompt.user.starts_with("Using the numbers {{ nums }}") && prompt.system.is_some());
+        assert_eq!(prompt.assistant_prefill.as_deref(), Some("<think>"));
+        assert!(!with_data("{prompt: {template: r1}}").unwrap().data.prompt.chat);
+        assert!(with_data("{prompt: {template: r1, chat: true}}").unwrap().data.prompt.chat);
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.jinja");
+        std::fs::write(&path, "Q: {{ question }}\n\n").unwrap();
+        let prompt = with_data(&format!("{{prompt: {{file: {}, chat: false}}}}", path.display())).unwrap().data.prompt;
+        assert_eq!((prompt.user.as_str(), prompt.chat), ("Q: {{ question }}\n", false));
+        check_data_problems(
+            "{prompt: {template: r2}}",
+            &["data.prompt: \"r2\" is no prompt template; did you mean \"r1\"?"],
+        );
+        check_data_problems(
+            "{prompt: {file: gone.jinja}}",
+            &["data.prompt: cannot read the file gone.jinja: there is no such file"],
+        );
+        check_data_problems(
+            "{prompt: {tempalte: r1}}",
+            &["data.prompt.tempalte: no such key; did you mean data.prompt.template?"],
+        );
+    }
+
+    #[test]
+    fn every_problem_of_a_source_is_named_with_it() {
+        check_data_problems(
+            "{filter: x == 1, take: 3, prompt: {template: no}, sources: [{name: a b, weigth: 2}, \
+             {name: c, path: c.csv, weight: 0, rewards: [equasion], held_out: 1}, \
+             {name: c, source: countdown, rewards: [], filter: 'x ==', take: 0}]}",
+            &[
+                "data.filter: is of one source",
+                "data.take: is of one source",
+                "data.sources[0].name: must be 1 to 64 letters",
+                "data.sources[0].path: missing",
+                "data.sources.0.weigth: no such key; did you mean data.sources.0.weight?",
+                "data.sources[1].weight: must be over 0, got 0",
+                "data.sources[1].rewards: \"equasion\" is not the name of one of rewards; did you mean \"equation\"?",
+                "data.sources[1].held_out: must be in [0, 1), got 1",
+                "data.sources[2].name: \"c\" is the name of another source",
+                "data.sources[2].rewards: names none",
+                "data.sources[2].filter: the filter is malformed",
+                "data.sources[2].take: must be at least 1",
+            ],
+        );
+        check_data_problems("{}", &["data.prompt.user: missing"]);
+        check_data_problems(
+            "{source: file, prompt_too_long: cut}",
+            &["data.path: missing", "data.prompt_too_long: unknown variant `cut`"],
+        );
+        let config = with_data(
+            "{held_out: 0.2, prompt: {template: no}, sources: [{name: a, path: x, held_out: 0}, {name: b, path: y}]}",
+        );
+        let sources = config.unwrap().data.all_sources();
+        let held_out: Vec<_> = sources.iter().map(|source| source.held_out).collect();
+        assert_eq!(held_out, [Some(0.0), Some(0.2)]);
+        assert_eq!(sources[1].prompt.as_ref().unwrap().user, "{{ question }}");
+    }
+
+    /// What the pages show is what programs read.
+    #[test]
+    fn the_examples_of_the_documentation_are_configurations() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/data.md");
+        let text = std::fs::read_to_string(path).unwrap();
+        let examples: Vec<&str> =
+            text.split("```yaml\n").skip(1).map(|rest| rest.split_once("```").unwrap().0).collect();
+        assert!(examples.len() >= 5);
+        for example in examples {
+            let rewards = if example.contains("rewards: [{") { "" } else { "rewards: [{function: equation}]\n" };
+            let text = format!("run: {{name: test}}\nmodel: {{path: x}}\n{rewards}{example}");
+            load_text(&text, &[], &[]).unwrap_or_else(|error| panic!("{error}\n{example}"));
+        }
     }
 
     #[test]

@@ -2,12 +2,14 @@
 //!
 //! Keys that TRL's `GRPOConfig` has keep its names and meanings. Defaults that differ from TRL's say so.
 
+mod data;
 mod eval;
 mod load;
 mod lora;
 mod security;
 mod train;
 mod validate;
+mod validate_data;
 mod validate_train;
 
 use std::net::SocketAddr;
@@ -15,6 +17,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use data::{Countdown, Data, DataSource, PromptTemplate, PromptTooLong, Source};
 pub use eval::{AVERAGE, Eval, HELD_OUT, Questions, Suite, SuiteOptions, Suites, built_in_suites};
 pub use load::{ConfigError, load, load_eval, load_with_credentials, parse_override};
 pub use lora::{ALL_LINEAR, BaseQuantization, InitLoraWeights, Lora, TargetModule};
@@ -85,61 +88,6 @@ pub enum DeviceKind {
     Auto,
     Cpu,
     Cuda,
-}
-
-/// Where prompts come from.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Data {
-    pub source: DataSource,
-    /// The file or folder of a `file` source.
-    pub path: Option<PathBuf>,
-    /// Our column name to the data set's, where they differ.
-    pub columns: std::collections::BTreeMap<String, String>,
-    /// The puzzles of the built-in `countdown` source.
-    pub countdown: Countdown,
-    /// Share of the rows held out for evaluation, chosen by a hash of the row.
-    pub held_out: f64,
-    pub prompt: PromptTemplate,
-    /// Longest prompt in tokens; a longer one is an error that names the row.
-    pub max_prompt_length: usize,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum DataSource {
-    /// Seeded Countdown puzzles, made on the spot and solvable by construction.
-    #[default]
-    Countdown,
-    /// `.jsonl` or `.parquet`, a file or a folder of them.
-    File,
-}
-
-/// Shape of the built-in Countdown puzzles.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Countdown {
-    /// Puzzles in the source.
-    pub size: usize,
-    /// Numbers of a puzzle, each used exactly once.
-    pub numbers: usize,
-    pub min_number: u32,
-    pub max_number: u32,
-    pub max_target: u32,
-    /// Allowed operations, of `+-*/`.
-    pub operations: String,
-}
-
-/// How a row becomes a prompt. Texts are minijinja templates over the row's columns.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct PromptTemplate {
-    /// Wrap the texts in the model's chat template; otherwise they are joined as they are.
-    pub chat: bool,
-    pub system: Option<String>,
-    pub user: String,
-    /// Start of the assistant's turn, which the completion continues.
-    pub assistant_prefill: Option<String>,
 }
 
 /// How completions are sampled.
@@ -322,32 +270,6 @@ impl Default for Run {
 impl Default for Model {
     fn default() -> Self {
         Self { path: PathBuf::new(), random_init: false, dtype: Dtype::Auto, device: DeviceKind::Auto }
-    }
-}
-
-impl Default for Data {
-    fn default() -> Self {
-        Self {
-            source: DataSource::Countdown,
-            path: None,
-            columns: std::collections::BTreeMap::new(),
-            countdown: Countdown::default(),
-            held_out: 0.1,
-            prompt: PromptTemplate::default(),
-            max_prompt_length: 512,
-        }
-    }
-}
-
-impl Default for Countdown {
-    fn default() -> Self {
-        Self { size: 50_000, numbers: 4, min_number: 1, max_number: 99, max_target: 999, operations: "+-*/".to_owned() }
-    }
-}
-
-impl Default for PromptTemplate {
-    fn default() -> Self {
-        Self { chat: true, system: None, user: String::new(), assistant_prefill: None }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::Component;
 
-use super::{DataSource, DeviceKind, RunConfig, SleepMode};
+use super::{DeviceKind, RunConfig, SleepMode, Source};
 use crate::reward::RewardFunction;
 
 impl RunConfig {
@@ -38,31 +38,6 @@ impl RunConfig {
         });
     }
 
-    fn check_data(&self, problems: &mut Problems) {
-        let data = &self.data;
-        let needs_path = data.source != DataSource::Countdown;
-        problems.unless(!needs_path || data.path.is_some(), || "data.path: missing; a file source reads it".to_owned());
-        problems.unless((0.0..1.0).contains(&data.held_out), || {
-            format!("data.held_out: must be in [0, 1), got {}", data.held_out)
-        });
-        problems.unless(!data.prompt.user.is_empty() || self.sft.messages.is_some(), || {
-            "data.prompt.user: missing; write the question as a template over the row's columns".to_owned()
-        });
-        problems.unless(data.max_prompt_length > 0, || "data.max_prompt_length: must be at least 1".to_owned());
-        let puzzle = &data.countdown;
-        problems.unless((1..=6).contains(&puzzle.numbers), || {
-            format!("data.countdown.numbers: must be 1 to 6, got {}", puzzle.numbers)
-        });
-        problems.unless(puzzle.min_number >= 1 && puzzle.min_number <= puzzle.max_number, || {
-            format!("data.countdown: numbers from {} to {} are none", puzzle.min_number, puzzle.max_number)
-        });
-        let operations = !puzzle.operations.is_empty() && puzzle.operations.chars().all(|c| "+-*/".contains(c));
-        problems.unless(operations, || {
-            format!("data.countdown.operations: must be some of +-*/, got {:?}", puzzle.operations)
-        });
-        problems.unless(puzzle.size > 0, || "data.countdown.size: must be at least 1".to_owned());
-    }
-
     fn check_rewards(&self, problems: &mut Problems) {
         for (index, reward) in self.rewards.iter().enumerate() {
             if let Err(error) = RewardFunction::new(reward) {
@@ -82,8 +57,10 @@ impl RunConfig {
             problems.unless(named, || {
                 format!("eval.reward: {:?} is not among rewards; evaluation counts its scores", self.eval.reward)
             });
-            problems.unless(self.data.held_out > 0.0, || {
-                "eval.num_prompts: nothing to ask, since data.held_out is 0".to_owned()
+            let is_asked = |source: &Source| source.held_out > Some(0.0) && source.asks_for(&self.eval.reward);
+            problems.unless(self.data.all_sources().iter().any(is_asked), || {
+                "eval.num_prompts: nothing to ask, since data.held_out is 0, or eval.reward is of no source with more"
+                    .to_owned()
             });
         }
     }

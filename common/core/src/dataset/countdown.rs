@@ -5,6 +5,8 @@
 //! worked `steps`. `tries` is what a player of little patience writes down: expressions at random until one reaches the
 //! target or the player gives up, perhaps before the first.
 
+use std::ops::RangeInclusive;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -81,6 +83,26 @@ impl CountdownSource {
             Ok(columns.into_iter().map(|(name, value)| (name.to_owned(), value)).collect())
         });
         Ok(Dataset::new(rows.collect::<Result<_, _>>()?))
+    }
+
+    /// As [`Self::generate`], with `numbers` of `range` in turn; in place of its own.
+    ///
+    /// # Errors
+    /// Settings that no puzzle satisfies.
+    pub fn generate_of(&self, range: RangeInclusive<usize>) -> Result<Dataset, CountdownError> {
+        for end in [*range.start(), *range.end()] {
+            if !(1..=MAX_NUMBERS).contains(&end) {
+                return Err(CountdownError::Numbers(end));
+            }
+        }
+        let num_families = range.clone().count().max(1);
+        let family = |numbers| {
+            let size = self.size.div_ceil(num_families);
+            Self { size, numbers, seed: derive_seed(self.seed, &[numbers as u64]), ..self.clone() }.generate()
+        };
+        let families = range.map(family).collect::<Result<Vec<_>, _>>()?;
+        let in_turn = (0..self.size).filter_map(|index| families.get(index % num_families)?.get(index / num_families));
+        Ok(Dataset::new(in_turn.cloned().collect()))
     }
 
     fn validated_operations(&self) -> Result<Vec<Operation>, CountdownError> {
@@ -267,6 +289,15 @@ mod tests {
                 check_solved(&CountdownSource { size: 50, numbers, operations, max_target, ..source() });
             }
         }
+    }
+
+    #[test]
+    fn families_take_turns() {
+        let puzzles = CountdownSource { size: 9, ..source() }.generate_of(3..=4).unwrap();
+        let lengths: Vec<_> = puzzles.rows().iter().map(|row| row["nums"].as_array().unwrap().len()).collect();
+        assert_eq!(lengths, [3, 4, 3, 4, 3, 4, 3, 4, 3]);
+        assert_eq!(source().generate_of(9..=9), Err(CountdownError::Numbers(9)));
+        assert_eq!(source().generate_of(0..=usize::MAX).unwrap_err(), CountdownError::Numbers(0));
     }
 
     #[test]

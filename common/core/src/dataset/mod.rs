@@ -1,8 +1,18 @@
 //! Data sets: rows of named JSON values, from files or made on the spot.
 
+mod arrow_file;
+mod card;
 mod countdown;
-mod jsonl;
+mod csv;
+mod folder;
+mod glob;
+mod json;
+mod mixture;
+mod numpy_random;
 mod parquet;
+mod record_batch;
+mod saved;
+mod select;
 mod split;
 mod splitmix;
 
@@ -12,10 +22,15 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 pub use countdown::{CountdownError, CountdownSource};
+pub use folder::Part;
+pub use mixture::Mixture;
+pub use numpy_random::permutation;
+pub use select::{Filter, SelectError, Selected};
 pub use split::{is_held_out, question_id};
 pub use splitmix::SplitMix64;
 
 use crate::nearest::hint;
+use folder::Format;
 
 /// One example: column names to values.
 pub type Row = Map<String, Value>;
@@ -48,6 +63,10 @@ pub enum DatasetError {
     AmbiguousColumn { origin: String, ours: String, theirs: String },
     #[error("{path} holds no rows", path = path.display())]
     Empty { path: PathBuf },
+    #[error("{path} has no {what} {wanted:?}; it has {there:?}{hint}", path = path.display())]
+    NoSuchPart { path: PathBuf, what: &'static str, wanted: String, there: Vec<String>, hint: String },
+    #[error("{path} has several {what}s, {there:?}: set {what} to one of them", path = path.display())]
+    SeveralParts { path: PathBuf, what: &'static str, there: Vec<String> },
 }
 
 impl Dataset {
@@ -56,19 +75,26 @@ impl Dataset {
         Self { rows }
     }
 
-    /// Reads a `.jsonl`, `.json` (one object a line) or `.parquet` file, or every such file of a folder in the order
-    /// of their names, and gives the columns our names. Columns that `columns` does not name keep theirs.
+    /// Reads a `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet` or `.arrow` file, or those of a folder that hold `part` of a
+    /// data set, in the order of their names, and gives the columns our names. Columns that `columns` does not name keep
+    /// theirs.
+    ///
+    /// A folder may be what `huggingface-cli download` or `datasets.save_to_disk` leaves.
     ///
     /// # Errors
-    /// Unreadable files, lines that are no JSON object, mapped columns that are missing or of a type that JSON cannot
-    /// hold, and data sets without rows.
-    pub fn load(path: &Path, columns: &ColumnMap) -> Result<Self, DatasetError> {
+    /// Unreadable files, parts that there are not, rows that are no JSON object, mapped columns that are missing or of a
+    /// type that JSON cannot hold, and data sets without rows.
+    pub fn load(path: &Path, part: Part<'_>, columns: &ColumnMap) -> Result<Self, DatasetError> {
         let mut rows = Vec::new();
-        for file in data_files(path)? {
-            match extension(&file) {
-                Some("parquet") => rows.extend(parquet::read(&file, columns)?),
-                _ => rows.extend(jsonl::read(&file, columns)?),
-            }
+        for file in folder::data_files(path, part)? {
+            rows.extend(match Format::of(&file) {
+                Some(Format::Parquet) => parquet::read(&file, columns)?,
+                Some(Format::Arrow) => arrow_file::read(&file, columns)?,
+                Some(Format::Csv) => csv::read(&file, b',', columns)?,
+                Some(Format::Tsv) => csv::read(&file, b'\t', columns)?,
+                Some(Format::Json) => json::read(&file, columns)?,
+                Some(Format::JsonLines) | None => json::read_lines(&file, columns)?,
+            });
         }
         if rows.is_empty() {
             return Err(DatasetError::Empty { path: path.to_owned() });
@@ -107,40 +133,6 @@ impl Dataset {
         let (held_out, train) = self.rows.into_iter().partition(|row| is_held_out(row, fraction));
         (Self { rows: train }, Self { rows: held_out })
     }
-}
-
-fn data_files(path: &Path) -> Result<Vec<PathBuf>, DatasetError> {
-    let unreadable =
-        |error: std::io::Error| DatasetError::Unreadable { path: path.to_owned(), reason: error.to_string() };
-    if !std::fs::metadata(path).map_err(unreadable)?.is_dir() {
-        return match extension(path) {
-            Some(_) => Ok(vec![path.to_owned()]),
-            None => Err(DatasetError::Unreadable {
-                path: path.to_owned(),
-                reason: "its name must end in .jsonl, .json or .parquet".to_owned(),
-            }),
-        };
-    }
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(path).map_err(unreadable)? {
-        files.push(entry.map_err(unreadable)?.path());
-    }
-    // A folder may hold other JSON beside the data, such as dataset_infos.json.
-    files.retain(|file| matches!(extension(file), Some("jsonl" | "parquet")));
-    files.sort();
-    if files.is_empty() {
-        return Err(DatasetError::Unreadable {
-            path: path.to_owned(),
-            reason: "the folder holds no .jsonl or .parquet file".to_owned(),
-        });
-    }
-    Ok(files)
-}
-
-fn extension(path: &Path) -> Option<&str> {
-    path.extension()
-        .and_then(|extension| extension.to_str())
-        .filter(|name| matches!(*name, "jsonl" | "json" | "parquet"))
 }
 
 /// Renames the data set's columns to ours. `origin` says in messages where the row is from.
@@ -240,7 +232,7 @@ mod tests {
         std::fs::write(folder.path().join("b.jsonl"), "{\"n\": 2}\n").unwrap();
         std::fs::write(folder.path().join("a.jsonl"), "{\"n\": 1}\n\n{\"n\": 3}").unwrap();
         std::fs::write(folder.path().join("README.md"), "none").unwrap();
-        let dataset = Dataset::load(folder.path(), &ColumnMap::new()).unwrap();
+        let dataset = Dataset::load(folder.path(), Part::default(), &ColumnMap::new()).unwrap();
         let numbers: Vec<_> = dataset.rows().iter().map(|row| row["n"].as_i64().unwrap()).collect();
         assert_eq!(numbers, [1, 3, 2]);
         assert_eq!((dataset.len(), dataset.get(3)), (3, None));
@@ -249,14 +241,53 @@ mod tests {
     #[test]
     fn unreadable_paths_say_why() {
         let folder = tempfile::tempdir().unwrap();
-        let message = |name: &str| Dataset::load(&folder.path().join(name), &ColumnMap::new()).unwrap_err().to_string();
-        assert!(message("").contains("no .jsonl or .parquet file"));
+        let message = |name: &str| {
+            Dataset::load(&folder.path().join(name), Part::default(), &ColumnMap::new()).unwrap_err().to_string()
+        };
+        assert!(message("").contains("holds no .jsonl, .json, .csv, .tsv, .parquet or .arrow file"));
         assert!(message("missing.jsonl").contains("No such file"), "{}", message("missing.jsonl"));
-        std::fs::write(folder.path().join("data.csv"), "a,b").unwrap();
-        assert!(message("data.csv").contains("must end in .jsonl, .json or .parquet"));
+        std::fs::write(folder.path().join("data.xml"), "<a/>").unwrap();
+        assert!(message("data.xml").contains("must end in .jsonl, .json, .csv, .tsv, .parquet or .arrow"));
         std::fs::write(folder.path().join("empty.jsonl"), "\n").unwrap();
         assert!(message("empty.jsonl").contains("holds no rows"));
         std::fs::write(folder.path().join("torn.parquet"), "PAR1").unwrap();
         assert!(message("torn.parquet").contains("torn.parquet"));
+    }
+
+    #[test]
+    fn what_save_to_disk_writes_is_read_by_split() {
+        let folder = tempfile::tempdir().unwrap();
+        let batch = record_batch::tests::batch();
+        for split in ["train", "test"] {
+            let split_folder = folder.path().join(split);
+            std::fs::create_dir(&split_folder).unwrap();
+            let state = json!({"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_split": split});
+            std::fs::write(split_folder.join("state.json"), state.to_string()).unwrap();
+            let file = std::fs::File::create(split_folder.join("data-00000-of-00001.arrow")).unwrap();
+            let mut writer = arrow::ipc::writer::StreamWriter::try_new(file, &batch.schema()).unwrap();
+            writer.write(&if split == "train" { batch.clone() } else { batch.slice(1, 1) }).unwrap();
+            writer.finish().unwrap();
+        }
+        std::fs::write(folder.path().join("dataset_dict.json"), r#"{"splits": ["train", "test"]}"#).unwrap();
+        let targets = |split: Option<&str>| {
+            let dataset = Dataset::load(folder.path(), Part { split, subset: None }, &ColumnMap::new()).unwrap();
+            dataset.rows().iter().map(|row| row["target"].as_u64().unwrap()).collect::<Vec<_>>()
+        };
+        assert_eq!((targets(None), targets(Some("test"))), (vec![98, 64], vec![64]));
+    }
+
+    #[test]
+    fn formats_are_told_by_their_names() {
+        let folder = tempfile::tempdir().unwrap();
+        let rows = |name: &str, text: &str| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            json!(Dataset::load(&path, Part::default(), &ColumnMap::new()).unwrap().rows())
+        };
+        let expect = json!([{"target": 3, "nums": [1, 2]}]);
+        assert_eq!(rows("a.jsonl", "{\"target\": 3, \"nums\": [1, 2]}\n"), expect);
+        assert_eq!(rows("a.json", "[{\"target\": 3,\n\"nums\": [1, 2]}]"), expect);
+        assert_eq!(rows("a.csv", "target,nums\n3,\"[1, 2]\"\n"), expect);
+        assert_eq!(rows("a.tsv", "target\tnums\n3\t[1, 2]\n"), expect);
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use super::*;
-use crate::dataset::{CountdownSource, Dataset};
+use crate::dataset::{CountdownSource, Dataset, Part};
 
 /// Most answers of which our verdict is another, all of a documented kind.
 const MAX_DIFFERENT: usize = 100;
@@ -46,7 +46,7 @@ fn print_puzzles() {
 #[test]
 fn its_puzzles_are_rows_and_its_solutions_are_right() {
     let columns = [("nums".to_owned(), "numbers".to_owned())].into_iter().collect();
-    let dataset = Dataset::load(&golden("reasoning_gym.jsonl"), &columns).unwrap();
+    let dataset = Dataset::load(&golden("reasoning_gym.jsonl"), Part::default(), &columns).unwrap();
     assert_eq!(dataset.len(), 2000);
     for row in dataset.rows() {
         assert_eq!(equation_score(row["expression"].as_str().unwrap(), row), 1.0, "{row:?}");
@@ -55,7 +55,7 @@ fn its_puzzles_are_rows_and_its_solutions_are_right() {
 
 #[test]
 fn its_scorer_says_of_our_puzzles_what_we_say() {
-    let dataset = Dataset::load(&golden("reasoning_gym_scores.jsonl"), &BTreeMap::new()).unwrap();
+    let dataset = Dataset::load(&golden("reasoning_gym_scores.jsonl"), Part::default(), &BTreeMap::new()).unwrap();
     let (mut num_right, mut num_wrong) = (0, 0);
     let mut different: BTreeMap<&str, usize> = BTreeMap::new();
     for (row, puzzle) in dataset.rows().iter().zip(&our_puzzles()) {
