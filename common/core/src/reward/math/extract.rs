@@ -120,8 +120,11 @@ fn near(text: &str, with_numbers: bool) -> Vec<String> {
     let last_end = environments.last().map_or(0, |found| found.end);
     let formula = environment::joined_to(text, &environments);
     let after = &text[last_end..];
-    let number = plain::numbers(after).filter(|_| with_numbers).last().map(|number| number.read(after));
-    // A fraction may stand outside a formula, too.
-    let fraction = after.rfind("\\frac{").filter(|_| formula.is_none()).and_then(|at| plain::fraction(after, at));
-    fraction.into_iter().chain(number).chain(formula).collect()
+    let number = plain::numbers(after).filter(|_| with_numbers).last();
+    // A fraction may stand outside a formula, too; its denominator is no answer.
+    let fraction = after.rfind("\\frac{").and_then(|at| plain::fraction(after, at));
+    match (number, fraction.filter(|_| with_numbers)) {
+        (Some(number), Some((fraction, end))) if number.start < end => vec![fraction],
+        (number, _) => number.map(|number| number.read(after)).into_iter().chain(formula).collect(),
+    }
 }

@@ -205,6 +205,8 @@ fn the_answer_is_found_where_the_option_says() {
         ("auto", "The answer is 3 + 4 = 7, in 2 steps.", right),
         ("auto", "First 3, then \\(7\\).", right),
         ("auto", "First \\(3\\), then 7.", right),
+        ("auto", "First \\frac{1}{2}, then 7.", right),
+        ("auto", "First 7, then \\frac{14}{2}.", right),
         ("auto", "nothing", Outcome::Unparsable),
         ("auto", "\\boxed{7", right),
         ("latex", "First \\(7\\), then 3.", right),
