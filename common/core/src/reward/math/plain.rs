@@ -42,7 +42,7 @@ impl Number {
 /// `%` where `after` begins with it or with its name.
 pub(super) fn percent_after(after: &str) -> &'static str {
     let after = after.strip_prefix('$').unwrap_or(after);
-    let after = after[..after.floor_char_boundary(24)].trim_start();
+    let after = super::clip::head(after, 24).trim_start();
     let after = after.strip_prefix('\\').unwrap_or(after);
     let is_percent = after.starts_with('%') || ["percent", "Percent", "pct"].iter().any(|name| after.starts_with(name));
     if is_percent { "%" } else { "" }
