@@ -22,12 +22,13 @@ pub(super) fn last(text: &str) -> Option<&str> {
     ["\\boxed", "\\fbox"].iter().find_map(|command| backwards(text, command).next()).map(|found| found.content)
 }
 
-/// The last box with those just before it that answer together with it, joined by commas, and where the last one ends.
+/// The last box that is not empty, with those just before it that answer together with it, joined by commas, and where the last one ends.
 ///
 /// They do if little stands between them, or not much that has a comma, an `and` or an `or` in it.
 pub(super) fn last_together(text: &str) -> Option<(String, usize)> {
-    let mut boxes = backwards(text, "\\boxed");
-    let last = boxes.next().or_else(|| backwards(text, "\\fbox").next())?;
+    let full = |command| backwards(text, command).filter(|found| !found.content.trim().is_empty());
+    let mut boxes = full("\\boxed");
+    let last = boxes.next().or_else(|| full("\\fbox").next())?;
     let mut contents = vec![last.content.trim()];
     let mut next = last;
     for found in boxes {

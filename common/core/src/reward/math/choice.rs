@@ -3,12 +3,12 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{boxed, extract};
+use super::{boxed, clip, extract};
 use crate::dataset::Row;
 use crate::reward::{Answer, ColumnError, Judge, Outcome};
 
-/// How far behind `answer is` a letter may stand.
-const MAX_DISTANCE: usize = 16;
+/// How far behind `answer` a letter may stand.
+const MAX_DISTANCE: usize = 20;
 /// Occurrences of `answer` that are looked at, from the last one backwards.
 const MAX_ANCHORS: usize = 64;
 
@@ -71,7 +71,7 @@ fn chosen(text: &str) -> Option<char> {
 }
 
 fn behind_anchor(after: &str) -> Option<char> {
-    let after = &after[..after.floor_char_boundary(MAX_DISTANCE + 4)];
+    let after = clip::head(after, MAX_DISTANCE);
     let after = after.trim_start().strip_prefix("is").or_else(|| after.trim_start().strip_prefix(':'))?;
     leading(after.trim_start_matches(':'))
 }

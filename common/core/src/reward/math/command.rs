@@ -91,7 +91,7 @@ impl Parser<'_> {
         let is_inverse = exponent.is_some_and(|exponent| exponent.as_integer() == Some(-1));
         match (exponent, function.inverse()) {
             (Some(_), Some(inverse)) if is_inverse => Some(inverse.of(&argument, None)),
-            (Some(exponent), _) => Some(function.of(&argument, base).to_the(&exponent)),
+            (Some(exponent), _) => Some(function.of(&argument, base).pow(&exponent)),
             (None, _) => Some(function.of(&argument, base)),
         }
     }

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::token::MAX_BYTES;
-use super::{boxed, environment, plain};
+use super::{boxed, clip, environment, plain};
 use crate::text::python_strip;
 
 /// An answer stands at the end: as much of a completion is looked at.
@@ -44,7 +44,7 @@ impl Extract {
 }
 
 pub(super) fn tail(text: &str) -> &str {
-    &text[text.ceil_char_boundary(text.len().saturating_sub(MAX_TAIL))..]
+    clip::tail(text, MAX_TAIL)
 }
 
 fn answer_tag(text: &str) -> Option<String> {
@@ -69,7 +69,7 @@ fn anywhere(completion: &str, with_numbers: bool) -> Vec<String> {
     if let Some(tagged) = text.rfind("</answer>").and_then(|end| text[..end].rsplit_once("<answer>")) {
         // Behind the tag, the whole is the answer, unless it is said in words.
         let (_, answer) = tagged;
-        let answer = &answer[..answer.floor_char_boundary(MAX_BYTES)];
+        let answer = clip::head(answer, MAX_BYTES);
         return [vec![answer.to_owned()], near(answer, with_numbers)].concat();
     }
     let anchored = last_anchor(text).map(|after| anchored(after, with_numbers)).unwrap_or_default();
@@ -94,9 +94,9 @@ fn last_anchor(text: &str) -> Option<&str> {
 
 /// The first number or, if that is in a formula or there is none, the first formula soon after an anchor.
 fn anchored(after: &str, with_numbers: bool) -> Vec<String> {
-    let near = &after[..after.floor_char_boundary(MAX_BYTES)];
+    let near = clip::head(after, MAX_BYTES);
     let environments = environment::all(near);
-    let soon = &near[..near.floor_char_boundary(MAX_DISTANCE)];
+    let soon = clip::head(near, MAX_DISTANCE);
     let formula = environments.first().filter(|formula| formula.start <= MAX_DISTANCE);
     match (formula, plain::numbers(soon).next().filter(|_| with_numbers)) {
         (Some(formula), Some(number)) if (formula.start..formula.end).contains(&number.start) => {
@@ -105,7 +105,7 @@ fn anchored(after: &str, with_numbers: bool) -> Vec<String> {
         (_, Some(number)) => {
             // Of `2 + 3 = 5`, the answer is 5.
             let line = near[number.start..].lines().next().unwrap_or_default();
-            let line = &line[..line.floor_char_boundary(MAX_DISTANCE)];
+            let line = clip::head(line, MAX_DISTANCE);
             let value = line.rsplit_once('=').map_or(line, |(_, value)| value);
             plain::numbers(value).next().map(|number| number.read(value)).into_iter().collect()
         }
@@ -120,8 +120,11 @@ fn near(text: &str, with_numbers: bool) -> Vec<String> {
     let last_end = environments.last().map_or(0, |found| found.end);
     let formula = environment::joined_to(text, &environments);
     let after = &text[last_end..];
-    let number = plain::numbers(after).filter(|_| with_numbers).last().map(|number| number.read(after));
-    // A fraction may stand outside a formula, too.
-    let fraction = after.rfind("\\frac{").filter(|_| formula.is_none()).and_then(|at| plain::fraction(after, at));
-    fraction.into_iter().chain(number).chain(formula).collect()
+    let number = plain::numbers(after).filter(|_| with_numbers).last();
+    // A fraction may stand outside a formula, too; its denominator is no answer.
+    let fraction = after.rfind("\\frac{").and_then(|at| plain::fraction(after, at));
+    match (number, fraction.filter(|_| with_numbers)) {
+        (Some(number), Some((fraction, end))) if number.start < end => vec![fraction],
+        (number, _) => number.map(|number| number.read(after)).into_iter().chain(formula).collect(),
+    }
 }

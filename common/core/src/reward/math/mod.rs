@@ -8,6 +8,7 @@
 mod accuracy;
 mod boxed;
 mod choice;
+mod clip;
 mod command;
 mod environment;
 mod equal;

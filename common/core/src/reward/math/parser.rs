@@ -154,7 +154,7 @@ impl<'t> Parser<'t> {
                 base = base.over(&Quantity::integer(100));
             } else if self.is_sign('^') {
                 let exponent = self.exponent()?;
-                return Some(base.to_the(&exponent));
+                return Some(base.pow(&exponent));
             } else {
                 return Some(base);
             }

@@ -42,14 +42,14 @@ impl Number {
 /// `%` where `after` begins with it or with its name.
 pub(super) fn percent_after(after: &str) -> &'static str {
     let after = after.strip_prefix('$').unwrap_or(after);
-    let after = after[..after.floor_char_boundary(24)].trim_start();
+    let after = super::clip::head(after, 24).trim_start();
     let after = after.strip_prefix('\\').unwrap_or(after);
     let is_percent = after.starts_with('%') || ["percent", "Percent", "pct"].iter().any(|name| after.starts_with(name));
     if is_percent { "%" } else { "" }
 }
 
-/// The `\frac{..}{..}` of two plain numbers at `at`, with its sign.
-pub(super) fn fraction(text: &str, at: usize) -> Option<String> {
+/// The `\frac{..}{..}` of two plain numbers at `at`, with its sign, and where it ends.
+pub(super) fn fraction(text: &str, at: usize) -> Option<(String, usize)> {
     let number = |rest: &str| {
         let inner = rest.strip_prefix('{')?;
         let length = inner.find(|c: char| !matches!(c, '0'..='9' | '.' | ',' | '-'))?;
@@ -59,7 +59,7 @@ pub(super) fn fraction(text: &str, at: usize) -> Option<String> {
     let denominator = numerator + number(&text[numerator..])?;
     let end = denominator + number(&text[denominator..])?;
     let sign = if text[..at].ends_with('-') { "-" } else { "" };
-    Some(format!("{sign}{}", &text[at..end]))
+    Some((format!("{sign}{}", &text[at..end]), end))
 }
 
 fn begins(c: char) -> bool {

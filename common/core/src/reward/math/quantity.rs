@@ -107,7 +107,7 @@ impl Quantity {
         Self::integer(0).with(self, |a, b, prime| Some(add(a, prime - b, prime)), |a, b| a - b)
     }
 
-    pub(super) fn to_the(&self, exponent: &Self) -> Self {
+    pub(super) fn pow(&self, exponent: &Self) -> Self {
         let exact = exponent.as_integer().zip(self.exact).and_then(|(exponent, base)| {
             let base: Residues = try_each(|point| match exponent {
                 0.. => Some(base[point]),
@@ -121,7 +121,7 @@ impl Quantity {
 
     /// The real root where there is one.
     pub(super) fn root(&self, degree: &Self) -> Self {
-        let root = self.to_the(&Self::integer(1).over(degree));
+        let root = self.pow(&Self::integer(1).over(degree));
         let is_odd = degree.as_integer().is_some_and(|degree| degree % 2 != 0);
         if is_odd && self.is_constant && self.real[0] < 0.0 {
             return self.negated().root(degree).negated();
@@ -263,10 +263,10 @@ mod tests {
 
     #[test]
     fn numbers_of_any_size_are_exact() {
-        let huge = number(9).to_the(&number(387_420_489));
-        assert!(huge.equals(&number(3).to_the(&number(774_840_978))));
+        let huge = number(9).pow(&number(387_420_489));
+        assert!(huge.equals(&number(3).pow(&number(774_840_978))));
         assert!(!huge.equals(&huge.plus(&number(1))));
-        assert!(Quantity::decimal(&"9".repeat(4000), 0).plus(&number(1)).equals(&number(10).to_the(&number(4000))));
+        assert!(Quantity::decimal(&"9".repeat(4000), 0).plus(&number(1)).equals(&number(10).pow(&number(4000))));
         assert!(Quantity::decimal("125", -2).equals(&number(5).over(&number(4))));
     }
 

@@ -21,7 +21,7 @@ pub(super) fn item(tokens: &[Token], depth: usize) -> Option<Value> {
     }
     match signs.as_slice() {
         [] => side(tokens, depth),
-        ['∈'] => side(sides[1], depth),
+        ['∈'] if is_name(sides[0]) => side(sides[1], depth),
         _ if signs.iter().all(|sign| matches!(sign, '=' | '≈')) => {
             // What is said to be about equal is left out where something is said to be equal.
             let last = signs.iter().rposition(|sign| *sign == '=').unwrap_or(signs.len() - 1) + 1;

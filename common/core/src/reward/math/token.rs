@@ -34,7 +34,7 @@ pub(super) fn tokens(text: &str) -> Option<Vec<Token>> {
     if text.len() > MAX_BYTES {
         return None;
     }
-    let mut lexer = Lexer { rest: text.trim(), tokens: Vec::new(), parentheses: 0, is_matrix: text.contains("matrix") };
+    let mut lexer = Lexer::new(text.trim());
     while !lexer.rest.is_empty() {
         lexer.step()?;
         if lexer.tokens.len() > MAX_TOKENS {
@@ -49,6 +49,7 @@ pub(super) fn tokens(text: &str) -> Option<Vec<Token>> {
 }
 
 struct Lexer<'a> {
+    text: &'a str,
     rest: &'a str,
     tokens: Vec<Token>,
     /// Open parentheses, where a comma parts two numbers even before three digits.
@@ -58,6 +59,10 @@ struct Lexer<'a> {
 }
 
 impl<'a> Lexer<'a> {
+    fn new(text: &'a str) -> Self {
+        Self { text, rest: text, tokens: Vec::new(), parentheses: 0, is_matrix: text.contains("matrix") }
+    }
+
     fn step(&mut self) -> Option<()> {
         let first = self.rest.chars().next()?;
         if first.is_ascii_digit() || (first == '.' && self.rest[1..].starts_with(|c: char| c.is_ascii_digit())) {
@@ -252,9 +257,11 @@ impl<'a> Lexer<'a> {
     }
 
     fn number(&mut self) -> Option<()> {
+        let follows_comma = self.text[..self.text.len() - self.rest.len()].ends_with(',');
         let mut digits = self.digits().to_owned();
         let is_grouped = (1..=3).contains(&digits.len()) && !digits.starts_with('0');
-        while let Some(separator) = self.separator().filter(|_| is_grouped) {
+        let is_in_list = self.parentheses > 0 || follows_comma || self.begins_list();
+        while let Some(separator) = self.separator(!is_in_list).filter(|_| is_grouped) {
             self.take(separator);
             digits.push_str(self.take(3));
         }
@@ -289,8 +296,19 @@ impl<'a> Lexer<'a> {
         self.take(end)
     }
 
+    /// Whether a comma comes that parts this number from one that is not its next three digits: then all of them do.
+    fn begins_list(&self) -> bool {
+        let mut groups = self.rest.split(',');
+        let is_three = |group: &str| group.len() == 3 && group.bytes().all(|byte| byte.is_ascii_digit());
+        let first_other = groups.by_ref().skip(1).find(|group| !is_three(group));
+        first_other.is_some_and(|group| {
+            let num_digits = group.bytes().take_while(u8::is_ascii_digit).count();
+            num_digits > 0 && num_digits != 3
+        })
+    }
+
     /// The bytes of what parts thousands from the three digits that come next.
-    fn separator(&self) -> Option<usize> {
+    fn separator(&self, commas_do: bool) -> Option<usize> {
         let trimmed = self.rest.trim_start();
         let in_braces = trimmed.strip_prefix('{').and_then(|rest| rest.trim_start().strip_prefix(','));
         let after = in_braces
@@ -298,7 +316,8 @@ impl<'a> Lexer<'a> {
             .or_else(|| self.rest.strip_prefix(",\\!").map(str::trim_start))
             .or_else(|| self.rest.strip_prefix("\\,"))
             .or_else(|| self.rest.strip_prefix("\\!"))
-            .or_else(|| self.rest.strip_prefix([',', ' ']).filter(|_| self.parentheses == 0))?;
+            .or_else(|| self.rest.strip_prefix(',').filter(|_| commas_do))
+            .or_else(|| self.rest.strip_prefix(' ').filter(|_| self.parentheses == 0))?;
         let num_digits = after.bytes().take(4).take_while(u8::is_ascii_digit).count();
         (num_digits == 3).then_some(self.rest.len() - after.len())
     }

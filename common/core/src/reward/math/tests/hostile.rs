@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
+use super::super::clip;
 use super::GOLDEN;
 use crate::dataset::{Row, SplitMix64};
 use crate::reward::{Answer, RewardFunction, RewardSpec};
@@ -65,7 +66,7 @@ fn text(at: usize, mutable: &[String], random: &mut SplitMix64) -> String {
             // Real LaTeX with a few pieces put in, taken out or doubled.
             text.clone_from(&mutable[random.below(mutable.len() as u64) as usize]);
             for _ in 0..=random.below(6) {
-                let place = text.floor_char_boundary(random.below(text.len() as u64 + 1) as usize);
+                let place = clip::head(&text, random.below(text.len() as u64 + 1) as usize).len();
                 match random.below(3) {
                     0 => text.insert_str(place, &pick(random, PIECES)),
                     1 => text.truncate(place),
@@ -79,7 +80,7 @@ fn text(at: usize, mutable: &[String], random: &mut SplitMix64) -> String {
                 + &pick(random, PIECES).repeat(length % 64)
         }
     }
-    text.truncate(text.floor_char_boundary(length.max(4096)));
+    text.truncate(clip::head(&text, length.max(4096)).len());
     match random.below(5) {
         0 => format!("\\boxed{{{text}}}"),
         1 => format!("</think> <answer>{text}</answer>"),
