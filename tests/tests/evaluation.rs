@@ -171,8 +171,9 @@ fn what_cannot_be_evaluated_says_why() {
 
 /// The text between a fence that begins with `language` and its end, the `index`-th of them.
 fn fenced<'a>(page: &'a str, language: &str, index: usize) -> &'a str {
-    let blocks = page.split(&format!("```{language}\n")).skip(1);
-    blocks.map(|block| block.split("```").next().unwrap()).nth(index).unwrap()
+    let fence = format!("```{language}\n");
+    let mut blocks = page.split(fence.as_str()).skip(1);
+    blocks.nth(index).unwrap().split("```").next().unwrap()
 }
 
 #[test]
