@@ -163,16 +163,24 @@ fn what_cannot_be_evaluated_says_why() {
     );
     check(&[&config[..], &["--n", "4"]].concat(), &["4 greedy completions of a prompt are all equal"]);
     check(&[&config[..], &["--suite", "puzzles", "--max-tokens", "120"]].concat(), &["row 0", "longer than the 128"]);
-    let columns = ["--set", "eval.suites.puzzles.columns={}"];
-    check(&[&config[..], &columns].concat(), &["suite puzzles, row 0", "needs the column \"nums\"", "numbers"]);
+    let columns = |theirs| format!("eval.suites.puzzles.columns.nums={theirs}");
+    let mapped = |theirs: &str, expect: &[&str]| {
+        check(&[&config[..], &["--set", &columns(theirs)]].concat(), expect);
+    };
+    mapped("numbrs", &["suite puzzles: ", "puzzles.jsonl:1 has no column \"numbrs\"", "did you mean \"numbers\"?"]);
+    mapped(
+        "note",
+        &["suite puzzles, row 0 (from 0): reward equation: column \"nums\" must be a list of integers, got 0"],
+    );
     refused(&["--run", "runs/none", "--best", "--suite", "countdown"], &["best.json", "eval.keep_best"]);
     refused(&["--suite", "countdown"], &["--model"]);
 }
 
 /// The text between a fence that begins with `language` and its end, the `index`-th of them.
 fn fenced<'a>(page: &'a str, language: &str, index: usize) -> &'a str {
-    let blocks = page.split(&format!("```{language}\n")).skip(1);
-    blocks.map(|block| block.split("```").next().unwrap()).nth(index).unwrap()
+    let fence = format!("```{language}\n");
+    let mut blocks = page.split(fence.as_str()).skip(1);
+    blocks.nth(index).unwrap().split("```").next().unwrap()
 }
 
 #[test]
@@ -224,10 +232,14 @@ fn a_run_evaluates_suites_and_keeps_its_best_checkpoint() {
             assert_eq!((items.len(), &evaluation["suites"][name]["prompts"]), (num_prompts, &json!(num_prompts)));
         }
     }
-    // None is right, so that the first after a step is the best.
-    let best = std::fs::read_to_string(run.join("checkpoints/best.json")).unwrap();
-    let best: Value = serde_json::from_str(&best).unwrap();
-    assert_eq!(best, json!({"step": 3, "metric": "average", "value": 0.0}));
+    // None is right, so that the first after a step is the best; a run that goes on knows it from its newest checkpoint.
+    let best = || std::fs::read_to_string(run.join("checkpoints/best.json")).unwrap();
+    let best_value: Value = serde_json::from_str(&best()).unwrap();
+    assert_eq!(best_value, json!({"step": 3, "metric": "average", "value": 0.0}));
+    let before = best();
+    std::fs::remove_file(run.join("checkpoints/best.json")).unwrap();
+    check_runs(folder.path(), &["launch", "run.yaml"]);
+    assert_eq!(best(), before);
     let names = std::fs::read_dir(run.join("checkpoints")).unwrap();
     let mut names: Vec<String> = names.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();

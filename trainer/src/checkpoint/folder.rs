@@ -43,10 +43,11 @@ pub(super) fn remove_partial(checkpoints: &Path) -> Result<(), CheckpointError> 
     Ok(())
 }
 
-/// Removes a folder if it is there.
+/// Removes a folder, or a file, if it is there.
 pub(super) fn remove(folder: &Path) -> Result<(), CheckpointError> {
     failpoint::reached();
-    match std::fs::remove_dir_all(folder) {
+    let is_file = folder.symlink_metadata().is_ok_and(|metadata| !metadata.is_dir());
+    match if is_file { std::fs::remove_file(folder) } else { std::fs::remove_dir_all(folder) } {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(CheckpointError::unwritable(folder, error)),
         _ => Ok(()),
     }

@@ -244,8 +244,8 @@ mod tests {
             ("eval/accuracy", Some(0.5)),
             ("eval/x/y", Some(0.5)),
         ];
-        assert_eq!(scalars[..3], expect);
-        assert!(scalars[3].1.unwrap().is_nan());
+        assert_eq!(scalars[..4], expect);
+        assert!(scalars[4].1.unwrap().is_nan());
         let text = &events[2].summary.as_ref().unwrap().value[0];
         assert_eq!(text.tag, "completions/text_summary");
         assert_eq!(text.tensor.as_ref().unwrap().string_val, [b"*text*"]);

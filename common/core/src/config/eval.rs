@@ -56,35 +56,24 @@ pub struct Suites(pub BTreeMap<String, SuiteOptions>);
 #[serde(default)]
 pub struct SuiteOptions {
     /// `.jsonl` or `.parquet`, a file or a folder of them; in `eval.data_dir` if it is relative.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
     /// Instead of a file, puzzles that are made on the spot, from a seed of their own.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub countdown: Option<Countdown>,
     /// Our column name to the data set's, where they differ.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub columns: Option<ColumnMap>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub prompt: Option<PromptTemplate>,
     /// A completion counts as right when the first of these scores 1; the others are recorded beside it.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub rewards: Option<Vec<RewardSpec>>,
     /// The first rows that are asked; 0 asks all, which is the default.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub num_prompts: Option<usize>,
     /// Completions of a prompt; 1 by default.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub num_samples: Option<usize>,
     /// In tokens; 1024 by default.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub max_completion_length: Option<u32>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub stop: Option<Vec<String>>,
     /// 0 is greedy, and the default.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub temperature: Option<f32>,
     /// 1 by default.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub top_p: Option<f32>,
 }
 

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use super::{Credentials, Eval, Generator, RunConfig, Source, TOKEN_VARIABLE};
+use super::{Credentials, Eval, Generator, RunConfig, Source, SuiteOptions, TOKEN_VARIABLE};
 
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -145,7 +145,7 @@ fn read_value(mut value: Value) -> (Option<RunConfig>, Vec<String>) {
     // A value of a wrong type hides the ones after it, so it is reported, taken out, and the rest read again.
     let config = loop {
         unknown.clear();
-        let mut collect = |path: serde_ignored::Path<'_>| unknown.push(path.to_string());
+        let mut collect = |path: serde_ignored::Path<'_>| unknown.push(path.to_string().replace(".?", ""));
         let mut track = serde_path_to_error::Track::new();
         let tracked = serde_path_to_error::Deserializer::new(&value, &mut track);
         match serde_ignored::deserialize::<_, _, RunConfig>(tracked, &mut collect) {
@@ -191,7 +191,9 @@ fn unknown_key(key: &str, known: &[String]) -> String {
         let candidate_last = candidate.rsplit('.').next().unwrap_or(candidate);
         strsim::damerau_levenshtein(key, candidate).min(1 + strsim::damerau_levenshtein(last, candidate_last))
     };
-    match known.iter().min_by_key(distance) {
+    // Of equals, the one in the nearest section.
+    let nearest = |candidate: &&String| (distance(candidate), strsim::damerau_levenshtein(key, candidate));
+    match known.iter().min_by_key(nearest) {
         Some(nearest) if distance(&nearest) <= 2 + last.len() / 4 => {
             format!("{key}: no such key; did you mean {nearest}?")
         }
@@ -218,6 +220,7 @@ fn known_keys() -> Vec<String> {
     let mut keys = Vec::new();
     let mut defaults = RunConfig::default();
     defaults.data.sources = vec![Source { prompt: Some(defaults.data.prompt.clone()), ..Source::default() }];
+    defaults.eval.suites.0.insert("NAME".to_owned(), SuiteOptions::default());
     if let Ok(Value::Object(map)) = serde_json::to_value(defaults) {
         walk("", &map, &mut keys);
     }
@@ -276,6 +279,17 @@ rewards: [{function: equation}]
                 "train.zero_stage",
                 "num_generations",
                 "lerning: no such key",
+            ],
+        );
+    }
+
+    #[test]
+    fn a_key_that_a_suite_does_not_have_is_named() {
+        check_problems(
+            "eval: {suites: {mine: {max_completion_lenght: 5}}}\n",
+            &[
+                "eval.suites.mine.max_completion_lenght: no such key; did you mean eval.suites.NAME.max_completion_length?",
+                "eval.suites.mine.path: missing",
             ],
         );
     }
