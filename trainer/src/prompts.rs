@@ -318,7 +318,7 @@ fn dataset(config: &RunConfig) -> Result<Dataset, PromptsError> {
 
 /// Every row must have what the run's reward functions read.
 fn check_columns(dataset: &Dataset, config: &RunConfig) -> Result<(), PromptsError> {
-    let functions = config.rewards.iter().map(RewardFunction::new);
+    let functions = config.rewards.iter().filter(|spec| !spec.is_external()).map(RewardFunction::new);
     let functions =
         functions.collect::<Result<Vec<_>, _>>().map_err(|source| PromptsError::Columns { row: 0, source })?;
     for (row, columns) in dataset.rows().iter().enumerate() {
