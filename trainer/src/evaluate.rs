@@ -44,14 +44,16 @@ pub fn evaluate(session: &Session, rollouts: &mut dyn Rollouts, version: PolicyV
     let own = rollouts.roll_out(&request)?;
     let ids: Vec<PromptId> = prompts.iter().map(|prompt| prompt.id).collect();
     let groups = all_in_time(&ids, exchange(session.group(), prompts, own, 1)?)?;
-    let completions = || groups.iter().flat_map(|group| &group.completions);
+    // What nobody could judge is neither right nor wrong.
+    let completions = || groups.iter().flat_map(|group| &group.completions).filter(|completion| completion.is_judged());
+    let num_judged = completions().count();
     let right = completions().filter(|completion| completion.rewards.iter().all(|reward| reward.score >= 1.0)).count();
     let num_tokens: usize = completions().map(|completion| completion.token_ids.len()).sum();
     Ok(Evaluation {
         step: version.0,
-        accuracy: right as f64 / groups.len().max(1) as f64,
-        prompts: groups.len(),
-        mean_length: num_tokens as f64 / groups.len().max(1) as f64,
+        accuracy: right as f64 / num_judged.max(1) as f64,
+        prompts: num_judged,
+        mean_length: num_tokens as f64 / num_judged.max(1) as f64,
     })
 }
 

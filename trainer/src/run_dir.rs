@@ -14,7 +14,7 @@ use crate::durable;
 
 const CONFIG_FILE: &str = "config.yaml";
 const SUMMARY_FILE: &str = "summary.json";
-const LOGS_DIR: &str = "logs";
+pub(crate) const LOGS_DIR: &str = "logs";
 const DIRS: [&str; 4] = ["completions", "completion_samples", "checkpoints", LOGS_DIR];
 
 /// Settings that change how a run is carried out and not what comes out: sections, or keys. A run goes on under other

@@ -130,9 +130,9 @@ impl Sampler<'_> {
     }
 }
 
-/// Whether its rewards differ.
+/// Whether its rewards differ, as far as there are any.
 fn has_signal(group: &Group, config: &RunConfig) -> bool {
-    let rewards = rewards(std::slice::from_ref(group), config);
+    let rewards = rewards(group, config);
     rewards.iter().any(|reward| *reward != rewards[0])
 }
 

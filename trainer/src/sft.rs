@@ -12,6 +12,7 @@ use tch::Tensor;
 
 use crate::loggers::{Metrics, names};
 use crate::session::Session;
+use crate::skips::Skip;
 use crate::stop::{Outcome, StopRequest};
 use crate::torch::learner::StepOutput;
 use crate::torch::objective::Objective;
@@ -45,7 +46,7 @@ pub fn run(
         if let Some(loggers) = &mut session.loggers {
             loggers.log_step(step + 1, &metrics)?;
         }
-        session.skips.note(step + 1, num_skipped)?;
+        session.skips.note(step + 1, Skip::not_finite(num_skipped).as_ref())?;
         session.save_if_due(step + 1, &Vec::new)?;
     }
     let folder = session.save_model()?;

@@ -2,7 +2,8 @@
 
 use aha_core::advantage::{mean, standard_deviation};
 use aha_core::config::RunConfig;
-use aha_core::rollout::{FinishReason, Group};
+use aha_core::reward::Outcome;
+use aha_core::rollout::{FinishReason, Group, Reward};
 use aha_nn::comm::{CommError, ProcessGroup, ReduceOp};
 use tch::Tensor;
 
@@ -16,21 +17,29 @@ pub fn rollout_metrics(groups: &[Group], batch: &TrainingBatch, config: &RunConf
     let mut metrics = Metrics::default();
     let completions = || groups.iter().flat_map(|group| &group.completions);
     for spec in &config.rewards {
-        let scores: Vec<f32> = completions()
+        let rewards: Vec<&Reward> = completions()
             .flat_map(|completion| &completion.rewards)
             .filter(|reward| reward.function == spec.name())
-            .map(|reward| reward.score)
             .collect();
+        let scores: Vec<f32> = rewards.iter().filter(|reward| reward.is_verdict()).map(|reward| reward.score).collect();
         metrics.set(format!("rewards/{}/mean", spec.name()), f64::from(mean(&scores)));
         metrics.set(format!("rewards/{}/std", spec.name()), f64::from(standard_deviation(&scores)));
+        for outcome in [Outcome::Wrong, Outcome::Unparsable, Outcome::Timeout, Outcome::Crash] {
+            let count = rewards.iter().filter(|reward| reward.outcome == outcome.name()).count();
+            metrics.set(format!("rewards/{}/{}", spec.name(), outcome.name()), count as f64);
+        }
     }
     if !batch.soft_punishments.is_empty() {
         metrics.set("rewards/soft_overlong_punishment/mean", f64::from(mean(&batch.soft_punishments)));
         metrics.set("rewards/soft_overlong_punishment/std", f64::from(standard_deviation(&batch.soft_punishments)));
     }
-    let group_stds: Vec<f32> = batch.rewards.chunks(config.rollout.num_generations).map(standard_deviation).collect();
+    let judged: Vec<Option<f32>> =
+        batch.rewards.iter().zip(&batch.excluded).map(|(&reward, excluded)| (!excluded).then_some(reward)).collect();
+    let of_judged = |rewards: &[Option<f32>]| rewards.iter().flatten().copied().collect::<Vec<f32>>();
+    let groups = judged.chunks(config.rollout.num_generations);
+    let group_stds: Vec<f32> = groups.map(|group| standard_deviation(&of_judged(group))).collect();
     let without_signal = group_stds.iter().filter(|&&std| std == 0.0).count();
-    metrics.set("reward", f64::from(mean(&batch.rewards)));
+    metrics.set("reward", f64::from(mean(&of_judged(&judged))));
     metrics.set("reward_std", f64::from(mean(&group_stds)));
     metrics.set("frac_reward_zero_std", without_signal as f64 / group_stds.len().max(1) as f64);
 
@@ -46,6 +55,7 @@ pub fn rollout_metrics(groups: &[Group], batch: &TrainingBatch, config: &RunConf
     }
     let clipped = 1.0 - terminated.len() as f64 / lengths.len().max(1) as f64;
     metrics.set("completions/clipped_ratio", clipped);
+    metrics.set("completions/excluded", batch.excluded.iter().filter(|excluded| **excluded).count() as f64);
     metrics
 }
 

@@ -150,11 +150,7 @@ pub fn advantages(scores: &Scores<'_>, options: AdvantageOptions) -> Vec<f32> {
         AdvantageEstimator::Grpo => scores.by_group(&rewards, centred(&rewards, scores, options.scale_rewards)),
         AdvantageEstimator::Rloo => {
             let advantages = scores.by_group(&rewards, leave_one_out);
-            if options.normalize_advantages {
-                scores.over_kept(&advantages, normalized_over_batch)
-            } else {
-                advantages
-            }
+            if options.normalize_advantages { scores.over_kept(&advantages, normalized_over_batch) } else { advantages }
         }
         AdvantageEstimator::ReinforcePlusPlus => scores.whitened_by_tokens(&rewards),
         AdvantageEstimator::ReinforcePlusPlusBaseline => {

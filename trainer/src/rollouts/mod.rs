@@ -25,6 +25,7 @@ pub use pool::GeneratorPool;
 use crate::agreement::Disagreement;
 use crate::clients::ConnectError;
 use crate::publish::PublishError;
+use crate::rewarders::RewarderError;
 
 /// Samples completions. Calls block until every completion is there.
 pub trait Rollouts {
@@ -52,6 +53,11 @@ pub struct RolloutRequest {
 }
 
 impl RolloutRequest {
+    /// Those that generators score with; the others are asked for here.
+    fn generators_rewards(&self) -> impl Iterator<Item = &RewardSpec> {
+        self.rewards.iter().filter(|spec| !spec.is_external())
+    }
+
     /// What a generator is asked for the samples of `prompt` that are missing.
     pub(crate) fn message(&self, prompt: &Prompt, missing: Vec<u32>, request_id: String) -> v1::GenerateRequest {
         v1::GenerateRequest {
@@ -61,7 +67,7 @@ impl RolloutRequest {
             sample_indices: missing,
             sampling: Some((&self.sampling).into()),
             seed: derive_seed(self.seed, &[prompt.id.0]),
-            rewards: self.rewards.iter().map(Into::into).collect(),
+            rewards: self.generators_rewards().map(Into::into).collect(),
             columns: serde_json::Value::Object(prompt.columns.clone()).to_string(),
         }
     }
@@ -77,6 +83,8 @@ pub enum RolloutError {
     Coordinator { address: String, reason: String },
     #[error(transparent)]
     Connect(#[from] ConnectError),
+    #[error(transparent)]
+    Rewarder(#[from] RewarderError),
     #[error("generator {generator} refused {prompt}: {reason}")]
     Refused { generator: String, prompt: PromptId, reason: String },
     #[error(

@@ -15,6 +15,7 @@ use tonic::Status;
 use super::pool::Progress;
 use super::{GeneratorPool, Late, Ledger, RolloutError, RolloutRequest};
 use crate::clients::Connector;
+use crate::rewarders::Rewarders;
 use crate::test_generator::{Generate, TestGenerator, completion};
 
 const SEED: u64 = 7;
@@ -69,7 +70,7 @@ fn connector() -> Connector {
 fn pool(generators: &[&TestGenerator]) -> GeneratorPool {
     let mut config = RunConfig::default();
     config.generator.addresses = generators.iter().map(|generator| generator.address.clone()).collect();
-    GeneratorPool::connect(&config, &connector(), runtime()).unwrap()
+    GeneratorPool::connect(&config, &connector(), Rewarders::default(), runtime()).unwrap()
 }
 
 /// The completions that a faultless generator gives.
@@ -350,11 +351,15 @@ fn versions_within_the_bounds_are_taken() {
 #[test]
 fn a_pool_needs_generators_that_answer() {
     let mut config = RunConfig::default();
-    assert!(matches!(GeneratorPool::connect(&config, &connector(), runtime()), Err(RolloutError::NoGenerators)));
+    assert!(matches!(
+        GeneratorPool::connect(&config, &connector(), Rewarders::default(), runtime()),
+        Err(RolloutError::NoGenerators)
+    ));
     let gone = TestGenerator::start([]);
     gone.kill();
     config.generator.addresses = vec![gone.address.clone()];
     config.generator.connect_timeout_seconds = 0.3;
-    let message = GeneratorPool::connect(&config, &connector(), runtime()).unwrap_err().to_string();
+    let message =
+        GeneratorPool::connect(&config, &connector(), Rewarders::default(), runtime()).unwrap_err().to_string();
     assert!(message.contains(&gone.address) && message.contains("did not answer for 0."), "{message}");
 }

@@ -120,13 +120,12 @@ impl ExternalReward {
             _ => {}
         }
         let [timeout, deadline] = [options.timeout_seconds, options.deadline_seconds];
-        let seconds =
-            [("timeout", timeout), ("deadline", deadline), ("start", options.start_seconds)].into_iter().find_map(
-                |(name, seconds)| {
-                    let is_good = seconds.is_finite() && seconds > 0.0;
-                    (!is_good).then(|| format!("{name}_seconds: must be over 0, got {seconds}"))
-                },
-            );
+        let seconds = [("timeout", timeout), ("deadline", deadline), ("start", options.start_seconds)]
+            .into_iter()
+            .find_map(|(name, seconds)| {
+                let is_good = seconds.is_finite() && seconds > 0.0;
+                (!is_good).then(|| format!("{name}_seconds: must be over 0, got {seconds}"))
+            });
         let bounds = [
             ("max_batch_size", options.max_batch_size, MAX_BATCH_SIZE),
             ("max_in_flight", options.max_in_flight, MAX_IN_FLIGHT),
