@@ -15,6 +15,7 @@ mod standing;
 #[cfg(test)]
 mod tests;
 
+use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,7 +25,7 @@ use aha_core::reward::{ExternalReward, Outcome, RewardError, RewardSpec};
 use aha_core::rollout::{Completion, Prompt, Reward};
 use futures::future::join_all;
 use tokio::runtime::Handle;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tokio::time::Instant;
 
 use crate::clients::seconds;
@@ -32,7 +33,7 @@ use crate::run_dir::LOGS_DIR;
 use asker::Asker;
 use question::{Question, Row};
 
-/// Completions that wait to be in a batch; more wait to be here.
+/// Groups that wait to be in a batch; more wait to be here.
 const MAX_QUEUED: usize = 1024;
 
 /// Those that a run's `rewards` name.
@@ -43,7 +44,7 @@ pub struct Rewarders(Vec<Rewarder>);
 #[derive(Debug)]
 struct Rewarder {
     asker: Arc<Asker>,
-    queue: mpsc::Sender<Pending>,
+    queue: mpsc::Sender<Vec<Pending>>,
     deadline: Duration,
 }
 
@@ -128,38 +129,51 @@ impl Rewarder {
     /// Of those that have none.
     async fn outcomes(&self, row: &Arc<Row>, completions: &[Completion]) -> Vec<Option<Outcome>> {
         let deadline = Instant::now() + self.deadline;
-        join_all(completions.iter().map(async |completion| {
-            if completion.rewards.iter().any(|reward| reward.function == self.asker.name()) {
-                return None;
-            }
+        let (mut group, mut answers) = (Vec::new(), Vec::new());
+        for completion in completions {
+            let is_judged = completion.rewards.iter().any(|reward| reward.function == self.asker.name());
             let (outcome, answer) = oneshot::channel();
-            let pending = Pending { question: Question::new(row, completion), deadline, outcome };
-            // Neither can fail before the runtime ends.
-            let sent = self.queue.send(pending).await;
-            Some(if sent.is_ok() { answer.await.unwrap_or(Outcome::Crash) } else { Outcome::Crash })
-        }))
-        .await
+            if !is_judged {
+                group.push(Pending { question: Question::new(row, completion), deadline, outcome });
+            }
+            answers.push((!is_judged).then_some(answer));
+        }
+        if !group.is_empty() && self.queue.send(group).await.is_err() {
+            tracing::debug!("the runtime ends");
+        }
+        // What nobody answers has been dropped with the runtime.
+        let outcome = async |answer: Option<oneshot::Receiver<_>>| Some(answer?.await.unwrap_or(Outcome::Crash));
+        join_all(answers.into_iter().map(outcome)).await
     }
 }
 
 /// Asks about everything that is queued, in batches that fill up while as many as may be are in flight.
-async fn batch(asker: Arc<Asker>, mut queue: mpsc::Receiver<Pending>) {
+async fn batch(asker: Arc<Asker>, mut queue: mpsc::Receiver<Vec<Pending>>) {
+    let mut waiting = VecDeque::new();
     while let Some(slot) = asker.slot().await {
-        let mut batch = Vec::new();
-        if queue.recv_many(&mut batch, asker.max_batch_size()).await == 0 {
-            return;
+        if waiting.is_empty() {
+            let Some(group) = queue.recv().await else { return };
+            waiting.extend(group);
         }
-        let asker = Arc::clone(&asker);
-        tokio::spawn(async move {
-            // Those that came first have the least time.
-            let deadline = batch.iter().map(|pending| pending.deadline).min().unwrap_or_else(Instant::now);
-            let (questions, places): (Vec<_>, Vec<_>) =
-                batch.into_iter().map(|pending| (pending.question, pending.outcome)).unzip();
-            for (place, outcome) in places.into_iter().zip(asker.outcomes(&questions, deadline).await) {
-                // Whoever asked may have given up.
-                drop(place.send(outcome));
-            }
-            drop(slot);
-        });
+        while waiting.len() < asker.max_batch_size()
+            && let Ok(group) = queue.try_recv()
+        {
+            waiting.extend(group);
+        }
+        let batch: Vec<Pending> = waiting.drain(..waiting.len().min(asker.max_batch_size())).collect();
+        tokio::spawn(answer(Arc::clone(&asker), batch, slot));
     }
+}
+
+async fn answer(asker: Arc<Asker>, batch: Vec<Pending>, slot: OwnedSemaphorePermit) {
+    // Those that came first have the least time.
+    let deadline = batch.iter().map(|pending| pending.deadline).min().unwrap_or_else(Instant::now);
+    let (questions, places): (Vec<_>, Vec<_>) =
+        batch.into_iter().map(|pending| (pending.question, pending.outcome)).unzip();
+    for (place, outcome) in places.into_iter().zip(asker.outcomes(&questions, deadline).await) {
+        if place.send(outcome).is_err() {
+            tracing::debug!("nobody waits for a verdict any more");
+        }
+    }
+    drop(slot);
 }

@@ -361,7 +361,7 @@ fn a_command_that_says_too_much_is_started_again() {
     let judged = Judged::by(command(&echo(&twice), json!({"max_retries": 0})));
     assert_eq!(judged.outcomes(3), ["0.5", "wrong", "unparsable"]);
     judged.check(&["crash"; 3], "\"extra\" is no answer");
-    // Its numbers begin anew, and ours do not.
+    // It counts anew, and what it is asked does not.
     judged.check(&["crash"; 3], "an answer to batch 0 where 2 was asked for");
 }
 
