@@ -80,9 +80,8 @@ impl Judge {
                 Ok(Reward::new(function.name(), function.score(&Answer::of(&text), &columns)))
             }
             Self::External { rewarders, spec, runtime } => {
-                let mut completion = [untokenized(text)];
-                let judging = rewarders.judge(&prompt(columns), std::slice::from_ref(spec), &mut completion);
-                runtime.block_on(judging);
+                let (prompt, mut completion) = (prompt(columns), [untokenized(text)]);
+                runtime.block_on(rewarders.judge(&prompt, std::slice::from_ref(spec), &mut completion));
                 let [Completion { rewards, .. }] = completion;
                 rewards.into_iter().next().context("nobody was asked")
             }
