@@ -417,8 +417,8 @@ fn what_generators_do_not_score_is_judged_here_and_survives_a_restart() {
 fn a_generator_that_judges_what_it_was_not_asked_to_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let request = RolloutRequest { rewards: vec![judge(&folder.path().join("x"))], ..request([5]) };
-    let asked = request.message(&request.prompts[0], vec![0], "r".to_owned());
-    let mut bad = completion(&asked, 0, 0);
+    let asked = request.message(&request.prompts[0], vec![3], "r".to_owned());
+    let mut bad = completion(&asked, 3, 0);
     bad.rewards.push(v1::Reward { function: "mine".to_owned(), score: 1.0, outcome: "score".to_owned() });
     let generator = TestGenerator::start([Generate::Send(bad)]);
     let message = roll_out(&[&generator], request).unwrap_err().to_string();
