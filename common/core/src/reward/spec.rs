@@ -44,6 +44,16 @@ impl RewardSpec {
         EXTERNAL.contains(&self.function.as_str())
     }
 
+    /// Without the options that say how somebody is asked, and not who judges what.
+    #[must_use]
+    pub fn without_means(&self) -> Self {
+        let mut spec = self.clone();
+        if self.is_external() {
+            spec.options.retain(|option, _| ["command", "range"].contains(&option.as_str()));
+        }
+        spec
+    }
+
     /// Whether it can be used.
     ///
     /// # Errors
