@@ -6,7 +6,7 @@ use prost::Message;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=aha");
-    let files = ["generator", "coordinator", "checkpoint"].map(|name| format!("aha/v1/{name}.proto"));
+    let files = ["generator", "coordinator", "checkpoint", "rewarder"].map(|name| format!("aha/v1/{name}.proto"));
     let descriptors = protox::compile(files, ["."])?;
     let out = std::env::var("OUT_DIR")?;
     std::fs::write(Path::new(&out).join("descriptors.bin"), descriptors.encode_to_vec())?;

@@ -329,11 +329,7 @@ impl Judge {
             Ok(Err(_)) => vec![Outcome::Crash; self.rewards.len()],
             Err(_) => vec![Outcome::Timeout; self.rewards.len()],
         };
-        let reward = |(function, outcome): (&RewardFunction, Outcome)| Reward {
-            function: function.name().to_owned(),
-            score: outcome.score(),
-            outcome: outcome.name().to_owned(),
-        };
+        let reward = |(function, outcome): (&RewardFunction, Outcome)| Reward::new(function.name(), outcome);
         self.rewards.iter().zip(outcomes).map(reward).collect()
     }
 }

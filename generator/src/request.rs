@@ -220,7 +220,7 @@ mod tests {
     #[test]
     fn every_bad_field_is_named() {
         type Damage = fn(&mut v1::GenerateRequest);
-        let cases: [(&str, &str, Damage); 11] = [
+        let cases: [(&str, &str, Damage); 13] = [
             ("token_ids", "at least 1", |r| r.token_ids.clear()),
             ("token_ids", "token 100 at index 1", |r| r.token_ids[1] = 100),
             ("sample_indices", "got 0", |r| r.sample_indices.clear()),
@@ -229,6 +229,8 @@ mod tests {
             ("sampling", "missing", |r| r.sampling = None),
             ("sampling.max_tokens", "over max_model_len 64", |r| r.token_ids.push(1)),
             ("rewards", "equasion", |r| r.rewards[0].function = "equasion".to_owned()),
+            ("rewards", "asked by trainers alone", |r| r.rewards[0].function = "command".to_owned()),
+            ("rewards", "asked by trainers alone", |r| r.rewards[0].function = "rewarder".to_owned()),
             ("rewards", "twice", |r| r.rewards[0].name = "format".to_owned()),
             ("columns", "JSON object", |r| r.columns = "[1]".to_owned()),
             ("columns", "target", |r| r.columns = "{}".to_owned()),

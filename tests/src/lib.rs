@@ -4,6 +4,7 @@
 
 pub mod binary;
 pub mod chaos;
+pub mod docs;
 pub mod formula;
 pub mod golden;
 pub mod markov;

@@ -163,7 +163,7 @@ fn what_cannot_be_evaluated_says_why() {
     );
     check(&[&config[..], &["--n", "4"]].concat(), &["4 greedy completions of a prompt are all equal"]);
     check(&[&config[..], &["--suite", "puzzles", "--max-tokens", "120"]].concat(), &["row 0", "longer than the 128"]);
-    let columns = |theirs| format!("eval.suites.puzzles.columns.nums={theirs}");
+    let columns = |theirs: &str| format!("eval.suites.puzzles.columns.nums={theirs}");
     let mapped = |theirs: &str, expect: &[&str]| {
         check(&[&config[..], &["--set", &columns(theirs)]].concat(), expect);
     };

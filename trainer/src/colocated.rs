@@ -21,6 +21,7 @@ use crate::agreement::agree;
 use crate::clients::seconds;
 use crate::generators::{Generators, is_filled_everywhere};
 use crate::publish::{PublishError, PushReport};
+use crate::rewarders::Rewarders;
 use crate::rollouts::{Late, Received, RolloutError, RolloutRequest};
 
 /// What errors call the engine.
@@ -33,6 +34,7 @@ const MAX_IN_FLIGHT: usize = 256;
 pub struct Colocated {
     engine: LocalGenerator,
     runtime: Arc<Runtime>,
+    rewarders: Rewarders,
     deadline: Duration,
     num_ranks: usize,
     /// When it was last done, and how long it had nothing to do.
@@ -60,7 +62,9 @@ impl Colocated {
         let (own, theirs) = (engine.manifest_hash(), policy.manifest().hash());
         ensure!(own == theirs, "the engine's model has manifest {own:016x}, and the trainer's {theirs:016x}");
         let deadline = seconds(config.rollout.deadline_seconds);
-        Ok(Self { engine, runtime, deadline, num_ranks: trainers.size(), last_done: None, idle: Duration::ZERO })
+        let rewarders = Rewarders::of_run(config, trainers.rank(), runtime.handle())?;
+        let num_ranks = trainers.size();
+        Ok(Self { engine, runtime, rewarders, deadline, num_ranks, last_done: None, idle: Duration::ZERO })
     }
 
     /// The groups of a request, and those that were not there in time.
@@ -91,12 +95,13 @@ impl Colocated {
             let (generator, prompt) = (OWN.to_owned(), prompt.id);
             RolloutError::Refused { generator, prompt, reason }
         };
-        let completions = completions.map_err(|error| refused(error.to_string()))?;
+        let mut completions = completions.map_err(|error| refused(error.to_string()))?;
         let (expected, mut spans) = (request.min_version, completions.iter().flat_map(|completion| &completion.spans));
         if let Some(span) = spans.find(|span| span.version != expected) {
             // Final: nobody else could have it.
             return Err(refused(format!("it sampled with policy {}, not {expected}", span.version)));
         }
+        self.rewarders.judge(prompt, &request.rewards, &mut completions).await;
         Ok(Some(Group { prompt: prompt.clone(), completions }))
     }
 }
@@ -139,6 +144,10 @@ impl Generators for Colocated {
 
     fn received(&self) -> Vec<Received> {
         Vec::new()
+    }
+
+    fn rewarders(&self) -> &Rewarders {
+        &self.rewarders
     }
 
     fn take_idle(&mut self) -> Duration {

@@ -10,6 +10,7 @@ use aha_nn::unit::ModelWeights;
 
 use crate::agreement::agree;
 use crate::publish::{PublishError, PushReport};
+use crate::rewarders::Rewarders;
 use crate::rollouts::{Late, Received, RolloutError, RolloutRequest, Rollouts};
 
 /// Generators of a run, or engines in the trainers' own processes. All ranks call the methods together.
@@ -43,6 +44,9 @@ pub trait Generators: Debug {
 
     /// What has been received of steps whose rollouts have begun.
     fn received(&self) -> Vec<Received>;
+
+    /// Who judges the completions of this rank where generators do not.
+    fn rewarders(&self) -> &Rewarders;
 
     /// Time for which there was nothing to do for this rank, since it was last asked for.
     fn take_idle(&mut self) -> Duration;

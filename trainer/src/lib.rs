@@ -23,6 +23,7 @@ pub mod memory_plan;
 pub mod optimize;
 pub mod prompts;
 pub mod publish;
+pub mod rewarders;
 pub mod rollouts;
 pub mod run;
 pub mod run_dir;

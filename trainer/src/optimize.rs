@@ -13,6 +13,8 @@ use crate::training_batch::{Plan, TrainingBatch};
 /// The first update needs no old log-probs, since its policy sampled the batch; it leaves those that later passes compare
 /// with. Those of the other updates' sequences are computed before the policy moves.
 ///
+/// Updates in which nothing was judged are left out, like those whose gradients are not finite.
+///
 /// Returns what all updates did: sums over them, means of loss and gradient norm, and in `logprobs` what the policy that
 /// sampled says of the completions of this rank.
 ///
@@ -48,7 +50,8 @@ pub fn optimize(
             total.add_update(&output);
         }
     }
-    let num_updates = f64::from(train.num_iterations) * plans.len() as f64;
+    total.num_skipped += batch.num_left_out * train.num_iterations;
+    let num_updates = f64::from(train.num_iterations) * plans.len().max(1) as f64;
     total.loss /= num_updates;
     total.grad_norm /= num_updates;
     total.logprobs = batch.sequences.iter().map(|sequence| sequence.old_logprobs.clone()).collect();

@@ -1,5 +1,6 @@
 //! The training loop: take prompts, roll out, exchange, advantages, pack, step, publish.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use aha_core::config::{RewardSpec, RunConfig, SleepMode};
@@ -17,6 +18,7 @@ use crate::loggers::{CompletionRecord, Metrics};
 use crate::optimize::optimize;
 use crate::sampling::{Sampler, rollout_request};
 use crate::session::Session;
+use crate::skips::Skip;
 use crate::step_metrics::{lag_metrics, rollout_metrics, step_metrics};
 use crate::stop::{Outcome, StopRequest};
 use crate::torch::objective::{Objective, PolicyObjective};
@@ -65,8 +67,8 @@ pub fn run(
             }
             return Ok(Outcome::Stopped(stopped));
         }
-        let num_skipped = train_step(&mut session, generators, step)?;
-        session.skips.note(step + 1, num_skipped)?;
+        let skip = train_step(&mut session, generators, step)?;
+        session.skips.note(step + 1, skip.as_ref())?;
         if let Some(evaluation) = evaluate_if_due(&mut session, generators, step + 1)? {
             session.note_evaluation(&evaluation);
         }
@@ -76,8 +78,8 @@ pub fn run(
     finish(session).map(Outcome::Finished)
 }
 
-/// One step; returns how many of its updates were left out.
-fn train_step(session: &mut Session, generators: &mut dyn Generators, step: u64) -> Result<u32> {
+/// One step; returns whether updates of it were left out.
+fn train_step(session: &mut Session, generators: &mut dyn Generators, step: u64) -> Result<Option<Skip>> {
     let _span = tracing::debug_span!("train_step", step = step + 1).entered();
     let mut clock = Clock::start();
     let mut metrics = Metrics::default();
@@ -134,7 +136,23 @@ fn train_step(session: &mut Session, generators: &mut dyn Generators, step: u64)
         loggers.log_completions(step + 1, &records(&groups, &batch, &config))?;
         loggers.log_step(step + 1, &metrics)?;
     }
-    Ok(output.num_skipped)
+    if batch.excluded.iter().all(|excluded| *excluded) {
+        return Ok(Some(Skip::Unjudged(unjudged(&groups, generators))));
+    }
+    let num_not_finite = output.num_skipped - batch.num_left_out * config.train.num_iterations;
+    Ok(Skip::not_finite(num_not_finite))
+}
+
+/// Why no completion of a step has a verdict, with what this rank knows of it.
+fn unjudged(groups: &[Group], generators: &dyn Generators) -> String {
+    let rewards = groups.iter().flat_map(|group| &group.completions).flat_map(|completion| &completion.rewards);
+    let mut counts: BTreeMap<(&str, &str), usize> = BTreeMap::new();
+    for reward in rewards.filter(|reward| !reward.is_verdict()) {
+        *counts.entry((&reward.function, &reward.outcome)).or_default() += 1;
+    }
+    let counts = counts.into_iter().map(|((function, outcome), count)| format!("reward {function}: {count} {outcome}"));
+    let failures = generators.rewarders().failures().map(|failure| format!("the last failure: {failure}"));
+    counts.chain(failures).collect::<Vec<_>>().join("; ")
 }
 
 /// Begins the rollouts of this step and of as many later ones as `rollout.max_lag` allows, where they have not begun.

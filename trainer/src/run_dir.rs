@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use aha_core::config::{ConfigError, RunConfig};
+use aha_core::config::{ConfigError, RewardSpec, RunConfig};
 use aha_nn::comm::{CommError, ProcessGroup};
 use serde::Serialize;
 use serde_json::Value;
@@ -14,7 +14,7 @@ use crate::durable;
 
 const CONFIG_FILE: &str = "config.yaml";
 const SUMMARY_FILE: &str = "summary.json";
-const LOGS_DIR: &str = "logs";
+pub(crate) const LOGS_DIR: &str = "logs";
 const DIRS: [&str; 4] = ["completions", "completion_samples", "checkpoints", LOGS_DIR];
 
 /// Settings that change how a run is carried out and not what comes out: sections, or keys. A run goes on under other
@@ -207,7 +207,7 @@ fn is_free(key: &str) -> bool {
     FREE_SETTINGS.iter().any(|free| key.strip_prefix(free).is_some_and(|rest| rest.is_empty() || rest.starts_with('.')))
 }
 
-/// Every key, dotted, with its value as JSON. Lists are values.
+/// Every key, dotted, with its value as JSON. Lists are values. How rewarders are reached is left out.
 fn settings(config: &RunConfig) -> BTreeMap<String, String> {
     fn walk(prefix: &str, value: &Value, settings: &mut BTreeMap<String, String>) {
         match value {
@@ -222,6 +222,8 @@ fn settings(config: &RunConfig) -> BTreeMap<String, String> {
             }
         }
     }
+    let rewards = config.rewards.iter().map(RewardSpec::without_means).collect();
+    let config = &RunConfig { rewards, ..config.clone() };
     // Through text, because a single-precision 0.2 reads "0.2" there, and 0.20000000298 as a value.
     let tree = serde_json::to_string(config).and_then(|text| serde_json::from_str::<Value>(&text));
     let mut settings = BTreeMap::new();
@@ -248,8 +250,6 @@ fn unwritable(path: &Path, reason: impl ToString) -> RunDirError {
 
 #[cfg(test)]
 mod tests {
-    use aha_core::config::RewardSpec;
-
     use super::*;
 
     fn config(output_dir: &Path) -> RunConfig {
@@ -297,6 +297,23 @@ mod tests {
         config.logging.logging_steps = 7;
         config.train.save_steps = 1;
         assert_eq!(saved_config(&open(&config).unwrap()), config);
+    }
+
+    #[test]
+    fn a_rewarder_may_have_moved_but_judges_by_the_same_range() {
+        let output_dir = tempfile::tempdir().unwrap();
+        let mut config = config(output_dir.path());
+        let rewarder = |address: &str, high: f32| {
+            let spec = serde_json::json!({"function": "rewarder", "address": address, "range": [0.0, high]});
+            vec![serde_json::from_value(spec).unwrap()]
+        };
+        config.rewards = rewarder("here:1", 1.0);
+        open(&config).unwrap();
+        config.rewards = rewarder("there:2", 1.0);
+        assert_eq!(saved_config(&open(&config).unwrap()), config);
+        config.rewards = rewarder("there:2", 2.0);
+        let message = open(&config).unwrap_err().to_string();
+        assert!(message.contains("rewards: ") && !message.contains("here:1"), "{message}");
     }
 
     #[test]

@@ -130,15 +130,16 @@ impl Sampler<'_> {
     }
 }
 
-/// Whether its rewards differ.
+/// Whether its rewards differ, as far as there are any.
 fn has_signal(group: &Group, config: &RunConfig) -> bool {
-    let rewards = rewards(std::slice::from_ref(group), config);
+    let rewards = rewards(group, config);
     rewards.iter().any(|reward| *reward != rewards[0])
 }
 
 #[cfg(test)]
 mod tests {
     use aha_core::config::RewardSpec;
+    use aha_core::reward::Outcome;
     use aha_core::rollout::{Completion, FinishReason, Origin, Reward, Span};
     use tch::Device;
 
@@ -242,6 +243,18 @@ mod tests {
         let seeds: BTreeSet<u64> = requests.iter().map(|request| request.seed).collect();
         assert_eq!(seeds.len(), 3, "every round has a seed of its own");
         assert!(requests.iter().all(|request| request.min_version == PolicyVersion(4)));
+    }
+
+    #[test]
+    fn what_nobody_judged_is_no_signal() {
+        let config = RunConfig { rewards: vec![RewardSpec::of("equation")], ..RunConfig::default() };
+        let mut group = group(&prompt(1), true);
+        assert!(has_signal(&group, &config));
+        // One is left, and then none.
+        for index in 0..2 {
+            group.completions[index].rewards = vec![Reward::new("equation", Outcome::Timeout)];
+            assert!(!has_signal(&group, &config));
+        }
     }
 
     #[test]

@@ -15,6 +15,7 @@ use crate::evaluate;
 use crate::loggers::{Metrics, names};
 use crate::prompts::Example;
 use crate::session::Session;
+use crate::skips::Skip;
 use crate::stop::{Outcome, StopRequest};
 use crate::torch::objective::Objective;
 use crate::training_batch::Plan;
@@ -50,7 +51,7 @@ pub fn run(
         if let Some(loggers) = &mut session.loggers {
             loggers.log_step(step + 1, &metrics)?;
         }
-        session.skips.note(step + 1, num_skipped)?;
+        session.skips.note(step + 1, Skip::not_finite(num_skipped).as_ref())?;
         evaluate_if_due(&mut session, step + 1)?;
         session.save_if_due(step + 1, &Vec::new)?;
     }

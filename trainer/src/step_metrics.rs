@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use aha_core::advantage::{mean, standard_deviation};
 use aha_core::config::RunConfig;
 use aha_core::reflection::Reflection;
-use aha_core::rollout::{Completion, FinishReason, Group};
+use aha_core::reward::Outcome;
+use aha_core::rollout::{Completion, FinishReason, Group, Reward};
 use aha_nn::comm::{CommError, ProcessGroup, ReduceOp};
 use tch::Tensor;
 
@@ -19,25 +20,33 @@ pub fn rollout_metrics(groups: &[Group], batch: &TrainingBatch, config: &RunConf
     let mut metrics = Metrics::default();
     let completions = || groups.iter().flat_map(|group| &group.completions);
     for spec in &config.rewards {
-        let scores: Vec<f32> = completions()
+        let rewards: Vec<&Reward> = completions()
             .flat_map(|completion| &completion.rewards)
             .filter(|reward| reward.function == spec.name())
-            .map(|reward| reward.score)
             .collect();
-        if scores.is_empty() {
+        if rewards.is_empty() {
             continue; // it is of sources that this step has no prompts of
         }
+        let scores: Vec<f32> = rewards.iter().filter(|reward| reward.is_verdict()).map(|reward| reward.score).collect();
         metrics.set(format!("rewards/{}/mean", spec.name()), f64::from(mean(&scores)));
         metrics.set(format!("rewards/{}/std", spec.name()), f64::from(standard_deviation(&scores)));
+        for outcome in [Outcome::Wrong, Outcome::Unparsable, Outcome::Timeout, Outcome::Crash] {
+            let count = rewards.iter().filter(|reward| reward.outcome == outcome.name()).count();
+            metrics.set(format!("rewards/{}/{}", spec.name(), outcome.name()), count as f64);
+        }
     }
     if !batch.soft_punishments.is_empty() {
         metrics.set("rewards/soft_overlong_punishment/mean", f64::from(mean(&batch.soft_punishments)));
         metrics.set("rewards/soft_overlong_punishment/std", f64::from(standard_deviation(&batch.soft_punishments)));
     }
-    let group_stds: Vec<f32> = batch.rewards.chunks(config.rollout.num_generations).map(standard_deviation).collect();
+    let judged: Vec<Option<f32>> =
+        batch.rewards.iter().zip(&batch.excluded).map(|(&reward, excluded)| (!excluded).then_some(reward)).collect();
+    let of_judged = |rewards: &[Option<f32>]| rewards.iter().flatten().copied().collect::<Vec<f32>>();
+    let by_group = judged.chunks(config.rollout.num_generations);
+    let group_stds: Vec<f32> = by_group.map(|group| standard_deviation(&of_judged(group))).collect();
     let without_signal = group_stds.iter().filter(|&&std| std == 0.0).count();
-    metrics.set("reward", f64::from(mean(&batch.rewards)));
-    for (source, rewards) in rewards_by_source(groups, &batch.rewards, config.rollout.num_generations) {
+    metrics.set("reward", f64::from(mean(&of_judged(&judged))));
+    for (source, rewards) in rewards_by_source(groups, &judged, config.rollout.num_generations) {
         metrics.set(format!("reward/{source}/mean"), f64::from(mean(&rewards)));
     }
     metrics.set("reward_std", f64::from(mean(&group_stds)));
@@ -55,6 +64,7 @@ pub fn rollout_metrics(groups: &[Group], batch: &TrainingBatch, config: &RunConf
     }
     let clipped = 1.0 - terminated.len() as f64 / lengths.len().max(1) as f64;
     metrics.set("completions/clipped_ratio", clipped);
+    metrics.set("completions/excluded", batch.excluded.iter().filter(|excluded| **excluded).count() as f64);
     reflection_metrics(completions(), &mut metrics);
     metrics
 }
@@ -68,11 +78,15 @@ fn reflection_metrics<'a>(completions: impl Iterator<Item = &'a Completion> + Cl
     metrics.set("completions/self_corrections_per_1000_tokens", per_1000_tokens(found.num_self_corrections));
 }
 
-/// The rewards of every named source's completions.
-fn rewards_by_source<'a>(groups: &'a [Group], rewards: &[f32], group_size: usize) -> BTreeMap<&'a str, Vec<f32>> {
+/// The rewards of every named source's completions, where they have one.
+fn rewards_by_source<'a>(
+    groups: &'a [Group],
+    rewards: &[Option<f32>],
+    group_size: usize,
+) -> BTreeMap<&'a str, Vec<f32>> {
     let mut by_source: BTreeMap<&str, Vec<f32>> = BTreeMap::new();
     for (group, rewards) in groups.iter().zip(rewards.chunks(group_size)) {
-        by_source.entry(&group.prompt.origin.source).or_default().extend(rewards);
+        by_source.entry(&group.prompt.origin.source).or_default().extend(rewards.iter().flatten());
     }
     by_source.remove("");
     by_source

@@ -27,8 +27,12 @@ pub struct TrainingBatch {
     pub advantages: Vec<f32>,
     /// `[P * G]`, unweighted; empty where `train.soft_punish_cache` is 0.
     pub soft_punishments: Vec<f32>,
+    /// `[P * G]`, completions without a verdict: they carry no loss and have no part in the others' advantages.
+    pub excluded: Vec<bool>,
     /// For every optimizer update of one pass, the indices of the sequences that carry its loss.
     pub updates: Vec<Vec<usize>>,
+    /// Updates of a pass that are left out, since none of their completions has a verdict.
+    pub num_left_out: u32,
 }
 
 /// Which sequences a rank trains on in one optimizer update, in which micro-batches.
@@ -52,8 +56,10 @@ impl TrainingBatch {
     pub fn with_divergences(groups: &[Group], config: &RunConfig, step: u64, divergences: &[f32]) -> Self {
         let train = &config.train;
         let completions: Vec<&Completion> = groups.iter().flat_map(|group| &group.completions).collect();
+        let excluded: Vec<bool> = completions.iter().map(|completion| !completion.is_judged()).collect();
         let masked = |completion: &Completion| {
-            train.mask_truncated_completions && completion.finish_reason != FinishReason::Stop
+            let is_truncated = completion.finish_reason != FinishReason::Stop;
+            !completion.is_judged() || train.mask_truncated_completions && is_truncated
         };
         // Tokens that carry loss.
         let num_tokens: Vec<usize> = completions
@@ -66,8 +72,13 @@ impl TrainingBatch {
             by_function.push(divergences.to_vec());
             weights.push(-train.beta);
         }
-        let group_size = config.rollout.num_generations;
-        let scores = Scores { by_function: &by_function, weights: &weights, num_tokens: &num_tokens, group_size };
+        let scores = Scores {
+            by_function: &by_function,
+            weights: &weights,
+            num_tokens: &num_tokens,
+            excluded: &excluded,
+            group_size: config.rollout.num_generations,
+        };
         let rewards = scores.rewards();
         let advantages = advantages(&scores, train.advantage_options());
 
@@ -99,8 +110,11 @@ impl TrainingBatch {
             members.sort_unstable(); // completions of one prompt stand together, so that it is computed once
             members
         };
-        let updates = order.chunks(size).map(with_loss).collect();
-        Self { sequences, rewards, advantages, soft_punishments, updates }
+        let is_judged = |update: &&[usize]| update.iter().any(|&index| !excluded[index]);
+        let (judged, left_out): (Vec<&[usize]>, Vec<&[usize]>) = order.chunks(size).partition(is_judged);
+        let updates = judged.into_iter().map(with_loss).collect();
+        let num_left_out = left_out.len() as u32;
+        Self { sequences, rewards, advantages, soft_punishments, excluded, updates, num_left_out }
     }
 
     /// How each update is split between ranks and micro-batches.
@@ -112,13 +126,15 @@ impl TrainingBatch {
     }
 }
 
-/// The reward of every completion: weighted sums of the reward functions' scores and of the soft overlong punishment.
+/// The reward of every completion of a group that has a verdict: weighted sums of the reward functions' scores and of the
+/// soft overlong punishment.
 #[must_use]
-pub fn rewards(groups: &[Group], config: &RunConfig) -> Vec<f32> {
-    let completions: Vec<&Completion> = groups.iter().flat_map(|group| &group.completions).collect();
+pub fn rewards(group: &Group, config: &RunConfig) -> Vec<f32> {
+    let completions: Vec<&Completion> = group.completions.iter().filter(|completion| completion.is_judged()).collect();
     let (by_function, weights) = scores(&completions, &soft_punishments(&completions, config), config);
-    let num_tokens = vec![1; completions.len()];
-    Scores { by_function: &by_function, weights: &weights, num_tokens: &num_tokens, group_size: 1 }.rewards()
+    let (num_tokens, excluded) = (vec![1; completions.len()], vec![false; completions.len()]);
+    let (by_function, weights, num_tokens, excluded) = (&by_function, &weights, &num_tokens, &excluded);
+    Scores { by_function, weights, num_tokens, excluded, group_size: 1 }.rewards()
 }
 
 /// `[K][P * G]` scores and `[K]` weights of the reward functions, and of the soft overlong punishment where it is on.

@@ -11,6 +11,8 @@
 //!   `reinforce_plus_plus_baseline`: the same of `r - mean(group)`. Every token of a completion counts once in mean and
 //!   deviation, and 1e-8 is added to the variance, as in verl's `masked_whiten`.
 //!
+//! Completions without a verdict are left out of all of this, as if they had never been sampled; their advantage is 0.
+//!
 //! Several reward functions are added up first, or normalised one by one and then added up (GDPO, arXiv 2601.05242).
 
 use serde::{Deserialize, Serialize};
@@ -74,6 +76,8 @@ pub struct Scores<'a> {
     pub weights: &'a [f32],
     /// `[P * G]`, tokens that carry loss.
     pub num_tokens: &'a [usize],
+    /// `[P * G]`, completions without a verdict.
+    pub excluded: &'a [bool],
     /// G.
     pub group_size: usize,
 }
@@ -94,6 +98,33 @@ impl Scores<'_> {
         }
         sums
     }
+
+    /// `of` the values of each group in turn, without those that are excluded, whose place is 0.
+    fn by_group(&self, values: &[f32], of: impl Fn(&[f32]) -> Vec<f32>) -> Vec<f32> {
+        let groups = values.chunks_exact(self.group_size).zip(self.excluded.chunks_exact(self.group_size));
+        groups.flat_map(|(values, excluded)| scattered(&of(&kept(values, excluded)), excluded)).collect()
+    }
+
+    /// `of` all values that are not excluded; 0 in place of the others.
+    fn over_kept(&self, values: &[f32], of: impl Fn(&[f32]) -> Vec<f32>) -> Vec<f32> {
+        scattered(&of(&kept(values, self.excluded)), self.excluded)
+    }
+
+    fn whitened_by_tokens(&self, values: &[f32]) -> Vec<f32> {
+        let num_tokens = kept(self.num_tokens, self.excluded);
+        self.over_kept(values, |values| whitened_by_tokens(values, &num_tokens))
+    }
+}
+
+fn kept<T: Copy>(values: &[T], excluded: &[bool]) -> Vec<T> {
+    values.iter().zip(excluded).filter(|(_, is_excluded)| !**is_excluded).map(|(value, _)| *value).collect()
+}
+
+/// The reverse of [`kept`], with 0 in the gaps.
+fn scattered(values: &[f32], excluded: &[bool]) -> Vec<f32> {
+    let mut values = values.iter();
+    let mut value = |&is_excluded: &bool| if is_excluded { None } else { values.next() };
+    excluded.iter().map(|is_excluded| value(is_excluded).copied().unwrap_or(0.0)).collect()
 }
 
 /// Advantage of every completion, in order, `[P * G]`.
@@ -108,52 +139,51 @@ pub fn advantages(scores: &Scores<'_>, options: AdvantageOptions) -> Vec<f32> {
     let size = scores.group_size;
     assert!(size > 0 && scores.num_tokens.len().is_multiple_of(size), "rewards must be whole groups");
     if options.aggregation == MultiObjectiveAggregation::NormalizeThenSum {
-        let normalized =
-            scores.by_function.iter().map(|scores| by_group(scores, size, ScaleRewards::Group).into_iter());
-        return normalized_over_batch(&scores.weighted_sum(normalized));
+        let normalized = scores
+            .by_function
+            .iter()
+            .map(|values| scores.by_group(values, centred(values, scores, ScaleRewards::Group)).into_iter());
+        return scores.over_kept(&scores.weighted_sum(normalized), normalized_over_batch);
     }
     let rewards = scores.rewards();
     match options.estimator {
-        AdvantageEstimator::Grpo => by_group(&rewards, size, options.scale_rewards),
+        AdvantageEstimator::Grpo => scores.by_group(&rewards, centred(&rewards, scores, options.scale_rewards)),
         AdvantageEstimator::Rloo => {
-            let advantages = leave_one_out(&rewards, size);
-            if options.normalize_advantages { normalized_over_batch(&advantages) } else { advantages }
+            let advantages = scores.by_group(&rewards, leave_one_out);
+            if options.normalize_advantages { scores.over_kept(&advantages, normalized_over_batch) } else { advantages }
         }
-        AdvantageEstimator::ReinforcePlusPlus => whitened_by_tokens(&rewards, scores.num_tokens),
+        AdvantageEstimator::ReinforcePlusPlus => scores.whitened_by_tokens(&rewards),
         AdvantageEstimator::ReinforcePlusPlusBaseline => {
-            whitened_by_tokens(&by_group(&rewards, size, ScaleRewards::None), scores.num_tokens)
+            scores.whitened_by_tokens(&scores.by_group(&rewards, centred(&rewards, scores, ScaleRewards::None)))
         }
     }
 }
 
-fn by_group(rewards: &[f32], group_size: usize, scale: ScaleRewards) -> Vec<f32> {
-    let batch_std = standard_deviation(rewards);
-    rewards
-        .chunks_exact(group_size)
-        .flat_map(|group| {
-            let mean = mean(group);
-            let divisor = match scale {
-                ScaleRewards::Group => standard_deviation(group) + EPSILON,
-                ScaleRewards::Batch => batch_std + EPSILON,
-                ScaleRewards::None => 1.0,
-            };
-            group.iter().map(move |reward| (reward - mean) / divisor)
-        })
-        .collect()
+/// What makes advantages of the rewards of a group.
+fn centred(rewards: &[f32], scores: &Scores<'_>, scale: ScaleRewards) -> impl Fn(&[f32]) -> Vec<f32> {
+    let batch_std = standard_deviation(&kept(rewards, scores.excluded));
+    move |group| {
+        let mean = mean(group);
+        let divisor = match scale {
+            ScaleRewards::Group => standard_deviation(group) + EPSILON,
+            ScaleRewards::Batch => batch_std + EPSILON,
+            ScaleRewards::None => 1.0,
+        };
+        group.iter().map(|reward| (reward - mean) / divisor).collect()
+    }
 }
 
-fn leave_one_out(rewards: &[f32], group_size: usize) -> Vec<f32> {
-    let num_others = group_size.saturating_sub(1).max(1) as f64;
-    rewards
-        .chunks_exact(group_size)
-        .flat_map(|group| {
-            let total = sum(group);
-            group.iter().map(move |&reward| {
-                let others = (total - f64::from(reward)) / num_others;
-                (f64::from(reward) - others) as f32
-            })
-        })
-        .collect()
+/// A completion that is alone has nobody to compare with: 0.
+fn leave_one_out(group: &[f32]) -> Vec<f32> {
+    if group.len() == 1 {
+        return vec![0.0];
+    }
+    let (total, num_others) = (sum(group), group.len().saturating_sub(1) as f64);
+    let advantage = |&reward: &f32| {
+        let others = (total - f64::from(reward)) / num_others;
+        (f64::from(reward) - others) as f32
+    };
+    group.iter().map(advantage).collect()
 }
 
 fn normalized_over_batch(values: &[f32]) -> Vec<f32> {
@@ -201,7 +231,9 @@ mod tests {
     fn check(rewards: &[f32], group_size: usize, options: AdvantageOptions, expect: &[f32]) {
         let by_function = [rewards.to_vec()];
         let num_tokens: Vec<usize> = (1..=rewards.len()).collect();
-        let scores = Scores { by_function: &by_function, weights: &[1.0], num_tokens: &num_tokens, group_size };
+        let excluded = &vec![false; rewards.len()];
+        let scores =
+            Scores { by_function: &by_function, weights: &[1.0], num_tokens: &num_tokens, excluded, group_size };
         let got = advantages(&scores, options);
         assert_eq!(got.len(), expect.len());
         for (got, expect) in got.iter().zip(expect) {
@@ -237,6 +269,57 @@ mod tests {
         check(&[1.0], 1, scaled(ScaleRewards::None), &[0.0]);
         check(&[1.0, 1.0, 1.0], 3, by(AdvantageEstimator::Rloo), &[0.0; 3]);
         check(&[1.0, 1.0, 1.0], 3, by(AdvantageEstimator::ReinforcePlusPlus), &[0.0; 3]);
+    }
+
+    fn every_option() -> Vec<AdvantageOptions> {
+        let mut all = [ScaleRewards::Group, ScaleRewards::Batch, ScaleRewards::None].map(scaled).to_vec();
+        let estimators = [
+            AdvantageEstimator::Rloo,
+            AdvantageEstimator::ReinforcePlusPlus,
+            AdvantageEstimator::ReinforcePlusPlusBaseline,
+        ];
+        all.extend(estimators.map(by));
+        all.push(AdvantageOptions { normalize_advantages: true, ..by(AdvantageEstimator::Rloo) });
+        let aggregation = MultiObjectiveAggregation::NormalizeThenSum;
+        all.push(AdvantageOptions { aggregation, ..AdvantageOptions::default() });
+        all
+    }
+
+    /// By two functions, with groups of `group_size`.
+    fn of(
+        by_function: &[Vec<f32>],
+        num_tokens: &[usize],
+        excluded: &[bool],
+        group_size: usize,
+        options: AdvantageOptions,
+    ) -> Vec<f32> {
+        advantages(&Scores { by_function, weights: &[1.0, 0.5], num_tokens, excluded, group_size }, options)
+    }
+
+    #[test]
+    fn an_excluded_completion_is_as_if_it_had_never_been_sampled() {
+        let scores = [vec![1.0, 0.0, 9.0, 0.25, 2.0, -7.0, 1.0, 0.5], vec![0.0, 1.0, 5.0, 1.0, 0.5, 3.0, 0.0, 1.0]];
+        let num_tokens = [3, 1, 8, 4, 2, 9, 5, 7];
+        // One of each group of four.
+        let excluded = [false, false, true, false, false, true, false, false];
+        let left: Vec<Vec<f32>> = scores.iter().map(|scores| kept(scores, &excluded)).collect();
+        for options in every_option() {
+            let with = of(&scores, &num_tokens, &excluded, 4, options);
+            let without = of(&left, &kept(&num_tokens, &excluded), &[false; 6], 3, options);
+            assert_eq!(kept(&with, &excluded), without, "{options:?}");
+            assert_eq!([with[2], with[5]], [0.0; 2], "{options:?}");
+            assert!(without.iter().any(|advantage| *advantage != 0.0), "{options:?}");
+        }
+    }
+
+    #[test]
+    fn where_nobody_is_left_to_compare_with_there_are_no_advantages() {
+        for options in every_option() {
+            let nobody = of(&[vec![1.0, 3.0, f32::NAN, 2.0]], &[1, 2, 3, 4], &[true; 4], 2, options);
+            assert_eq!(nobody, [0.0; 4], "{options:?}");
+            let alone = of(&[vec![5.0, 3.0]], &[2, 2], &[false, true], 2, options);
+            assert_eq!(alone, [0.0; 2], "{options:?}");
+        }
     }
 
     #[test]

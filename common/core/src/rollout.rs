@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{PolicyVersion, PromptId, TokenId};
+use crate::reward::Outcome;
 
 /// A prompt ready for generation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -181,6 +182,19 @@ pub struct Reward {
     pub outcome: String,
 }
 
+impl Reward {
+    #[must_use]
+    pub fn new(function: &str, outcome: Outcome) -> Self {
+        Self { function: function.to_owned(), score: outcome.score(), outcome: outcome.name().to_owned() }
+    }
+
+    /// Whether the score means anything: the judge came to an end, and in time.
+    #[must_use]
+    pub fn is_verdict(&self) -> bool {
+        [Outcome::Timeout, Outcome::Crash].iter().all(|outcome| outcome.name() != self.outcome)
+    }
+}
+
 /// Log-probs of the model itself where a token was sampled: before penalties, bias, temperature and restrictions.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RawLogprobs {
@@ -212,6 +226,14 @@ pub struct Completion {
     /// the first under the weights that served when the request came.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub prompt_logprobs: Vec<f32>,
+}
+
+impl Completion {
+    /// Whether every reward function has come to a verdict; what has not been judged is not trained on.
+    #[must_use]
+    pub fn is_judged(&self) -> bool {
+        self.rewards.iter().all(Reward::is_verdict)
+    }
 }
 
 /// A prompt with its `G` completions, in the order of their sample index.

@@ -20,6 +20,7 @@ pub mod model_config;
 pub mod model_folder;
 pub mod optim;
 pub mod packed_attention;
+pub mod process;
 pub mod rotary;
 pub mod runtime;
 pub mod sharded_weights;

@@ -90,10 +90,13 @@ fn num_right(group: &Group) -> usize {
 }
 
 impl Report {
-    /// Of the groups of a suite, all of which have `num_samples` completions, whose first reward decides what is right.
+    /// Of the groups of a suite, all of which have `num_samples` completions, whose first reward decides what is right. A
+    /// group with a completion that nobody could judge does not count.
     #[must_use]
     pub fn of(groups: &[Group], num_samples: usize, took: Duration) -> Self {
-        let right: Vec<usize> = groups.iter().map(num_right).collect();
+        let is_judged = |completion: &Completion| completion.rewards.first().is_none_or(Reward::is_verdict);
+        let groups: Vec<&Group> = groups.iter().filter(|group| group.completions.iter().all(is_judged)).collect();
+        let right: Vec<usize> = groups.iter().map(|group| num_right(group)).collect();
         let (accuracy, interval) = statistics::accuracy(&right, num_samples);
         let num_prompts = groups.len().max(1) as f64;
         let pass_at =

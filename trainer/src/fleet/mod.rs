@@ -31,6 +31,7 @@ use crate::agreement::agree;
 use crate::clients::{Client, ConnectError, Connector, seconds};
 use crate::generators::{Generators, is_filled_everywhere};
 use crate::publish::{PublishError, Publisher, PushReport};
+use crate::rewarders::Rewarders;
 use crate::rollouts::{GeneratorPool, Received, RolloutError, RolloutRequest};
 use ahead::{Ahead, Begun};
 use roster::Roster;
@@ -84,7 +85,8 @@ impl Fleet {
         runtime: Arc<Runtime>,
     ) -> Result<Self, RolloutError> {
         let connector = Connector::new(credentials, seconds(config.generator.probe_timeout_seconds))?;
-        let pool = GeneratorPool::connect(config, &connector, Arc::clone(&runtime))?;
+        let rewarders = Rewarders::of_run(config, trainers.rank(), runtime.handle())?;
+        let pool = GeneratorPool::connect(config, &connector, rewarders, Arc::clone(&runtime))?;
         let publisher = if pool.clients().is_empty() {
             None
         } else {
@@ -289,6 +291,10 @@ impl Generators for Fleet {
     fn received(&self) -> Vec<Received> {
         let received = |ahead: &Ahead| Received { step: ahead.step, completions: ahead.begun.ledger.received() };
         self.ahead.iter().map(received).collect()
+    }
+
+    fn rewarders(&self) -> &Rewarders {
+        self.pool.rewarders()
     }
 
     fn take_idle(&mut self) -> Duration {

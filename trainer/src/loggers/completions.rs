@@ -24,7 +24,7 @@ pub struct CompletionRecord {
     pub prompt: String,
     /// As the model wrote it, control characters and all.
     pub completion: String,
-    /// Scores by reward function.
+    /// Scores by reward function; null where there is no verdict.
     #[serde(serialize_with = "scores_by_function")]
     pub rewards: Vec<Reward>,
     pub advantage: f32,
@@ -55,9 +55,11 @@ impl CompletionRecord {
 
     /// `format 1, equation 0`, for people.
     pub(super) fn scores(&self) -> String {
-        let scores: Vec<_> =
-            self.rewards.iter().map(|reward| format!("{} {}", reward.function, reward.score)).collect();
-        scores.join(", ")
+        let score = |reward: &Reward| {
+            let Reward { function, score, outcome } = reward;
+            if reward.is_verdict() { format!("{function} {score}") } else { format!("{function} {outcome}") }
+        };
+        self.rewards.iter().map(score).collect::<Vec<_>>().join(", ")
     }
 }
 
@@ -199,7 +201,8 @@ fn step_of(path: &Path) -> Option<u64> {
 }
 
 fn scores_by_function<S: Serializer>(rewards: &[Reward], serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_map(rewards.iter().map(|reward| (&reward.function, reward.score)))
+    let score = |reward: &Reward| reward.is_verdict().then_some(reward.score);
+    serializer.collect_map(rewards.iter().map(|reward| (&reward.function, score(reward))))
 }
 
 #[cfg(test)]

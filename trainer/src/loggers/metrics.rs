@@ -9,7 +9,7 @@ pub mod names {
     pub const LOSS: &str = "loss";
     pub const LEARNING_RATE: &str = "learning_rate";
     pub const GRAD_NORM: &str = "grad_norm";
-    /// Updates of the step that were left out, because their gradients were not finite.
+    /// Updates of the step that were left out, because their gradients were not finite or nothing in them was judged.
     pub const SKIPPED_UPDATES: &str = "skipped_updates";
     pub const KL: &str = "kl";
     pub const ENTROPY: &str = "entropy";

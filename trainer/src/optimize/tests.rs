@@ -6,6 +6,7 @@ use aha_core::config::{RewardSpec, RunConfig};
 use aha_core::ids::{PolicyVersion, PromptId};
 use aha_core::objective::{ImportanceSamplingLevel, KlEstimator, RolloutImportanceSamplingMode};
 use aha_core::random::derive_seed;
+use aha_core::reward::Outcome;
 use aha_core::rollout::{Completion, FinishReason, Group, Origin, Prompt, Reward, Span};
 use aha_nn::comm::ProcessGroup;
 use aha_nn::model_config::ModelConfig;
@@ -171,8 +172,15 @@ fn groups(draw: Draw, config: &RunConfig) -> Vec<Group> {
     for (index, (completion, logprobs)) in completions.zip(logprobs).enumerate() {
         let noise = |at: usize| draw.below(&format!("noise {index} {at}"), 1000) as f32 / 1000.0 - 0.5;
         completion.logprobs = logprobs.iter().enumerate().map(|(at, logprob)| logprob + 0.1 * noise(at)).collect();
+        if draw.chance("a judge fails") && draw.below(&format!("crash {index}"), 5) == 0 {
+            exclude(completion);
+        }
     }
     groups
+}
+
+fn exclude(completion: &mut Completion) {
+    completion.rewards = vec![Reward::new("equation", Outcome::Crash)];
 }
 
 /// All parameters, the loss of all ranks and the norm.
@@ -251,6 +259,75 @@ fn divergences_are_sums_of_log_ratios() {
         let mean = found[0].by_completion.iter().map(|&kl| f64::from(kl)).sum::<f64>() / num_tokens as f64;
         assert!(found.iter().all(|other| *other == found[0]) && (found[0].mean - mean).abs() < 1e-9);
     }
+}
+
+#[test]
+fn a_step_in_which_nothing_was_judged_is_as_if_it_had_never_been_taken() {
+    let mut config = config(Draw(0));
+    config.train = Train { num_iterations: 2, ..Train::default() };
+    let good = groups(Draw(0), &config);
+    let mut unjudged = good.clone();
+    unjudged.iter_mut().flat_map(|group| &mut group.completions).for_each(exclude);
+    let adamw = AdamW { weight_decay: 0.1, ..ADAMW };
+    let run = |steps: &[&[Group]]| {
+        run_ranks(2, |group| {
+            let mut learner = learner(&config, group, 1000);
+            let mut control = EntropyControl::new(&config.train);
+            let mut step = |groups: &&[Group]| {
+                let mut batch = TrainingBatch::new(groups, &config, 0);
+                let output = optimize(&mut learner, &config.train, &mut batch, (&adamw, &mut control)).unwrap();
+                (output.num_skipped, output.loss, output.grad_norm)
+            };
+            let outputs: Vec<_> = steps.iter().map(&mut step).collect();
+            (flatten(learner.zero().weights()), outputs)
+        })
+    };
+    let (expect, got) = (run(&[&good, &good]), run(&[&good, &unjudged, &good]));
+    for ((weights, outputs), (expect, others)) in got.iter().zip(&expect) {
+        assert!(weights.equal(expect), "weights, or the moments behind them, have changed");
+        assert_eq!(outputs[1], (2, 0.0, 0.0));
+        assert!(others.iter().all(|(num_skipped, _, grad_norm)| *num_skipped == 0 && *grad_norm > 0.0));
+    }
+}
+
+#[test]
+fn what_was_not_judged_carries_no_loss_and_updates_of_nothing_else_are_left_out() {
+    let mut config = config(Draw(0));
+    config.train = Train { steps_per_generation: 3, ..Train::default() };
+    let mut groups = groups(Draw(0), &config);
+    let whole = TrainingBatch::new(&groups, &config, 0);
+    assert_eq!((whole.updates.len(), whole.num_left_out), (3, 0));
+    // All of one update, and one of another.
+    let lost: Vec<usize> = whole.updates[1].iter().chain(&whole.updates[2][..1]).copied().collect();
+    for (index, completion) in groups.iter_mut().flat_map(|group| &mut group.completions).enumerate() {
+        if lost.contains(&index) {
+            exclude(completion);
+        }
+    }
+    // The draw may have excluded more.
+    let judged: Vec<bool> = groups.iter().flat_map(|group| &group.completions).map(Completion::is_judged).collect();
+    let num_lost = judged.iter().filter(|judged| !**judged).count();
+    let batch = TrainingBatch::new(&groups, &config, 0);
+    assert_eq!((batch.updates.len(), batch.num_left_out), (2, 1));
+    assert_eq!(batch.updates, [whole.updates[0].clone(), whole.updates[2][1..].to_vec()]);
+    for (index, sequence) in batch.sequences.iter().enumerate() {
+        let is_lost = !judged[index];
+        assert_eq!(batch.excluded[index], is_lost);
+        assert_eq!(sequence.weights.iter().all(|weight| *weight == 0.0), is_lost);
+        assert!(!is_lost || sequence.advantages.iter().all(|advantage| *advantage == 0.0));
+    }
+    let metrics = crate::step_metrics::rollout_metrics(&groups, &batch, &config);
+    let left: Vec<f32> = groups
+        .iter()
+        .flat_map(|group| &group.completions)
+        .filter(|completion| completion.is_judged())
+        .map(|completion| completion.rewards[0].score)
+        .collect();
+    let get = |name: &str| metrics.get(name).unwrap();
+    let mean = f64::from(aha_core::advantage::mean(&left));
+    assert_eq!([get("rewards/equation/mean"), get("reward")], [mean; 2]);
+    assert_eq!([get("rewards/equation/crash"), get("completions/excluded")], [num_lost as f64; 2]);
+    assert_eq!([get("rewards/equation/timeout"), get("rewards/equation/wrong")], [0.0; 2]);
 }
 
 #[test]

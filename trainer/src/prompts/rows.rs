@@ -8,7 +8,7 @@ use aha_core::dataset::{Dataset, Part, Row, SplitMix64, is_held_out, question_id
 use aha_core::ids::PromptId;
 use aha_core::prompt::PromptBuilder;
 use aha_core::random::derive_seed;
-use aha_core::reward::RewardFunction;
+use aha_core::reward::{RewardFunction, RewardSpec};
 use aha_core::rollout::Origin;
 
 use super::PromptsError;
@@ -176,7 +176,8 @@ fn read(config: &RunConfig, spec: &Source, index: usize) -> Result<Dataset, Prom
 
 /// Every row must have what the source's reward functions read.
 fn check_columns(dataset: &Dataset, numbers: &[usize], config: &RunConfig, spec: &Source) -> Result<(), PromptsError> {
-    let functions = config.rewards.iter().filter(|reward| spec.asks_for(reward.name())).map(RewardFunction::new);
+    let is_built_in = |reward: &&RewardSpec| spec.asks_for(reward.name()) && !reward.is_external();
+    let functions = config.rewards.iter().filter(is_built_in).map(RewardFunction::new);
     let functions =
         functions.collect::<Result<Vec<_>, _>>().map_err(|source| PromptsError::Columns { row: 0, source })?;
     for (columns, &row) in dataset.rows().iter().zip(numbers) {

@@ -121,7 +121,19 @@ impl Call {
             last = Some(member);
             tokio::time::sleep_until(deadline.min(Instant::now() + pause(prompt, attempt))).await;
         }
+        if receipt.missing().is_empty() {
+            self.judge(prompt, receipt).await;
+        }
         Ok(None)
+    }
+
+    /// Has the rewarders judge a group that is complete.
+    async fn judge(&self, prompt: &Prompt, receipt: &Receipt) {
+        let mut completions: Vec<Completion> = receipt.completions().iter().flatten().cloned().collect();
+        self.shared.rewarders.judge(prompt, &self.ledger.request.rewards, &mut completions).await;
+        for (place, completion) in receipt.completions().iter_mut().zip(completions) {
+            *place = Some(completion);
+        }
     }
 
     /// One call for what is missing; takes in what arrives.

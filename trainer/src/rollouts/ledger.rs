@@ -4,7 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 use aha_core::ids::{PolicyVersion, PromptId};
-use aha_core::rollout::{Completion, Group, Prompt};
+use aha_core::rollout::{Completion, Group, Prompt, Reward};
 use tokio::time::Instant;
 
 use super::RolloutRequest;
@@ -66,13 +66,19 @@ impl Ledger {
     /// newest policy.
     pub fn restore(&self, completions: &[Completion], newest: PolicyVersion) {
         let versions = self.request.min_version..=newest;
-        for completion in completions {
+        let external = |name: &str| self.request.rewards.iter().any(|spec| spec.is_external() && spec.name() == name);
+        for mut completion in completions.iter().cloned() {
+            let verdicts: Vec<Reward> =
+                completion.rewards.extract_if(.., |reward| external(&reward.function)).collect();
             let mut places = self.places().filter(|(prompt, _)| prompt.id == completion.prompt_id);
             // A prompt may be there twice.
-            places.find(|(prompt, receipt)| {
+            let place = places.find(|(prompt, receipt)| {
                 let taken = receipt.take(completion.clone(), prompt, &self.request, &versions);
                 !matches!(taken, Ok(Taken::Ignored))
             });
+            if let Some((_, receipt)) = place {
+                receipt.add_rewards(completion.sample_index, verdicts);
+            }
         }
     }
 

@@ -25,6 +25,7 @@ pub use pool::GeneratorPool;
 use crate::agreement::Disagreement;
 use crate::clients::ConnectError;
 use crate::publish::PublishError;
+use crate::rewarders::RewarderError;
 
 /// Samples completions. Calls block until every completion is there.
 pub trait Rollouts {
@@ -53,8 +54,13 @@ pub struct RolloutRequest {
 
 impl RolloutRequest {
     /// The reward functions that score a prompt's completions.
-    pub(crate) fn rewards_of<'a>(&'a self, prompt: &'a Prompt) -> impl Iterator<Item = &'a RewardSpec> {
+    fn rewards_of<'a>(&'a self, prompt: &'a Prompt) -> impl Iterator<Item = &'a RewardSpec> {
         self.rewards.iter().filter(|spec| prompt.origin.asks_for(spec.name()))
+    }
+
+    /// Those of them that generators score with; the others are asked for here.
+    fn generators_rewards<'a>(&'a self, prompt: &'a Prompt) -> impl Iterator<Item = &'a RewardSpec> {
+        self.rewards_of(prompt).filter(|spec| !spec.is_external())
     }
 
     /// What a generator is asked for the samples of `prompt` that are missing.
@@ -67,7 +73,7 @@ impl RolloutRequest {
             sample_indices: missing,
             sampling: Some((&self.sampling).into()),
             seed: derive_seed(self.seed, &[prompt.id.0]),
-            rewards: self.rewards_of(prompt).map(Into::into).collect(),
+            rewards: self.generators_rewards(prompt).map(Into::into).collect(),
             columns: serde_json::Value::Object(prompt.columns.clone()).to_string(),
         }
     }
@@ -83,6 +89,8 @@ pub enum RolloutError {
     Coordinator { address: String, reason: String },
     #[error(transparent)]
     Connect(#[from] ConnectError),
+    #[error(transparent)]
+    Rewarder(#[from] RewarderError),
     #[error("generator {generator} refused {prompt}: {reason}")]
     Refused { generator: String, prompt: PromptId, reason: String },
     #[error(

@@ -17,6 +17,7 @@ use super::filling::Filling;
 use super::membership::Membership;
 use super::{Late, Ledger, RolloutError};
 use crate::clients::{Client, Connector, seconds};
+use crate::rewarders::Rewarders;
 
 /// The generators of a run.
 pub struct GeneratorPool {
@@ -38,6 +39,8 @@ pub(super) struct Shared {
     membership: RwLock<Arc<Membership>>,
     /// Policy that was, or is being, published last.
     newest: AtomicU64,
+    /// For what generators do not score.
+    pub(super) rewarders: Rewarders,
     on_progress: Mutex<Box<dyn FnMut(Progress) + Send>>,
     /// Tells this client's requests from those of others, and one from the next.
     client_id: u64,
@@ -62,7 +65,12 @@ impl GeneratorPool {
     ///
     /// # Errors
     /// Names the first address that is none, or that did not answer in time.
-    pub fn connect(config: &RunConfig, connector: &Connector, runtime: Arc<Runtime>) -> Result<Self, RolloutError> {
+    pub fn connect(
+        config: &RunConfig,
+        connector: &Connector,
+        rewarders: Rewarders,
+        runtime: Arc<Runtime>,
+    ) -> Result<Self, RolloutError> {
         let addresses = &config.generator.addresses;
         if addresses.is_empty() && config.generator.coordinator.is_none() {
             return Err(RolloutError::NoGenerators);
@@ -73,6 +81,7 @@ impl GeneratorPool {
         let shared = Shared {
             membership: RwLock::new(Arc::new(Membership::new(&clients, &[]))),
             newest: AtomicU64::new(0),
+            rewarders,
             on_progress: Mutex::new(Box::new(|_| {})),
             client_id: RandomState::new().build_hasher().finish(),
             num_requests: AtomicU64::new(0),
@@ -97,6 +106,12 @@ impl GeneratorPool {
         let mut membership = self.shared.membership.write().unwrap_or_else(PoisonError::into_inner);
         *membership = Arc::new(Membership::new(&clients, &membership.members));
         self.clients = clients;
+    }
+
+    /// Who judges what generators do not score.
+    #[must_use]
+    pub fn rewarders(&self) -> &Rewarders {
+        &self.shared.rewarders
     }
 
     /// The policy that was, or is being, published last.

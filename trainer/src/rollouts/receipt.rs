@@ -65,6 +65,13 @@ impl Receipt {
         Ok(Taken::New)
     }
 
+    /// Adds to a completion that has arrived.
+    pub(super) fn add_rewards(&self, sample_index: u32, rewards: Vec<Reward>) {
+        if let Some(Some(completion)) = self.completions().get_mut(sample_index as usize) {
+            completion.rewards.extend(rewards);
+        }
+    }
+
     /// What has arrived, by sample index.
     pub(super) fn completions(&self) -> MutexGuard<'_, Vec<Option<Completion>>> {
         // Nobody panics while holding it, and if so each completion is still whole.
@@ -94,7 +101,7 @@ fn check(
         return malformed(&format!("has a token with log-prob {logprob}"));
     }
     let names = |rewards: &[Reward]| rewards.iter().map(|reward| reward.function.clone()).collect::<Vec<_>>();
-    let asked: Vec<&str> = request.rewards_of(prompt).map(RewardSpec::name).collect();
+    let asked: Vec<&str> = request.generators_rewards(prompt).map(RewardSpec::name).collect();
     if names(&completion.rewards) != asked {
         let names = names(&completion.rewards);
         return malformed(&format!("has rewards {names:?} where {asked:?} were asked for"));

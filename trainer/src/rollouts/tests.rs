@@ -15,6 +15,7 @@ use tonic::Status;
 use super::pool::Progress;
 use super::{GeneratorPool, Late, Ledger, RolloutError, RolloutRequest};
 use crate::clients::Connector;
+use crate::rewarders::Rewarders;
 use crate::test_generator::{Generate, TestGenerator, completion};
 
 const SEED: u64 = 7;
@@ -70,7 +71,7 @@ fn connector() -> Connector {
 fn pool(generators: &[&TestGenerator]) -> GeneratorPool {
     let mut config = RunConfig::default();
     config.generator.addresses = generators.iter().map(|generator| generator.address.clone()).collect();
-    GeneratorPool::connect(&config, &connector(), runtime()).unwrap()
+    GeneratorPool::connect(&config, &connector(), Rewarders::default(), runtime()).unwrap()
 }
 
 /// The completions that a faultless generator gives.
@@ -364,11 +365,76 @@ fn versions_within_the_bounds_are_taken() {
 #[test]
 fn a_pool_needs_generators_that_answer() {
     let mut config = RunConfig::default();
-    assert!(matches!(GeneratorPool::connect(&config, &connector(), runtime()), Err(RolloutError::NoGenerators)));
+    assert!(matches!(
+        GeneratorPool::connect(&config, &connector(), Rewarders::default(), runtime()),
+        Err(RolloutError::NoGenerators)
+    ));
     let gone = TestGenerator::start([]);
     gone.kill();
     config.generator.addresses = vec![gone.address.clone()];
     config.generator.connect_timeout_seconds = 0.3;
-    let message = GeneratorPool::connect(&config, &connector(), runtime()).unwrap_err().to_string();
+    let message =
+        GeneratorPool::connect(&config, &connector(), Rewarders::default(), runtime()).unwrap_err().to_string();
     assert!(message.contains(&gone.address) && message.contains("did not answer for 0."), "{message}");
+}
+
+/// A command that gives every completion half a point and counts its batches in a file.
+fn judge(counter: &std::path::Path) -> RewardSpec {
+    let script = format!(
+        r#"id=0; while read -r line; do echo >> '{}'; echo "{{\"id\": $id, \"scores\": [0.5, 0.5, 0.5, 0.5]}}"; id=$((id+1)); done"#,
+        counter.display()
+    );
+    let command = serde_json::json!({"function": "command", "name": "mine", "command": ["sh", "-c", script],
+        "max_batch_size": NUM_GENERATIONS, "max_retries": 0});
+    serde_json::from_value(command).unwrap()
+}
+
+#[test]
+fn what_generators_do_not_score_is_judged_here_and_survives_a_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    let counter = folder.path().join("batches");
+    let rewards = [RewardSpec::of("format"), judge(&counter), RewardSpec::of("equation")];
+    let request = |ids: std::ops::Range<u64>| RolloutRequest { rewards: rewards.to_vec(), ..request(ids) };
+    let generator = TestGenerator::start([]);
+    let config = |addresses| {
+        let mut config = RunConfig::default();
+        config.generator.addresses = addresses;
+        config
+    };
+    let runtime = runtime();
+    let rewarders = Rewarders::start(&rewards, None, runtime.handle()).unwrap();
+    let config = config(vec![generator.address.clone()]);
+    let pool = GeneratorPool::connect(&config, &connector(), rewarders, runtime).unwrap();
+    let first = Arc::new(Ledger::new(request(0..2), PATIENCE));
+    assert_eq!(pool.wait(pool.begin(&first)).unwrap(), []);
+    let names: Vec<String> = generator.requests()[0].rewards.iter().map(|reward| reward.name.clone()).collect();
+    assert_eq!(names, ["format", "equation"], "no generator hears of it");
+
+    // After a restart: one group that was judged, one that was not yet, and one of which nothing had come.
+    let mut received = first.received();
+    for completion in &mut received[NUM_GENERATIONS..] {
+        completion.rewards.remove(1);
+    }
+    let second = Arc::new(Ledger::new(request(0..3), PATIENCE));
+    second.restore(&received, PolicyVersion(0));
+    assert_eq!(second.num_received(), 2 * NUM_GENERATIONS);
+    assert_eq!(pool.wait(pool.begin(&second)).unwrap(), []);
+    for completion in second.take_groups().into_iter().flat_map(|group| group.unwrap().completions) {
+        let names: Vec<&str> = completion.rewards.iter().map(|reward| reward.function.as_str()).collect();
+        assert_eq!((names, completion.rewards[1].score), (vec!["format", "mine", "equation"], 0.5));
+    }
+    assert_eq!(std::fs::read_to_string(counter).unwrap().lines().count(), 4, "two groups, and then two more");
+    assert_eq!(generator.requests().len(), 3);
+}
+
+#[test]
+fn a_generator_that_judges_what_it_was_not_asked_to_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let request = RolloutRequest { rewards: vec![judge(&folder.path().join("x"))], ..request([5]) };
+    let asked = request.message(&request.prompts[0], vec![3], "r".to_owned());
+    let mut bad = completion(&asked, 3, 0);
+    bad.rewards.push(v1::Reward { function: "mine".to_owned(), score: 1.0, outcome: "score".to_owned() });
+    let generator = TestGenerator::start([Generate::Send(bad)]);
+    let message = roll_out(&[&generator], request).unwrap_err().to_string();
+    assert!(message.contains(r#"has rewards ["mine"] where [] were asked for"#), "{message}");
 }

@@ -5,6 +5,7 @@ mod finding;
 mod groups;
 mod limits;
 mod network;
+mod rewards;
 mod space;
 
 use std::net::SocketAddr;
@@ -72,6 +73,7 @@ fn findings(args: &Args) -> Vec<Finding> {
     findings.extend(args.listen.map(|address| network::listening("--listen", &address.to_string())));
     if let Some(config) = &config {
         findings.extend(network::configured(config, &world));
+        findings.extend(rewards::external(config));
         findings.push(space::disk(config, model.as_ref()));
     }
     findings

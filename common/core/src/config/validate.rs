@@ -3,7 +3,6 @@
 use std::path::Component;
 
 use super::{DeviceKind, RunConfig, SleepMode, Source};
-use crate::reward::RewardFunction;
 
 impl RunConfig {
     /// Everything that is wrong, each with its key, the value and what to do.
@@ -40,7 +39,7 @@ impl RunConfig {
 
     fn check_rewards(&self, problems: &mut Problems) {
         for (index, reward) in self.rewards.iter().enumerate() {
-            if let Err(error) = RewardFunction::new(reward) {
+            if let Err(error) = reward.check() {
                 problems.0.push(format!("rewards[{index}]: {error}"));
             }
             let is_first = self.rewards[..index].iter().all(|other| other.name() != reward.name());

@@ -7,6 +7,7 @@ mod cosine_length;
 mod equation;
 mod exact_match;
 mod expression;
+mod external;
 mod format;
 mod language_consistency;
 mod math;
@@ -27,6 +28,7 @@ use serde::ser::SerializeStruct;
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 
+pub use external::{EXTERNAL, ExternalJudge, ExternalOptions, ExternalReward};
 pub use overlong::soft_overlong_punishment;
 pub use spec::RewardSpec;
 
@@ -81,8 +83,10 @@ pub enum Outcome {
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum RewardError {
-    #[error("{name:?} is no reward function{hint}; there are {}", names().join(", "))]
+    #[error("{name:?} is no reward function{hint}; there are {}, {}", names().join(", "), EXTERNAL.join(", "))]
     UnknownFunction { name: String, hint: String },
+    #[error("reward {name}: a {function} is asked by trainers alone, never by a generator")]
+    External { name: String, function: String },
     #[error("reward {function}: {reason}")]
     Options { function: String, reason: String },
     #[error("reward {name}: {error}")]
@@ -132,7 +136,12 @@ impl RewardFunction {
     pub fn new(spec: &RewardSpec) -> Result<Self, RewardError> {
         let name = spec.function.as_str();
         let Some((_, make)) = FUNCTIONS.iter().find(|(known, _)| *known == name) else {
-            return Err(RewardError::UnknownFunction { name: name.to_owned(), hint: hint(name, names()) });
+            return Err(if spec.is_external() {
+                RewardError::External { name: spec.name().to_owned(), function: name.to_owned() }
+            } else {
+                let hint = hint(name, names().into_iter().chain(EXTERNAL));
+                RewardError::UnknownFunction { name: name.to_owned(), hint }
+            });
         };
         let bad = |reason| RewardError::Options { function: name.to_owned(), reason };
         Ok(Self { name: spec.name().to_owned(), judge: make(spec.options.clone()).map_err(bad)? })
