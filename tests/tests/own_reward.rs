@@ -181,25 +181,30 @@ fn check_untrained(step: &Value) {
     assert!(numbers.values().all(|value| value.as_f64().is_some_and(f64::is_finite)), "{step}");
 }
 
-/// The document's own Python, made once by its own command; none without a network.
-fn python() -> Option<PathBuf> {
+/// The document's own Python, made once by its own command; without a network, what to do.
+fn python() -> Result<PathBuf, String> {
     let install = command(&["pip install"]);
-    let venv = aha().parent()?.parent()?.join("rewarder-venv");
+    let venv = aha().ancestors().nth(2).unwrap().join("rewarder-venv");
     let is_made = venv.join("made-by");
     if std::fs::read_to_string(&is_made).ok().as_ref() != Some(&install) {
         let output = shell(&workspace(), &install.replace(".venv", &venv.to_string_lossy())).output().unwrap();
         if !output.status.success() {
-            eprintln!("skipped, since this needs a network once: {install}\n{}", text(&output));
-            return None;
+            return Err(format!("this needs a network once: {install}\n{}", text(&output)));
         }
         std::fs::write(&is_made, &install).unwrap();
     }
-    Some(venv)
+    Ok(venv)
 }
 
 #[test]
 fn a_service_s_reward_trains_and_the_run_outlives_its_death() {
-    let Some(venv) = python() else { return };
+    let venv = match python() {
+        Ok(venv) => venv,
+        Err(reason) => {
+            println!("skipped: {reason}");
+            return;
+        }
+    };
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let here = |command: String| command.replace(".venv", &venv.to_string_lossy()).replace("7000", &port.to_string());
     let folder = folder();

@@ -38,7 +38,14 @@ pub(crate) struct Args {
 /// Who scores.
 enum Judge {
     BuiltIn(RewardFunction),
-    External { rewarders: Rewarders, spec: RewardSpec, runtime: Runtime },
+    External(Box<External>),
+}
+
+/// A rewarder or a command.
+struct External {
+    rewarders: Rewarders,
+    spec: RewardSpec,
+    runtime: Runtime,
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
@@ -64,7 +71,7 @@ impl Judge {
         }
         let runtime = network_runtime()?;
         let rewarders = Rewarders::start(std::slice::from_ref(&spec), None, runtime.handle())?;
-        Ok(Self::External { rewarders, spec, runtime })
+        Ok(Self::External(Box::new(External { rewarders, spec, runtime })))
     }
 
     fn score(&self, line: &str) -> Result<Reward> {
@@ -79,7 +86,8 @@ impl Judge {
                 function.check_columns(&columns)?;
                 Ok(Reward::new(function.name(), function.score(&Answer::of(&text), &columns)))
             }
-            Self::External { rewarders, spec, runtime } => {
+            Self::External(external) => {
+                let External { rewarders, spec, runtime } = &**external;
                 let (prompt, mut completion) = (prompt(columns), [untokenized(text)]);
                 runtime.block_on(rewarders.judge(&prompt, std::slice::from_ref(spec), &mut completion));
                 let [Completion { rewards, .. }] = completion;

@@ -36,8 +36,8 @@ pub(super) struct Asker {
 
 #[derive(Debug)]
 enum Judge {
-    Service(Service),
-    Command(Command),
+    Service(Box<Service>),
+    Command(Box<Command>),
 }
 
 #[derive(Debug, Default)]
@@ -53,12 +53,12 @@ impl Asker {
         let (judge, num_slots) = match &reward.judge {
             ExternalJudge::Rewarder(address) => {
                 let service = Service::new(&reward.name, address).map_err(|error| error.to_string())?;
-                (Judge::Service(service), reward.options.max_in_flight)
+                (Judge::Service(Box::new(service)), reward.options.max_in_flight)
             }
             ExternalJudge::Command(command) => {
                 let log = logs.map(|Logs { folder, rank }| folder.join(format!("reward-{}-{rank}.log", reward.name)));
                 let failed = |error| format!("cannot start {}: {error}", reward.asked());
-                (Judge::Command(Command::start(command, log).map_err(failed)?), 1)
+                (Judge::Command(Box::new(Command::start(command, log).map_err(failed)?)), 1)
             }
         };
         Ok(Self {
