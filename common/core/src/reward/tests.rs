@@ -11,8 +11,8 @@ mod reasoning_gym;
 mod recipes;
 
 /// Slowest answer that is allowed to a test build on a busy machine: enough to tell linear from quadratic time in a
-/// megabyte. A release build takes about a millisecond for that.
-const HOSTILE_LIMIT: Duration = Duration::from_secs(2);
+/// megabyte. A release build takes milliseconds for that.
+const HOSTILE_LIMIT: Duration = Duration::from_secs(10);
 
 fn row(target: Value, nums: Value) -> Row {
     [("target".to_owned(), target), ("nums".to_owned(), nums)].into_iter().collect()
