@@ -26,11 +26,11 @@ fn prompts_and_rows_are_shown_before_a_run() {
     assert_eq!(shown.matches(" tokens, rewards: format, equation\n--- {\"nums\":[").count(), 2, "{shown}");
     assert_eq!(shown.matches("\n<think>").count(), 2, "{shown}");
     let arguments =
-        ["data", "stats", "run.yaml", "--json", "--set", "data.filter=target > 20", "--set", "data.take=50"];
+        ["data", "stats", "run.yaml", "--json", "--set", "data.filter=target > 20", "--set", "data.take=20"];
     let stats = lines(&check_runs(folder.path(), &arguments));
     let number = |key: &str| stats[0][key].as_u64().unwrap();
-    assert_eq!((number("read"), number("selected"), number("too_long")), (200, 50, 0));
-    assert_eq!(number("train") + number("held_out"), 50);
+    assert_eq!((number("read"), number("selected"), number("too_long")), (200, 20, 0));
+    assert_eq!(number("train") + number("held_out"), 20);
     assert!(number("filtered") > 20 && stats[0]["prompt_tokens"]["min"].as_u64().unwrap() > 5);
     let table = check_runs(folder.path(), &["data", "stats", "run.yaml"]);
     assert!(table.contains("  rows read        200\n") && table.contains("  target           200 number; "), "{table}");

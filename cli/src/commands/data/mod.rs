@@ -4,11 +4,12 @@ mod countdown;
 mod preview;
 mod stats;
 
+use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
 
 use aha_nn::model_config::ModelConfig;
 use aha_trainer::prompts::PromptSource;
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use super::ConfigArgs;
 
@@ -34,6 +35,14 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         What::Preview(args) => preview::run(args),
         What::Stats(args) => stats::run(args),
         What::Countdown(args) => countdown::run(args),
+    }
+}
+
+/// Prints text for people or for `head`, which may have seen enough.
+fn print(text: &str) -> Result<()> {
+    match std::io::stdout().lock().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error).context("writing to standard output"),
+        _ => Ok(()),
     }
 }
 

@@ -30,11 +30,8 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     for prompt in super::prompts(&args.config)?.preview(args.source.as_deref(), args.rows)? {
-        if args.json {
-            println!("{}", serde_json::to_string(&prompt)?);
-        } else {
-            println!("{}", printable(&text(&prompt)));
-        }
+        let shown = if args.json { serde_json::to_string(&prompt)? } else { printable(&text(&prompt)) };
+        super::print(&format!("{shown}\n"))?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -26,11 +26,9 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     for source in super::prompts(&args.config)?.stats()? {
-        if args.json {
-            println!("{}", serde_json::to_string(&source)?);
-        } else {
-            print!("{}", printable(&text(&source)));
-        }
+        let shown =
+            if args.json { format!("{}\n", serde_json::to_string(&source)?) } else { printable(&text(&source)) };
+        super::print(&shown)?;
     }
     Ok(ExitCode::SUCCESS)
 }
