@@ -32,9 +32,11 @@ impl Parser<'_> {
                 self.takes_command("}").then_some(inner)
             }
             "pi" if !self.is_sign('_') => Some(Quantity::transcendental("pi", std::f64::consts::PI)),
-            "overline" | "bar" | "hat" | "dot" | "ddot" | "tilde" | "underline" => {
+            command @ ("overline" | "bar" | "hat" | "dot" | "ddot" | "tilde" | "underline") => {
+                let start = self.at - 1;
                 let inner = self.atom_within()?;
-                Some(Quantity::opaque(name, &inner))
+                let name: String = self.tokens[start..self.at].iter().map(spelled).collect();
+                if self.is_sign('_') { self.subscripted(&name) } else { Some(Quantity::opaque(command, &inner)) }
             }
             _ if OPERATORS.contains(&name) => self.operator(name),
             _ if name.bytes().all(|byte| byte.is_ascii_alphabetic()) => self.subscripted(&format!("\\{name}")),

@@ -120,7 +120,8 @@ fn near(text: &str, with_numbers: bool) -> Vec<String> {
     let last_end = environments.last().map_or(0, |found| found.end);
     let formula = environment::joined_to(text, &environments);
     let after = &text[last_end..];
-    let number = plain::numbers(after).filter(|_| with_numbers).last();
+    let is_answer = |number: &plain::Number| with_numbers && !number.is_cut_off(after);
+    let number = plain::numbers(after).filter(is_answer).last();
     // A fraction may stand outside a formula, too; its denominator is no answer.
     let fraction = after.rfind("\\frac{").and_then(|at| plain::fraction(after, at));
     match (number, fraction.filter(|_| with_numbers)) {

@@ -30,6 +30,11 @@ pub(super) fn numbers(text: &str) -> impl Iterator<Item = Number> {
 }
 
 impl Number {
+    /// It is calculated with, and the text ends before the result.
+    pub(super) fn is_cut_off(self, text: &str) -> bool {
+        text[self.end..].trim_start().strip_prefix('=').is_some_and(|after| after.trim_start().is_empty())
+    }
+
     /// With `.` for a decimal comma, and `%` if that follows.
     pub(super) fn read(self, text: &str) -> String {
         let run = &text[self.start..self.end];

@@ -9,9 +9,9 @@ use super::GOLDEN;
 use crate::dataset::{Row, SplitMix64};
 use crate::reward::{Answer, RewardFunction, RewardSpec};
 
-const NUM_TEXTS: usize = if cfg!(debug_assertions) { 20_000 } else { 100_000 };
+const NUM_TEXTS: usize = if cfg!(debug_assertions) { 10_000 } else { 100_000 };
 /// A millisecond is what a text takes; without optimisation, and beside other work, more.
-const LIMIT: Duration = Duration::from_millis(if cfg!(debug_assertions) { 200 } else { 5 });
+const LIMIT: Duration = Duration::from_millis(if cfg!(debug_assertions) { 2_000 } else { 5 });
 
 /// Parted by `¦`.
 const PIECES: &str = "\
