@@ -33,11 +33,15 @@ fn prompts_and_rows_are_shown_before_a_run() {
     assert_eq!(number("train") + number("held_out"), 20);
     assert!(number("filtered") > 20 && stats[0]["prompt_tokens"]["min"].as_u64().unwrap() > 5);
     let table = check_runs(folder.path(), &["data", "stats", "run.yaml"]);
-    assert!(table.contains("  rows read        200\n") && table.contains("  target           200 number; "), "{table}");
+    // Of held-out rows that ask the same, the first is kept.
+    for expect in ["  rows read        200\n", "  held out         23\n", "  nums             177 list; 70 distinct; "]
+    {
+        assert!(table.contains(expect), "no {expect:?} in:\n{table}");
+    }
     for (setting, expect) in [
         ("data.filter=targte > 20", "the filter names \"targte\", which no row has"),
         ("data.prompt.template=mini-r2", "did you mean \"mini_r1\"?"),
-        ("data.prompt.user={{ num }}", "did you mean \"nums\"?"),
+        ("data.prompt.user='{{ num }}'", "did you mean \"nums\"?"),
         ("data.take=1000", "take asks for 1000 rows, and there are 200"),
     ] {
         check_refused(folder.path(), &["data", "preview", "run.yaml", "--set", setting], &[expect]);

@@ -275,7 +275,8 @@ pub(super) mod tests {
         let suites = ["aime-00000-of-00001.parquet", "amc-00000-of-00001-0123abcd.parquet"];
         check_names(&suites, (None, None), Err("has several splits, [\"aime\", \"amc\"]: set split to one"));
         check_names(&suites[..1], (None, None), Ok(&suites[..1]));
-        check_names(&["data-00000-of-00001.arrow"], (None, None), Ok(&["data-00000-of-00001.arrow"]));
+        let shards = ["data-00000-of-00001.jsonl", "part-00000-of-00001.jsonl"];
+        check_names(&shards, (None, None), Ok(&shards));
     }
 
     #[test]
