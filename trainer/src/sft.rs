@@ -28,7 +28,7 @@ pub fn run(
     config: &RunConfig,
     world: &World,
     stop: &StopRequest,
-    ready: impl FnOnce(&Session),
+    ready: impl FnOnce(&mut Session),
 ) -> Result<Outcome<std::path::PathBuf>> {
     ensure!(
         !config.sft.completion.is_empty() || config.sft.messages.is_some(),
@@ -36,7 +36,7 @@ pub fn run(
          in sft.messages"
     );
     let mut session = Session::start(config, world, Objective::Supervised, stop)?;
-    ready(&session);
+    ready(&mut session);
     let first_step = session.step;
     evaluate_if_due(&mut session, first_step)?;
     for step in session.step..config.train.max_steps {
@@ -57,6 +57,9 @@ pub fn run(
     let folder = session.save_model()?;
     if let Some(loggers) = session.loggers {
         loggers.finish()?;
+    }
+    if let Some(sink) = &mut session.sink {
+        sink.finish(&folder);
     }
     Ok(Outcome::Finished(folder))
 }

@@ -2,6 +2,7 @@
 //!
 //! Keys that TRL's `GRPOConfig` has keep its names and meanings. Defaults that differ from TRL's say so.
 
+mod hub;
 mod load;
 mod lora;
 mod security;
@@ -14,6 +15,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use hub::{Hub, HubStrategy};
 pub use load::{ConfigError, load, load_with_credentials, parse_override};
 pub use lora::{ALL_LINEAR, BaseQuantization, InitLoraWeights, Lora, TargetModule};
 pub use security::{Credentials, Identity, Secret, Security, TOKEN_VARIABLE};
@@ -38,6 +40,7 @@ pub struct RunConfig {
     pub eval: Eval,
     pub generator: Generator,
     pub security: Security,
+    pub hub: Hub,
     pub logging: Logging,
     pub launch: Launch,
 }
@@ -56,7 +59,8 @@ pub struct Run {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Model {
-    /// A Hugging Face folder: config.json, safetensors, tokenizer files.
+    /// A Hugging Face folder: config.json, safetensors, tokenizer files; or, in a binary built with the feature `hub`, a
+    /// repository of the Hub, `owner/name[@revision]`.
     pub path: PathBuf,
     /// Start from random weights of config.json's shape instead of reading any.
     pub random_init: bool,
