@@ -14,6 +14,7 @@ pub(crate) mod doctor;
 pub(crate) mod export;
 pub(crate) mod generate;
 pub(crate) mod generator;
+pub(crate) mod hub;
 pub(crate) mod plan;
 pub(crate) mod reward;
 pub(crate) mod score;

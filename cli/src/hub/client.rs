@@ -99,9 +99,16 @@ impl Client {
     ///
     /// # Errors
     /// As [`get_json`](Self::get_json).
-    pub(super) fn post(&self, url: &str, body: &[u8], content_type: &str, subject: &Source) -> Result<Response<ureq::Body>, Failure> {
+    pub(super) fn post(
+        &self,
+        url: &str,
+        body: &[u8],
+        content_type: &str,
+        subject: &Source,
+    ) -> Result<Response<ureq::Body>, Failure> {
         let mut reader = body;
-        let headers = vec![("content-type".to_owned(), content_type.to_owned()), ("accept".to_owned(), accepted(content_type))];
+        let headers =
+            vec![("content-type".to_owned(), content_type.to_owned()), ("accept".to_owned(), accepted(content_type))];
         let body = Some((&mut reader as &mut dyn Read, body.len() as u64));
         self.send(Call { method: "POST", url: url.to_owned(), headers, body, expected: 0 }, subject)
     }
@@ -129,7 +136,8 @@ impl Client {
             }
             None => SendBody::none(),
         };
-        let request = request.body(body).map_err(|error| Failure::Final(anyhow!("{}: {error}", without_query(&url))))?;
+        let request =
+            request.body(body).map_err(|error| Failure::Final(anyhow!("{}: {error}", without_query(&url))))?;
         let request = self.agent.configure_request(request);
         let request = request.timeout_send_body(time(sent)).timeout_recv_body(time(call.expected)).build();
         let response = self.agent.run(request).map_err(|error| {
@@ -149,7 +157,9 @@ impl Client {
                     std::thread::park_timeout(self.settings.patience * tried / 50);
                     tried += 1;
                 }
-                Err(Failure::Passing(error)) => return Err(error.context(format!("given up after {ATTEMPTS} attempts"))),
+                Err(Failure::Passing(error)) => {
+                    return Err(error.context(format!("given up after {ATTEMPTS} attempts")));
+                }
                 Err(Failure::Final(error)) => return Err(error),
             }
         }
@@ -161,12 +171,16 @@ impl Client {
         let id = &subject.id;
         let says = header(headers, "x-error-message").map(|says| format!(" ({says})")).unwrap_or_default();
         let credential = match self.settings.token {
-            Some(_) => "the token of HF_TOKEN, or of the Hub's log-in, may not read it: check the name and whose token it is",
+            Some(_) => {
+                "the token of HF_TOKEN, or of the Hub's log-in, may not read it: check the name and whose token it is"
+            }
             None => "is private or gated: check the name, set HF_TOKEN, or log in with `hf auth login`",
         };
         let advice = match (status.as_u16(), header(headers, "x-error-code").as_deref()) {
             (_, Some("GatedRepo")) => {
-                format!("{id} is gated: accept its licence at {endpoint}/{id}, and set HF_TOKEN to a token of that account")
+                format!(
+                    "{id} is gated: accept its licence at {endpoint}/{id}, and set HF_TOKEN to a token of that account"
+                )
             }
             (_, Some("RevisionNotFound")) => format!("{id} has no revision {:?}", subject.revision),
             (401, _) => format!("there is no repository {id}, or it {credential}"),
@@ -177,7 +191,8 @@ impl Client {
             _ => "the request was not understood".to_owned(),
         };
         let error = anyhow!("{id}: HTTP {} from {}: {advice}{says}", status.as_u16(), without_query(url));
-        let is_passing = status.is_server_error() || [StatusCode::TOO_MANY_REQUESTS, StatusCode::REQUEST_TIMEOUT].contains(&status);
+        let is_passing =
+            status.is_server_error() || [StatusCode::TOO_MANY_REQUESTS, StatusCode::REQUEST_TIMEOUT].contains(&status);
         if is_passing { Failure::Passing(error) } else { Failure::Final(error) }
     }
 }
@@ -200,7 +215,8 @@ pub(super) fn collection(kind: Kind) -> &'static str {
 
 /// An answer as JSON, of a bounded size.
 pub(super) fn read_json<T: DeserializeOwned>(mut response: Response<ureq::Body>) -> Result<T> {
-    let bytes = response.body_mut().with_config().limit(MAX_ANSWER).read_to_vec().context("reading the Hub's answer")?;
+    let bytes =
+        response.body_mut().with_config().limit(MAX_ANSWER).read_to_vec().context("reading the Hub's answer")?;
     serde_json::from_slice(&bytes).context("the Hub's answer is not what its interface promises")
 }
 

@@ -16,7 +16,7 @@ use super::client::{Call, Client, Failure, collection, escaped};
 use super::{Download, Kind};
 
 /// What a model needs beside `*.safetensors`.
-const MODEL_FILES: [&str; 12] = [
+const MODEL_FILES: [&str; 11] = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -28,7 +28,6 @@ const MODEL_FILES: [&str; 12] = [
     "merges.txt",
     "adapter_config.json",
     "model.safetensors.index.json",
-    "preprocessor_config.json",
 ];
 /// How long to wait for another process that fetches the same file.
 const PATIENCE_WITH_OTHERS: Duration = Duration::from_secs(4 * 3600);
@@ -69,22 +68,24 @@ struct Wanted {
     is_large: bool,
 }
 
-/// The local folder of a repository. A model that is in the cache as a whole is taken as it is where `is_fresh` does not
-/// ask for what the Hub has now.
+/// The local folder of a repository.
 ///
 /// # Errors
 /// Names the repository, what the Hub answered, and what to do.
-pub(super) fn fetch(client: &Client, download: &Download, is_fresh: bool) -> Result<PathBuf> {
-    let Download { source, kind, local_dir } = download;
+pub(super) fn fetch(client: &Client, download: &Download) -> Result<PathBuf> {
+    let Download { source, kind, local_dir, is_fresh } = download;
     let settings = client.settings();
     let cached = Cached::new(&settings.cache, *kind, source);
     let known = cached.snapshot(&source.revision).filter(|folder| *kind == Kind::Dataset || is_whole(folder));
     if settings.is_offline {
         return known.filter(|_| local_dir.is_none()).with_context(|| {
-            format!("{source} is not as a whole in {}, and HF_HUB_OFFLINE forbids to fetch it", settings.cache.display())
+            format!(
+                "{source} is not as a whole in {}, and HF_HUB_OFFLINE forbids to fetch it",
+                settings.cache.display()
+            )
         });
     }
-    if let Some(folder) = known.filter(|_| !is_fresh && *kind == Kind::Model) {
+    if let Some(folder) = known.filter(|_| !is_fresh) {
         tracing::info!("{source} is in {}", folder.display());
         return Ok(folder);
     }

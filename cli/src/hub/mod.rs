@@ -50,6 +50,9 @@ pub(crate) struct Download {
     pub(crate) kind: Kind,
     /// A plain folder instead of the cache.
     pub(crate) local_dir: Option<PathBuf>,
+    /// Ask the Hub for what it has now, even where a model is in the cache.
+    #[cfg_attr(not(feature = "hub"), expect(dead_code, reason = "without the Hub nothing is fresh"))]
+    pub(crate) is_fresh: bool,
 }
 
 /// What is pushed, and where to.
@@ -73,7 +76,9 @@ pub(crate) struct Push {
 pub(crate) fn local_model(key: &str, path: &Path) -> Result<PathBuf> {
     match path.to_str().and_then(Source::parse).filter(|_| !path.exists()) {
         None => Ok(path.to_owned()),
-        Some(source) => download(&Download { source, kind: Kind::Model, local_dir: None })
-            .with_context(|| format!("{key}: no folder {} is here, so it names a repository of the Hub", path.display())),
+        Some(source) => download(&Download { source, kind: Kind::Model, local_dir: None, is_fresh: false })
+            .with_context(|| {
+                format!("{key}: no folder {} is here, so it names a repository of the Hub", path.display())
+            }),
     }
 }

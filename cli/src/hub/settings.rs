@@ -77,7 +77,10 @@ fn read_token(path: &Path) -> Result<Option<Secret>> {
 
 fn check_token(origin: &str, text: &str) -> Result<Secret> {
     let text = text.trim();
-    ensure!(text.bytes().all(|byte| byte.is_ascii_graphic()), "{origin}: a token is one word of visible ASCII characters");
+    ensure!(
+        text.bytes().all(|byte| byte.is_ascii_graphic()),
+        "{origin}: a token is one word of visible ASCII characters"
+    );
     Ok(Secret::new(text.to_owned()))
 }
 
