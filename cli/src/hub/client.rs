@@ -8,10 +8,9 @@ use aha_core::hub::Source;
 use aha_trainer::loggers::printable;
 use anyhow::{Context, Error, Result, anyhow};
 use serde::de::DeserializeOwned;
-use ureq::config::RedirectAuthHeaders;
-use ureq::http::{HeaderMap, Request, Response, StatusCode};
+use ureq::http::{self, HeaderMap, Request, Response, StatusCode};
 use ureq::tls::{Certificate, RootCerts, TlsConfig};
-use ureq::{Agent, SendBody};
+use ureq::{Agent, AsSendBody, SendBody};
 
 use super::Kind;
 use super::settings::Settings;
@@ -65,9 +64,7 @@ impl Client {
         let mut config = Agent::config_builder()
             .http_status_as_error(false)
             .user_agent(concat!("aha/", env!("CARGO_PKG_VERSION")))
-            // Files come from other hosts, which must not see the token.
-            .redirect_auth_headers(RedirectAuthHeaders::SameHost)
-            .max_redirects(MAX_REDIRECTS)
+            .max_redirects(0)
             .timeout_resolve(patience)
             .timeout_connect(patience)
             .timeout_send_request(patience)
@@ -115,35 +112,67 @@ impl Client {
 
     /// Sends a request, and gives back an answer that is a success.
     pub(super) fn send(&self, call: Call<'_>, subject: &Source) -> Result<Response<ureq::Body>, Failure> {
-        let patience = self.settings.patience;
-        let time = |bytes: u64| Some(patience + Duration::from_secs(bytes / LEAST_BYTES_PER_SECOND));
-        let endpoint = &self.settings.endpoint;
-        let url = if call.url.starts_with('/') { format!("{endpoint}{}", call.url) } else { call.url };
-        let mut request = Request::builder().method(call.method).uri(&url);
-        for (name, value) in &call.headers {
+        let Call { method, url, headers, body, expected } = call;
+        let mut url = self.whole(&url);
+        let answered = match body {
+            Some((reader, length)) => {
+                let request = self.request(method, &url, &headers).header("content-length", length);
+                self.run(request.body(SendBody::from_reader(reader)), (length, expected))
+            }
+            None => self.follow(&mut url, &headers, expected),
+        };
+        let failed = |error| anyhow!("{method} {} for {subject}: {error}", without_query(&url));
+        let response = answered.map_err(|error| Failure::Passing(failed(error)))?;
+        if response.status().is_success() { Ok(response) } else { Err(self.refusal(&response, &url, subject)) }
+    }
+
+    /// GETs `url`, and what it leads on to, which `url` then is.
+    fn follow(
+        &self,
+        url: &mut String,
+        headers: &[(String, String)],
+        expected: u64,
+    ) -> Result<Response<ureq::Body>, ureq::Error> {
+        for _ in 0..MAX_REDIRECTS {
+            let response = self.run(self.request("GET", url, headers).body(()), (0, expected))?;
+            match response.headers().get("location").and_then(|place| place.to_str().ok()) {
+                Some(place) if response.status().is_redirection() => *url = self.whole(place),
+                _ => return Ok(response),
+            }
+        }
+        Err(ureq::Error::TooManyRedirects)
+    }
+
+    /// An address whose path alone may be given.
+    fn whole(&self, url: &str) -> String {
+        let endpoint = if url.starts_with('/') { self.settings.endpoint.as_str() } else { "" };
+        format!("{endpoint}{url}")
+    }
+
+    /// With the token, where it goes to the Hub itself: files come from other hosts, whose addresses carry their own
+    /// permission.
+    fn request(&self, method: &str, url: &str, headers: &[(String, String)]) -> http::request::Builder {
+        let is_own = url.strip_prefix(&self.settings.endpoint).is_some_and(|rest| rest.starts_with('/'));
+        let mut request = Request::builder().method(method).uri(url);
+        for (name, value) in headers {
             request = request.header(name, value);
         }
-        // Others' addresses carry their own permission.
-        let is_own = url.strip_prefix(endpoint.as_str()).is_some_and(|rest| rest.starts_with('/'));
-        if let Some(token) = self.settings.token.as_ref().filter(|_| is_own) {
-            request = request.header("authorization", format!("Bearer {}", token.expose()));
+        match self.settings.token.as_ref().filter(|_| is_own) {
+            Some(token) => request.header("authorization", format!("Bearer {}", token.expose())),
+            None => request,
         }
-        let sent = call.body.as_ref().map_or(0, |(_, length)| *length);
-        let body = match call.body {
-            Some((reader, length)) => {
-                request = request.header("content-length", length);
-                SendBody::from_reader(reader)
-            }
-            None => SendBody::none(),
-        };
-        let request =
-            request.body(body).map_err(|error| Failure::Final(anyhow!("{}: {error}", without_query(&url))))?;
-        let request = self.agent.configure_request(request);
-        let request = request.timeout_send_body(time(sent)).timeout_recv_body(time(call.expected)).build();
-        let response = self.agent.run(request).map_err(|error| {
-            Failure::Passing(anyhow!("{} {} for {subject}: {error}", call.method, without_query(&url)))
-        })?;
-        if response.status().is_success() { Ok(response) } else { Err(self.refusal(&response, &url, subject)) }
+    }
+
+    /// A transfer of so many bytes there and back.
+    fn run(
+        &self,
+        request: Result<Request<impl AsSendBody>, http::Error>,
+        (sent, expected): (u64, u64),
+    ) -> Result<Response<ureq::Body>, ureq::Error> {
+        let patience = self.settings.patience;
+        let time = |bytes: u64| Some(patience + Duration::from_secs(bytes / LEAST_BYTES_PER_SECOND));
+        let request = self.agent.configure_request(request?);
+        self.agent.run(request.timeout_send_body(time(sent)).timeout_recv_body(time(expected)).build())
     }
 
     /// Does it again where that may help.

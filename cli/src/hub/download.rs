@@ -121,6 +121,9 @@ pub(super) fn fetch(client: &Client, download: &Download) -> Result<PathBuf> {
 
 /// The files of a repository that are of use here.
 fn wanted(kind: Kind, siblings: Vec<RemoteFile>, source: &Source) -> Result<Vec<Wanted>> {
+    let is_plain = |part: &str| !part.is_empty() && part != "." && part != ".." && !part.contains('\0');
+    let odd = siblings.iter().find(|file| !file.name.split('/').all(is_plain));
+    ensure!(odd.is_none(), "{source}: the Hub lists a file with the name {:?}", odd.map(|file| &file.name));
     let of_use = |file: &RemoteFile| match kind {
         Kind::Model => is_model_file(&file.name),
         Kind::Dataset => !file.name.starts_with('.'),
@@ -144,10 +147,8 @@ fn is_model_file(name: &str) -> bool {
     is_weights || MODEL_FILES.contains(&name) || name.starts_with("chat_template") && !name.contains('/')
 }
 
-/// A file with all that is to be checked; its name and hash may be used as paths.
+/// A file with all that is to be checked; its hash may be used as a path.
 fn checked(file: RemoteFile, source: &Source) -> Result<Wanted> {
-    let is_plain = |part: &str| !part.is_empty() && part != "." && part != ".." && !part.contains(['\0', '\\']);
-    ensure!(file.name.split('/').all(is_plain), "{source}: the Hub lists a file with the name {:?}", file.name);
     let is_large = file.lfs.is_some();
     let hash = file.lfs.map(|lfs| lfs.sha256).or(file.blob_id).unwrap_or_default();
     let length = if is_large { 64 } else { 40 };

@@ -1,7 +1,7 @@
 //! Pushing a folder: the repository, its large files, and one commit of all.
 
 use aha_core::hub::Source;
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use indicatif::ProgressBar;
