@@ -200,10 +200,8 @@ impl Client {
         let id = &subject.id;
         let says = header(headers, "x-error-message").map(|says| format!(" ({says})")).unwrap_or_default();
         let credential = match self.settings.token {
-            Some(_) => {
-                "the token of HF_TOKEN, or of the Hub's log-in, may not read it: check the name and whose token it is"
-            }
-            None => "is private or gated: check the name, set HF_TOKEN, or log in with `hf auth login`",
+            Some(_) => "the token (HF_TOKEN, or the Hub's log-in) is not valid there: check the name and the token",
+            None => "it is private or gated: check the name, set HF_TOKEN, or log in with `hf auth login`",
         };
         let advice = match (status.as_u16(), header(headers, "x-error-code").as_deref()) {
             (_, Some("GatedRepo")) => {
@@ -212,7 +210,7 @@ impl Client {
                 )
             }
             (_, Some("RevisionNotFound")) => format!("{id} has no revision {:?}", subject.revision),
-            (401, _) => format!("there is no repository {id}, or it {credential}"),
+            (401, _) => format!("there is no repository {id}, or {credential}"),
             (403, _) => format!("the token may not do this: it needs the permission to write to {id}"),
             (404, _) => format!("there is no such thing in {id}: check the name, or set HF_TOKEN where it is private"),
             (429, _) => "too many requests: try again in some minutes".to_owned(),

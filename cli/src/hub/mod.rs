@@ -9,7 +9,8 @@ mod client;
 mod download;
 #[cfg(feature = "hub")]
 mod lfs;
-#[cfg(all(test, feature = "hub"))]
+#[cfg(test)]
+#[cfg(feature = "hub")]
 mod mock;
 #[cfg(not(feature = "hub"))]
 mod nothing;
@@ -19,7 +20,8 @@ mod push;
 mod settings;
 #[cfg(feature = "hub")]
 mod sink;
-#[cfg(all(test, feature = "hub"))]
+#[cfg(test)]
+#[cfg(feature = "hub")]
 mod tests;
 #[cfg(feature = "hub")]
 mod there;

@@ -121,12 +121,14 @@ fn the_hosts_that_files_lie_on_do_not_see_the_token() {
     let home = tempfile::tempdir().unwrap();
     let others = MockHub::start(|_| Answer::of(200, CONTENT));
     let place = format!("{}/blob?signature=permission", others.endpoint);
-    let hub = MockHub::start(
-        move |asked| {
-            if is_listing(asked) { listing(&model()) } else { Answer::with(302, "location", &place) }
-        },
-    );
+    let hub = MockHub::start(move |asked| match asked.line.as_str() {
+        _ if is_listing(asked) => listing(&model()),
+        "GET /me/tiny/moved" => Answer::with(302, "location", &place),
+        _ => Answer::with(307, "location", "/me/tiny/moved"),
+    });
     get(&hub.client(home.path()), false).unwrap();
+    let moved = hub.asked_for("GET /me/tiny/moved");
+    assert!(!moved.is_empty() && moved.iter().all(|asked| asked.headers.contains_key("authorization")));
     assert_eq!(others.asked_for("GET /blob").len(), 2);
     assert!(others.asked().iter().all(|asked| !asked.headers.contains_key("authorization")));
 }
