@@ -3,6 +3,7 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command line talks to its user")]
 
 mod commands;
+mod hub;
 mod launch;
 mod logs;
 mod telemetry;
@@ -37,6 +38,7 @@ enum Command {
     Doctor(doctor::Args),
     Status(status::Args),
     Reward(reward::Args),
+    Hub(commands::hub::Args),
     Bench(bench::Args),
 }
 
@@ -73,6 +75,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Doctor(args) => doctor::run(&args),
         Command::Status(args) => status::run(&args),
         Command::Reward(args) => reward::run(&args),
+        Command::Hub(args) => commands::hub::run(&args),
         Command::Bench(args) => bench::run(&args),
     }
 }

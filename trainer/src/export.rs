@@ -12,6 +12,7 @@ use tch::{Device, Kind};
 
 use crate::adapters::frozen_weights;
 use crate::checkpoint::{self, save_model};
+use crate::model_card::ModelCard;
 
 /// What is exported, and as what.
 #[derive(Debug, Clone)]
@@ -57,14 +58,17 @@ fn alone() -> ProcessGroup {
 }
 
 impl Export {
-    /// Writes the model to `out`, which must not be there or be empty.
+    /// Writes the model to `out`, which must not be there or be empty; what comes of a run gets its card.
     ///
     /// # Errors
     /// Names what is missing or does not fit; nothing is then left behind.
     pub fn write(&self, out: &Path) -> Result<Exported> {
         let is_free = !out.exists() || std::fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_none());
         ensure!(is_free, "{}: is there already; name a folder that is not", out.display());
-        if self.checkpoint.join(peft::FILES[0]).is_file() { self.merge(out) } else { self.copy(out) }
+        let is_adapter = self.checkpoint.join(peft::FILES[0]).is_file();
+        let exported = if is_adapter { self.merge(out) } else { self.copy(out) }?;
+        ModelCard::describe(&self.checkpoint, out);
+        Ok(exported)
     }
 
     fn copy(&self, out: &Path) -> Result<Exported> {

@@ -4,6 +4,7 @@
 mod adapters;
 mod agreement;
 pub mod checkpoint;
+pub mod checkpoint_sink;
 pub mod clients;
 pub mod colocated;
 mod durable;
@@ -20,6 +21,7 @@ mod kl_reward;
 pub mod loggers;
 pub mod measure;
 pub mod memory_plan;
+pub mod model_card;
 pub mod optimize;
 pub mod prompts;
 pub mod publish;

@@ -48,11 +48,11 @@ pub fn run(
     config: &RunConfig,
     world: &World,
     stop: &StopRequest,
-    connect: impl FnOnce(&Session) -> Result<Box<dyn Generators>>,
+    connect: impl FnOnce(&mut Session) -> Result<Box<dyn Generators>>,
 ) -> Result<Outcome<Summary>> {
     let objective = Objective::Policy(PolicyObjective::new(&config.train));
     let mut session = Session::start(config, world, objective, stop)?;
-    let mut generators = connect(&session)?;
+    let mut generators = connect(&mut session)?;
     let generators = &mut *generators;
     generators.sleep()?;
     make_room(&mut session);
@@ -194,8 +194,8 @@ fn evaluate_if_due(session: &mut Session, generators: &mut dyn Generators, step:
     Ok(Some(evaluation))
 }
 
-fn finish(session: Session) -> Result<Summary> {
-    session.save_model()?;
+fn finish(mut session: Session) -> Result<Summary> {
+    let model = session.save_model()?;
     let evaluations = evaluate::read(session.run_dir.path())?;
     let accuracy = |evaluation: Option<&Evaluation>| evaluation.map(|evaluation| evaluation.accuracy);
     let summary = Summary {
@@ -208,6 +208,9 @@ fn finish(session: Session) -> Result<Summary> {
     if let Some(loggers) = session.loggers {
         loggers.finish()?;
         session.run_dir.write_summary(&summary)?;
+    }
+    if let Some(sink) = &mut session.sink {
+        sink.finish(&model);
     }
     Ok(summary)
 }

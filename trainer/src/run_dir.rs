@@ -19,7 +19,7 @@ const DIRS: [&str; 4] = ["completions", "completion_samples", "checkpoints", LOG
 
 /// Settings that change how a run is carried out and not what comes out: sections, or keys. A run goes on under other
 /// values of these.
-const FREE_SETTINGS: [&str; 24] = [
+const FREE_SETTINGS: [&str; 25] = [
     "run.output_dir",
     "eval.data_dir",
     "eval.keep_best",
@@ -31,6 +31,7 @@ const FREE_SETTINGS: [&str; 24] = [
     "generator.probe_timeout_seconds",
     "generator.threads",
     "generator.vllm_metric_names",
+    "hub",
     "launch",
     "logging",
     "rollout.deadline_seconds",

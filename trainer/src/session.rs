@@ -23,9 +23,11 @@ use tch::{Device, Kind};
 
 use crate::adapters;
 use crate::checkpoint::{self, Best, Checkpoint, Progress};
+use crate::checkpoint_sink::CheckpointSink;
 use crate::entropy::EntropyControl;
 use crate::evaluate::{self, Asked, Evaluation};
 use crate::loggers::{LoggerOptions, Loggers};
+use crate::model_card::ModelCard;
 use crate::prompts::PromptSource;
 use crate::rollouts::Received;
 use crate::run_dir::RunDir;
@@ -54,6 +56,8 @@ pub struct Session {
     pub received: Vec<Received>,
     /// Only rank 0 writes.
     pub loggers: Option<Loggers>,
+    /// Where checkpoints and the model go as well; none unless the caller gives one to rank 0.
+    pub sink: Option<Box<dyn CheckpointSink>>,
     pub started: Instant,
     pub(crate) skips: SkipCounter,
     stop: StopWatch,
@@ -112,6 +116,7 @@ impl Session {
             step,
             received,
             loggers,
+            sink: None,
             started,
             skips: SkipCounter::new(config.train.max_skipped_steps),
             stop: StopWatch::new(stop, config.train.max_wall_clock_seconds, started),
@@ -199,13 +204,16 @@ impl Session {
         }
         let entropy = self.config.train.use_adaptive_entropy.then_some(self.entropy);
         let progress = Progress { step, entropy, best: self.best.as_ref(), received };
-        checkpoint::save(&self.run_dir, &self.config, &self.learner, progress)?;
+        let folder = checkpoint::save(&self.run_dir, &self.config, &self.learner, progress)?;
         self.saved = step;
         self.stop.saved_in(started.elapsed());
+        if let Some(sink) = &mut self.sink {
+            sink.checkpoint(&folder, step);
+        }
         Ok(())
     }
 
-    /// Writes the finished model to the run's `model/`.
+    /// Writes the finished model to the run's `model/`, with its card.
     ///
     /// # Errors
     /// If it cannot be written whole.
@@ -214,6 +222,9 @@ impl Session {
         let base = &self.config.model.path;
         let weights = (&*self.learner.policy(), self.learner.kind());
         checkpoint::save_model(&folder, base, self.learner.config(), weights, self.group())?;
+        if self.world.is_main() {
+            ModelCard::describe(&folder, &folder);
+        }
         self.group().barrier()?;
         Ok(folder)
     }

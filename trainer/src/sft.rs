@@ -29,7 +29,7 @@ pub fn run(
     config: &RunConfig,
     world: &World,
     stop: &StopRequest,
-    ready: impl FnOnce(&Session),
+    ready: impl FnOnce(&mut Session),
 ) -> Result<Outcome<std::path::PathBuf>> {
     ensure!(
         !config.sft.completion.is_empty() || config.sft.messages.is_some(),
@@ -37,7 +37,7 @@ pub fn run(
          in sft.messages"
     );
     let mut session = Session::start(config, world, Objective::Supervised, stop)?;
-    ready(&session);
+    ready(&mut session);
     let first_step = session.step;
     evaluate_if_due(&mut session, first_step)?;
     for step in session.step..config.train.max_steps {
@@ -58,6 +58,9 @@ pub fn run(
     let folder = session.save_model()?;
     if let Some(loggers) = session.loggers {
         loggers.finish()?;
+    }
+    if let Some(sink) = &mut session.sink {
+        sink.finish(&folder);
     }
     Ok(Outcome::Finished(folder))
 }

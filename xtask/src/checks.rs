@@ -7,8 +7,8 @@ use crate::libtorch;
 use crate::process::{Stage, Status, human, run_stage};
 use crate::workspace::Workspace;
 
-/// With the optional feature, which the stages after it do without.
-const CLIPPY: &str = "clippy --workspace --all-targets --features aha/otel -- -D warnings";
+/// With the optional features, which the stages after it do without.
+const CLIPPY: &str = "clippy --workspace --all-targets --features aha/otel,aha/hub -- -D warnings";
 
 /// Runs every stage, even after one failed, and prints which did. Tests are skipped only where the build fails.
 pub(crate) fn run(workspace: &Workspace) -> anyhow::Result<Status> {

@@ -7,6 +7,7 @@ use aha_trainer::export::{Export, best_checkpoint, newest_checkpoint};
 use anyhow::{Result, bail};
 
 use super::DtypeName;
+use crate::hub;
 
 /// Write a checkpoint as a plain Hugging Face folder, with adapters merged into their base.
 #[derive(Debug, clap::Args)]
@@ -43,7 +44,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         (None, Some(run)) => newest_checkpoint(run)?,
         (None, None) => bail!("name --run or --checkpoint"),
     };
-    let export = Export { checkpoint, base: args.base.clone(), kind: args.dtype.map(Into::into) };
+    let base = args.base.as_deref().map(|base| hub::local_model("--base", base)).transpose()?;
+    let export = Export { checkpoint, base, kind: args.dtype.map(Into::into) };
     let exported = export.write(&args.out)?;
     if args.json {
         println!("{}", serde_json::to_string(&exported)?);

@@ -1,7 +1,7 @@
 //! `aha generate`: one prompt through the rollout engine.
 
 use std::io::{Read, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use aha_core::chat_template::{ChatTemplate, Ending, Message};
@@ -16,6 +16,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use super::{Placement, network_runtime};
+use crate::hub;
 
 /// Complete one prompt with the engine that makes rollouts.
 #[derive(Debug, clap::Args)]
@@ -23,7 +24,7 @@ use super::{Placement, network_runtime};
     after_help = "Example:\n  aha generate --model models/smollm2-135m --prompt 'What is 2+3?' --greedy --max-tokens 32 --logprobs 3"
 )]
 pub(crate) struct Args {
-    /// Hugging Face model folder
+    /// Hugging Face model folder, or a repository of the Hub
     #[arg(long)]
     model: PathBuf,
     #[command(flatten)]
@@ -109,8 +110,9 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let sampling = args.sampling();
     let problems = sampling.problems();
     anyhow::ensure!(problems.is_empty(), "{}", problems.join("; "));
-    let generator = LocalGenerator::load(&args.placement.options(&args.model, Generator::default())?)?;
-    let prompt_tokens = generator.tokenizer().encode(&prompt_text(args)?)?;
+    let model = hub::local_model("--model", &args.model)?;
+    let generator = LocalGenerator::load(&args.placement.options(&model, Generator::default())?)?;
+    let prompt_tokens = generator.tokenizer().encode(&prompt_text(args, &model)?)?;
     let runtime = network_runtime()?;
     let wants_logprobs = args.logprobs > 0 || args.prompt_logprobs;
     if !args.json && !wants_logprobs && args.stop.is_empty() {
@@ -193,7 +195,7 @@ async fn print_stream(
     Ok(ExitCode::SUCCESS)
 }
 
-fn prompt_text(args: &Args) -> Result<String> {
+fn prompt_text(args: &Args, model: &Path) -> Result<String> {
     let mut prompt = args.prompt.clone();
     if prompt == "-" {
         prompt.clear();
@@ -202,7 +204,7 @@ fn prompt_text(args: &Args) -> Result<String> {
     if args.raw {
         return Ok(prompt);
     }
-    let template = ChatTemplate::load(&args.model).context("use --raw for a model without a chat template")?;
+    let template = ChatTemplate::load(model).context("use --raw for a model without a chat template")?;
     Ok(template.render(&[Message::new("user", &prompt)], Ending::GenerationPrompt, &serde_json::Map::new())?)
 }
 

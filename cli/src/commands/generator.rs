@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 
 use super::{ConfigArgs, network_runtime};
 use crate::launch::supervised;
-use crate::logs;
+use crate::{hub, logs};
 
 /// Serve rollouts by gRPC until SIGTERM or Ctrl-C.
 #[derive(Debug, clap::Args)]
@@ -48,6 +48,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let (mut config, credentials) = args.config.load_with_credentials()?;
     config.generator.metrics_address = args.metrics_address.or(config.generator.metrics_address);
     config.generator.coordinator = args.coordinator.clone().or(config.generator.coordinator);
+    config.model.path = hub::local_model("model.path", &config.model.path)?;
     logs::also_to_file(&config, "generator", &rank(args))?;
     let scheme = if credentials.identity.is_some() { "https" } else { "http" };
     let grace = Duration::from_secs_f64(config.launch.grace_seconds);

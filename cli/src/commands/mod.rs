@@ -16,6 +16,7 @@ pub(crate) mod eval;
 pub(crate) mod export;
 pub(crate) mod generate;
 pub(crate) mod generator;
+pub(crate) mod hub;
 pub(crate) mod plan;
 pub(crate) mod reward;
 pub(crate) mod score;

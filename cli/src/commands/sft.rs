@@ -11,7 +11,7 @@ use anyhow::Result;
 
 use super::stop::{report_stop, stop_on_signals};
 use super::{ConfigArgs, network_runtime};
-use crate::logs;
+use crate::{hub, logs};
 
 /// Fine-tune on worked answers with the trainer's own step, before reinforcement learning.
 ///
@@ -24,12 +24,17 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
-    let (config, credentials) = args.config.load_with_credentials()?;
+    let (mut config, credentials) = args.config.load_with_credentials()?;
     let world = World::from_variables(std::env::vars())?;
+    config.model.path = hub::local_model("model.path", &config.model.path)?;
+    let sink = if world.is_main() { hub::checkpoint_sink(&config)? } else { None };
     logs::also_to_file(&config, "sft", &world.rank.to_string())?;
     let runtime = network_runtime()?;
     let exporter = Exporter::bind(&config, &credentials, &world, runtime.handle())?;
-    let ready = |session: &Session| exporter.into_iter().for_each(|exporter| exporter.serve(session));
+    let ready = |session: &mut Session| {
+        exporter.into_iter().for_each(|exporter| exporter.serve(session));
+        session.sink = sink;
+    };
     Ok(match sft::run(&config, &world, &stop_on_signals()?, ready)? {
         Outcome::Finished(folder) => {
             if world.is_main() {

@@ -15,7 +15,7 @@ use owo_colors::OwoColorize;
 use super::stop::{report_stop, stop_on_signals};
 use super::{ConfigArgs, network_runtime};
 use crate::launch::supervised;
-use crate::logs;
+use crate::{hub, logs};
 
 /// Run one trainer rank; RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT say which.
 ///
@@ -35,18 +35,21 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     supervised::follow_parent()?;
-    let (config, credentials) = args.config.load_with_credentials()?;
+    let (mut config, credentials) = args.config.load_with_credentials()?;
     ensure!(
         config.launch.colocate || !config.generator.addresses.is_empty() || config.generator.coordinator.is_some(),
         "generator.addresses: none; start `aha generator` and name its address, set generator.coordinator and let it register, \
          set launch.colocate, or use `aha launch`"
     );
     let world = World::from_variables(std::env::vars())?;
+    config.model.path = hub::local_model("model.path", &config.model.path)?;
     logs::also_to_file(&config, "trainer", &world.rank.to_string())?;
     let runtime = Arc::new(network_runtime()?);
     let exporter = Exporter::bind(&config, &credentials, &world, runtime.handle())?;
+    let sink = if world.is_main() { hub::checkpoint_sink(&config)? } else { None };
     let outcome = run::run(&config, &world, &stop_on_signals()?, |session| {
         exporter.into_iter().for_each(|exporter| exporter.serve(session));
+        session.sink = sink;
         let (trainers, policy) = (session.group(), session.learner.policy());
         if config.launch.colocate {
             return Ok(Box::new(Colocated::start(&config, world.local_rank, trainers, &*policy, runtime)?));

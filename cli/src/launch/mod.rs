@@ -13,6 +13,7 @@ use aha_core::config::{DeviceKind, RunConfig};
 use anyhow::{Context, Result, bail};
 
 use crate::commands::ConfigArgs;
+use crate::hub;
 use role::{Role, RoleKind};
 use supervisor::{Patience, Supervisor};
 
@@ -58,7 +59,10 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     if args.colocate {
         config_args.overrides.push("launch.colocate=true".to_owned());
     }
-    let config = config_args.load()?;
+    let mut config = config_args.load()?;
+    if !args.dry_run {
+        use_local_model(&mut config_args, &mut config)?;
+    }
     let gpus = gpus(&config, args.dry_run);
     let roles = roles(&config_args, &config, &gpus)?;
     if args.dry_run {
@@ -74,6 +78,16 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     println!("{}: {num_trainers} trainer rank(s) {engines}, logs in {}", config.run.name, logs.display());
     let [save, grace] = [config.launch.save_seconds, config.launch.grace_seconds].map(Duration::from_secs_f64);
     Supervisor::start(roles, logs, Patience { save, grace }, config.launch.max_restarts)?.supervise()
+}
+
+/// Has all roles read the model from the folder that it is in, or is fetched to once.
+fn use_local_model(config_args: &mut ConfigArgs, config: &mut RunConfig) -> Result<()> {
+    let folder = hub::local_model("model.path", &config.model.path)?;
+    if folder != config.model.path {
+        config_args.overrides.push(format!("model.path={}", serde_json::to_string(&folder)?));
+        config.model.path = folder;
+    }
+    Ok(())
 }
 
 /// Every process of the launch, generators first.

@@ -7,6 +7,7 @@ pub mod bundle;
 pub mod chat_template;
 pub mod config;
 pub mod dataset;
+pub mod hub;
 pub mod ids;
 mod jinja;
 pub mod manifest;

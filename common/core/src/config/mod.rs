@@ -4,6 +4,7 @@
 
 mod data;
 mod eval;
+mod hub;
 mod load;
 mod lora;
 mod security;
@@ -19,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 pub use data::{Countdown, Data, DataSource, PromptTemplate, PromptTooLong, Source};
 pub use eval::{AVERAGE, Eval, HELD_OUT, Questions, Suite, SuiteOptions, Suites, built_in_suites};
+pub use hub::{Hub, HubStrategy};
 pub use load::{ConfigError, load, load_eval, load_with_credentials, parse_override};
 pub use lora::{ALL_LINEAR, BaseQuantization, InitLoraWeights, Lora, TargetModule};
 pub use security::{Credentials, Identity, Secret, Security, TOKEN_VARIABLE};
@@ -43,6 +45,7 @@ pub struct RunConfig {
     pub eval: Eval,
     pub generator: Generator,
     pub security: Security,
+    pub hub: Hub,
     pub logging: Logging,
     pub launch: Launch,
 }
@@ -61,7 +64,8 @@ pub struct Run {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Model {
-    /// A Hugging Face folder: config.json, safetensors, tokenizer files.
+    /// A Hugging Face folder: config.json, safetensors, tokenizer files; or, in a binary built with the feature `hub`, a
+    /// repository of the Hub, `owner/name[@revision]`.
     pub path: PathBuf,
     /// Start from random weights of config.json's shape instead of reading any.
     pub random_init: bool,

@@ -17,6 +17,7 @@ impl RunConfig {
         self.check_lora(&mut problems);
         self.check_services(&mut problems);
         self.security.check(&mut problems);
+        self.hub.check(&mut problems);
         problems.0
     }
 
