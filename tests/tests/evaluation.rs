@@ -163,14 +163,14 @@ fn what_cannot_be_evaluated_says_why() {
     );
     check(&[&config[..], &["--n", "4"]].concat(), &["4 greedy completions of a prompt are all equal"]);
     check(&[&config[..], &["--suite", "puzzles", "--max-tokens", "120"]].concat(), &["row 0", "longer than the 128"]);
-    let columns = |theirs| format!("eval.suites.puzzles.columns.nums={theirs}");
     let mapped = |theirs: &str, expect: &[&str]| {
-        check(&[&config[..], &["--set", &columns(theirs)]].concat(), expect);
+        let set = format!("eval.suites.puzzles.columns.nums={theirs}");
+        check(&[&config[..], &["--set", &set]].concat(), expect);
     };
     mapped("numbrs", &["suite puzzles: ", "puzzles.jsonl:1 has no column \"numbrs\"", "did you mean \"numbers\"?"]);
     mapped(
         "note",
-        &["suite puzzles, row 0 (from 0): reward equation: column \"nums\" must be a list of integers, got 0"],
+        &["suite puzzles: row 0 (from 0): reward equation: column \"nums\" must be a list of integers, got 0"],
     );
     refused(&["--run", "runs/none", "--best", "--suite", "countdown"], &["best.json", "eval.keep_best"]);
     refused(&["--suite", "countdown"], &["--model"]);
