@@ -31,7 +31,7 @@ fn folder() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     markov::write(&folder.path().join("model"));
     let puzzle = |index: usize| {
-        let target = if index % 3 == 0 { 12 } else { 7 };
+        let target = if index.is_multiple_of(3) { 12 } else { 7 };
         format!("{}\n", json!({"numbers": [3, 4], "target": target, "note": index}))
     };
     let puzzles: String = (0..NUM_PUZZLES).map(puzzle).collect();
@@ -88,8 +88,11 @@ fn greedy_answers_are_counted_to_the_last_one() {
         let completion = &item["completions"][0];
         assert_eq!(completion["text"], "</think>\n<answer>3+4</answer>");
         assert_eq!(completion["token_ids"], json!([261, 198, 262, 18, 10, 19, 263, 256]));
-        assert_eq!((&completion["is_right"], &completion["finish_reason"]), (&json!(index % 3 != 0), &json!("stop")));
-        let outcome = if index % 3 == 0 { "wrong" } else { "score" };
+        assert_eq!(
+            (&completion["is_right"], &completion["finish_reason"]),
+            (&json!(!index.is_multiple_of(3)), &json!("stop"))
+        );
+        let outcome = if index.is_multiple_of(3) { "wrong" } else { "score" };
         assert_eq!(completion["rewards"][0]["outcome"], outcome);
         assert_eq!(completion["rewards"][1], json!({"function": "format", "score": 1.0, "outcome": "score"}));
     }
