@@ -31,7 +31,7 @@ fn folder() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     markov::write(&folder.path().join("model"));
     let puzzle = |index: usize| {
-        let target = if index % 3 == 0 { 12 } else { 7 };
+        let target = if index.is_multiple_of(3) { 12 } else { 7 };
         format!("{}\n", json!({"numbers": [3, 4], "target": target, "note": index}))
     };
     let puzzles: String = (0..NUM_PUZZLES).map(puzzle).collect();
@@ -88,8 +88,11 @@ fn greedy_answers_are_counted_to_the_last_one() {
         let completion = &item["completions"][0];
         assert_eq!(completion["text"], "</think>\n<answer>3+4</answer>");
         assert_eq!(completion["token_ids"], json!([261, 198, 262, 18, 10, 19, 263, 256]));
-        assert_eq!((&completion["is_right"], &completion["finish_reason"]), (&json!(index % 3 != 0), &json!("stop")));
-        let outcome = if index % 3 == 0 { "wrong" } else { "score" };
+        assert_eq!(
+            (&completion["is_right"], &completion["finish_reason"]),
+            (&json!(!index.is_multiple_of(3)), &json!("stop"))
+        );
+        let outcome = if index.is_multiple_of(3) { "wrong" } else { "score" };
         assert_eq!(completion["rewards"][0]["outcome"], outcome);
         assert_eq!(completion["rewards"][1], json!({"function": "format", "score": 1.0, "outcome": "score"}));
     }
@@ -163,14 +166,14 @@ fn what_cannot_be_evaluated_says_why() {
     );
     check(&[&config[..], &["--n", "4"]].concat(), &["4 greedy completions of a prompt are all equal"]);
     check(&[&config[..], &["--suite", "puzzles", "--max-tokens", "120"]].concat(), &["row 0", "longer than the 128"]);
-    let columns = |theirs: &str| format!("eval.suites.puzzles.columns.nums={theirs}");
     let mapped = |theirs: &str, expect: &[&str]| {
-        check(&[&config[..], &["--set", &columns(theirs)]].concat(), expect);
+        let set = format!("eval.suites.puzzles.columns.nums={theirs}");
+        check(&[&config[..], &["--set", &set]].concat(), expect);
     };
     mapped("numbrs", &["suite puzzles: ", "puzzles.jsonl:1 has no column \"numbrs\"", "did you mean \"numbers\"?"]);
     mapped(
         "note",
-        &["suite puzzles, row 0 (from 0): reward equation: column \"nums\" must be a list of integers, got 0"],
+        &["suite puzzles: row 0 (from 0): reward equation: column \"nums\" must be a list of integers, got 0"],
     );
     refused(&["--run", "runs/none", "--best", "--suite", "countdown"], &["best.json", "eval.keep_best"]);
     refused(&["--suite", "countdown"], &["--model"]);

@@ -15,7 +15,7 @@ use aha_nn::comm::ProcessGroup;
 use aha_nn::model_config::ModelConfig;
 use anyhow::Result;
 
-pub use questions::{Asked, Model, SuiteError};
+pub use questions::{Asked, Model};
 pub use record::{Evaluation, read, record};
 pub use report::{Average, Report, write_items};
 
@@ -35,8 +35,7 @@ pub fn suites(config: &RunConfig, model: &ModelConfig) -> Result<Vec<Asked>> {
     let tokenizer = Tokenizer::load(&config.model.path)?;
     let max_model_len = max_model_len(config.generator.max_model_len, model);
     let model = Model { folder: &config.model.path, tokenizer: &tokenizer, max_model_len };
-    let load = |suite| Ok(Asked::load(suite, &config.eval.data_dir, model)?);
-    suites.into_iter().map(load).collect()
+    suites.into_iter().map(|suite| Asked::load(suite, &config.eval.data_dir, model)).collect()
 }
 
 /// The longest sequence of a generator with `generator.max_model_len` `asked`.

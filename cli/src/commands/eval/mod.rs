@@ -109,8 +109,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let model = Model { folder: &folder, tokenizer: engine.tokenizer(), max_model_len: longest };
     let data_dir = args.data_dir.as_ref().unwrap_or(&eval.data_dir);
     // Before anything is asked: what cannot be asked is found in seconds.
-    let load = |suite| Ok(Asked::load(suite, data_dir, model)?);
-    let asked: Vec<Asked> = suites.into_iter().map(load).collect::<Result<_>>()?;
+    let load = |suite| Asked::load(suite, data_dir, model);
+    let asked = suites.into_iter().map(load).collect::<Result<Vec<_>>>()?;
 
     let runtime = network_runtime()?;
     let mut results = Results::new(&folder, args.asking.seed);
