@@ -144,9 +144,15 @@ impl Rewarder {
         if !group.is_empty() && self.queue.send(group).await.is_err() {
             tracing::debug!("the runtime ends");
         }
-        // What nobody answers has been dropped with the runtime.
-        let outcome = async |answer: Option<oneshot::Receiver<_>>| Some(answer?.await.unwrap_or(Outcome::Crash));
-        join_all(answers.into_iter().map(outcome)).await
+        let mut outcomes = Vec::new();
+        for answer in answers {
+            outcomes.push(match answer {
+                // What nobody answers has been dropped with the runtime.
+                Some(answer) => Some(answer.await.unwrap_or(Outcome::Crash)),
+                None => None,
+            });
+        }
+        outcomes
     }
 }
 
