@@ -8,11 +8,11 @@ use serde_json::Value;
 
 fn recipes() -> Vec<(String, RunConfig)> {
     let mut recipes = Vec::new();
-    for entry in std::fs::read_dir(workspace().join("configs")).unwrap() {
-        let path = entry.unwrap().path();
+    for entry in std::fs::read_dir(workspace().join("configs")).expect("configs/ can be read") {
+        let path = entry.expect("configs/ can be read").path();
         if path.extension().is_some_and(|extension| extension == "yaml") {
             let config = config::load(&path, [], &[]).unwrap_or_else(|error| panic!("{error}"));
-            let name = path.file_stem().unwrap().to_str().unwrap().to_owned();
+            let name = path.file_stem().and_then(|stem| stem.to_str()).expect("a recipe has a name").to_owned();
             assert_eq!(config.run.name, name, "a run is called like its recipe");
             recipes.push((name, config));
         }

@@ -9,9 +9,13 @@ use serde_json::{Value, json};
 
 /// Steps and held-out losses of the run `name`.
 fn losses(folder: &Path, name: &str) -> Vec<(u64, f64)> {
-    let text = std::fs::read_to_string(folder.join("runs").join(name).join("evaluations.jsonl")).unwrap();
-    let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-    lines.map(|line| (line["step"].as_u64().unwrap(), line["eval_loss"].as_f64().unwrap())).collect()
+    let path = folder.join("runs").join(name).join("evaluations.jsonl");
+    let text = std::fs::read_to_string(path).expect("the run has evaluations");
+    let line = |line: &str| {
+        let line: Value = serde_json::from_str(line).expect("a line is JSON");
+        (line["step"].as_u64().expect("a step"), line["eval_loss"].as_f64().expect("a loss"))
+    };
+    text.lines().map(line).collect()
 }
 
 #[test]
