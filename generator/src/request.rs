@@ -220,7 +220,7 @@ mod tests {
     #[test]
     fn every_bad_field_is_named() {
         type Damage = fn(&mut v1::GenerateRequest);
-        let cases: [(&str, &str, Damage); 11] = [
+        let cases: [(&str, &str, Damage); 13] = [
             ("token_ids", "at least 1", |r| r.token_ids.clear()),
             ("token_ids", "token 100 at index 1", |r| r.token_ids[1] = 100),
             ("sample_indices", "got 0", |r| r.sample_indices.clear()),
