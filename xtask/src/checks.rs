@@ -9,6 +9,8 @@ use crate::workspace::Workspace;
 
 /// With the optional features, which the stages after it do without.
 const CLIPPY: &str = "clippy --workspace --all-targets --features aha/otel,aha/hub -- -D warnings";
+/// What only a binary with the feature has.
+const HUB: &str = "test --package aha --features hub hub";
 
 /// Runs every stage, even after one failed, and prints which did. Tests are skipped only where the build fails.
 pub(crate) fn run(workspace: &Workspace) -> anyhow::Result<Status> {
@@ -25,6 +27,7 @@ pub(crate) fn run(workspace: &Workspace) -> anyhow::Result<Status> {
     ];
     if stages.last().is_some_and(|build| build.status == Status::Success) {
         stages.push(run_stage("test", &mut test_command(workspace))?);
+        stages.push(run_stage("hub", workspace.cargo().args(HUB.split(' ')))?);
     }
     eprint!("{}", summary(&stages, start.elapsed()));
     let failed = stages.iter().any(|stage| stage.status != Status::Success);

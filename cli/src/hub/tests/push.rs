@@ -58,7 +58,8 @@ fn taking(upload: impl Fn(&str) -> Value + Send + Sync + 'static) -> MockHub {
                 Answer::json(&json!({"commitUrl": "https://hub/commit/1", "commitOid": "1"}))
             }
             "/part" => Answer::with(200, "etag", format!("\"{}\"", asked.body.len())),
-            "/api/repos/create" => Answer::of(409, "{}"),
+            // Both are there already.
+            path if path == "/api/repos/create" || path.contains("/branch/") => Answer::of(409, "{}"),
             _ => Answer::of(200, "{}"),
         }
     })
