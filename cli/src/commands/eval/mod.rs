@@ -18,6 +18,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::json;
 
 use super::{Placement, network_runtime};
+use crate::hub;
 use answers::Answers;
 use results::Results;
 
@@ -138,7 +139,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
 
 fn model_folder(args: &Args) -> Result<PathBuf> {
     let folder = match (&args.model, &args.run) {
-        (Some(model), _) => return Ok(model.clone()),
+        (Some(model), _) => return hub::local_model("--model", model),
         (None, Some(run)) if args.best => best_checkpoint(run)?,
         (None, Some(run)) => newest_checkpoint(run)?,
         (None, None) => bail!("name --model or --run"),
