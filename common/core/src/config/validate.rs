@@ -3,6 +3,7 @@
 use std::path::Component;
 
 use super::{DeviceKind, RunConfig, SleepMode, Source};
+use crate::reward::RewardError;
 
 impl RunConfig {
     /// Everything that is wrong, each with its key, the value and what to do.
@@ -41,7 +42,8 @@ impl RunConfig {
     fn check_rewards(&self, problems: &mut Problems) {
         for (index, reward) in self.rewards.iter().enumerate() {
             if let Err(error) = reward.check() {
-                problems.0.push(format!("rewards[{index}]: {error}"));
+                let key = if matches!(error, RewardError::UnknownFunction { .. }) { ".function" } else { "" };
+                problems.0.push(format!("rewards[{index}]{key}: {error}"));
             }
             let is_first = self.rewards[..index].iter().all(|other| other.name() != reward.name());
             problems.unless(is_first, || {
