@@ -10,6 +10,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use super::validate::Problems;
 use super::{Countdown, PromptTemplate, RewardSpec};
 use crate::dataset::ColumnMap;
+use crate::nearest::hint;
 use crate::reward::RewardFunction;
 use crate::rollout::Sampling;
 
@@ -161,9 +162,10 @@ impl Suite {
             (Some(path), None, ..) | (None, None, Some(path), _) => Some(Questions::File(path)),
             (None, Some(countdown), ..) | (None, None, None, Some(countdown)) => Some(Questions::Countdown(countdown)),
             (None, None, None, None) => {
-                let known = built_in_suites().join(", ");
+                let (known, hint) = (built_in_suites().join(", "), hint(name, built_in_suites()));
                 problems.0.push(format!(
-                    "eval.suites.{name}.path: missing; a suite of your own needs a path, a prompt and rewards; built in are {known}"
+                    "eval.suites.{name}.path: missing; a suite of your own needs a path, a prompt and rewards; built in are \
+                     {known}{hint}"
                 ));
                 None
             }
@@ -332,6 +334,10 @@ mod tests {
 
     #[test]
     fn what_cannot_be_asked_is_named() {
+        check_problems(
+            json!({"suites": ["gms8k"]}),
+            &["did you mean \"gsm8k\"?", "gms8k.prompt.user", "gms8k.rewards"],
+        );
         check_problems(json!({"suites": ["mine"]}), &["suites.mine.path: missing", "mine.prompt.user", "mine.rewards"]);
         check_problems(json!({"suites": {"average": own()}}), &["cannot be a suite's name"]);
         check_problems(json!({"suites": {"../x": own()}}), &["cannot be a suite's name"]);
