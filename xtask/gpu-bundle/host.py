@@ -1,12 +1,14 @@
 """The machine: where torch's libraries are, whether they fit, and what the result says of the hardware."""
 
 import datetime
+import gzip
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +32,16 @@ def torch_version():
         return importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def unpack(bundle):
+    """Programs as they were before the bundle was packed."""
+    for packed in (bundle / "bin").glob("*.gz"):
+        program = packed.with_suffix("")
+        with gzip.open(packed) as source, open(program, "wb") as target:
+            shutil.copyfileobj(source, target)
+        program.chmod(0o755)
+        packed.unlink()
 
 
 def problem(bundle):

@@ -349,6 +349,7 @@ def last_json(output):
 
 def main():
     args = arguments()
+    host.unpack(BUNDLE)
     problem = host.problem(BUNDLE)
     if problem:
         print(f"this machine cannot run the bundle: {problem}", file=sys.stderr)

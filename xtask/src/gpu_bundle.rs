@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use crate::libtorch;
 use crate::process::{Status, output, run_stage};
+use crate::toolchain;
 use crate::workspace::Workspace;
 
 const DEFAULT_OUT: &str = "target/gpu-bundle";
@@ -46,7 +47,9 @@ pub(crate) fn run(workspace: &Workspace, out: Option<&Path>) -> anyhow::Result<S
     programs.push(("aha".to_owned(), workspace.release_binary()?));
     fs::create_dir_all(out.join("bin")).with_context(|| format!("cannot make {}", out.display()))?;
     for (name, built) in &programs {
-        strip(built, &out.join("bin").join(name))?;
+        let program = out.join("bin").join(name);
+        strip(built, &program)?;
+        compress(&program)?;
     }
     for (from, to) in FILES {
         copy(&workspace.path(from), &out.join(to))?;
@@ -113,6 +116,15 @@ fn strip(from: &Path, to: &Path) -> anyhow::Result<()> {
         Command::new("strip").arg("-o").args([to, from]).status().context("cannot start strip (of binutils)")?;
     ensure!(status.success(), "strip failed on {}", from.display());
     Ok(())
+}
+
+/// Puts `NAME.gz` in the place of a program; `run.py` unpacks it.
+fn compress(program: &Path) -> anyhow::Result<()> {
+    let python = toolchain::find_python()?;
+    let status =
+        Command::new(python).args(["-m", "gzip", "--best"]).arg(program).status().context("cannot start Python")?;
+    ensure!(status.success(), "Python's gzip failed on {}", program.display());
+    fs::remove_file(program).with_context(|| format!("cannot remove {}", program.display()))
 }
 
 /// A file, or a folder of files.
